@@ -1,0 +1,52 @@
+# Each target makes its own environment first: a clone needs nothing but python3 and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -c constraints.txt
+STAMP := $(VENV)/.installed
+CPU_LIBRARY := kernels/_cpu*.so
+
+.PHONY: install typing check test test-slow bench demo wheel clean
+
+install: $(STAMP)
+
+# A library that is already there would survive a build that fails: it goes first.
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*) | $(BIN)/python
+	rm -f $(CPU_LIBRARY)
+	$(PIP) -e '.[test]'
+	touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# mypy finds the package multilora_kernels in the folder kernels/ by this link.
+typing:
+	mkdir -p build/typing
+	ln -sfn ../../kernels build/typing/multilora_kernels
+
+check: install typing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q tests/test_architecture.py
+
+test: check
+	$(BIN)/pytest -m "not slow and not gpu"
+
+test-slow: install
+	$(BIN)/pytest -m "slow and not gpu"
+
+bench: install
+	$(BIN)/pytest bench --benchmark-only
+
+# The demo needs no test tools: an environment without them gets the `cli` extra alone.
+demo: | $(BIN)/python
+	$(BIN)/python -I -c 'import multilora_kernels, rich, tqdm, typer' 2>/dev/null || $(PIP) -e '.[cli]'
+	$(BIN)/multilora demo
+
+wheel: install
+	$(BIN)/python -m build --outdir dist .
+
+clean:
+	rm -rf build dist *.egg-info $(CPU_LIBRARY) .mypy_cache .pytest_cache .ruff_cache
+	rm -f $(STAMP)

@@ -1,0 +1,3 @@
+#include "cpu_ops.h"
+
+int32_t multilora_abi_version(void) { return MULTILORA_ABI_VERSION; }

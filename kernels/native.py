@@ -1,0 +1,83 @@
+"""Loads the C++ library of csrc/ and declares its functions; without it, `LIB` is None.
+
+The library is a plain C ABI reached by `ctypes`: it is built without torch, and one file serves
+every Python and torch. Everything works without it, only slower.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from ctypes import c_int32, c_int64, c_void_p
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+# torch first: the dynamic linker then gives our library torch's libgomp, instead of a second
+# OpenMP with threads of its own.
+import torch
+
+logger = logging.getLogger(__name__)
+
+ABI_VERSION = 1  # MULTILORA_ABI_VERSION of csrc/cpu_ops.h
+
+# Argument types of every function in csrc/cpu_ops.h, in its order. All of them return nothing.
+SIGNATURES: dict[str, tuple[type, ...]] = {
+    "apply_token_mask": (
+        c_void_p,  # logits
+        c_int64,  # logits_stride
+        c_int32,  # dtype
+        c_void_p,  # bitmask
+        c_int64,  # bitmask_stride
+        c_int64,  # rows
+        c_int64,  # vocab
+        c_int32,  # num_threads
+    ),
+}
+
+# What the `dtype` arguments mean.
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def find(folder: Path) -> Path | None:
+    """The library file in `folder`, if one was built."""
+    for suffix in EXTENSION_SUFFIXES:
+        path = folder / f"_cpu{suffix}"
+        if path.is_file():
+            return path
+    return None
+
+
+def load(path: Path) -> ctypes.CDLL | None:
+    """The library at `path` with its functions declared, or None (and a warning) if it is unfit."""
+    try:
+        lib = ctypes.CDLL(str(path))
+        version = lib.multilora_abi_version()
+        if version != ABI_VERSION:
+            raise AttributeError(f"it has ABI version {version}, not {ABI_VERSION}")
+        for name, argtypes in SIGNATURES.items():
+            function = getattr(lib, name)
+            function.argtypes, function.restype = argtypes, None
+    except OSError as error:  # for example a slim image without libgomp
+        logger.warning("%s cannot be loaded, running without C++: %s", path, error)
+        return None
+    except AttributeError as error:
+        logger.warning(
+            "%s was built from other sources, running without C++: %s. "
+            "Delete the file and install multilora again",
+            path,
+            error,
+        )
+        return None
+    return lib
+
+
+def _wanted() -> Path | None:
+    if os.environ.get("MULTILORA_DISABLE_CPP", "") not in ("", "0"):
+        return None
+    return find(Path(__file__).parent)
+
+
+PATH = _wanted()
+LIB: ctypes.CDLL | None = load(PATH) if PATH else None
+HAS_CPP: bool = LIB is not None

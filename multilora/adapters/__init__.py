@@ -1,0 +1,1 @@
+"""LoRA adapters: the files at rest, the rank pages in memory, and the store between them."""

@@ -1,0 +1,60 @@
+"""Every error a user can meet. Our own bugs are `assert`, never one of these.
+
+    MultiloraError
+    ├── ConfigError            a setting is wrong: unknown name, bad value, impossible combination
+    ├── CheckpointError        the base model's files are wrong: missing, extra or misshapen tensor
+    ├── TokenizerError         the tokenizer's files or a chat template are wrong
+    ├── AdapterError           something about an adapter
+    │   ├── AdapterNotFound    no adapter of that name is loaded
+    │   ├── AdapterInvalid     its files are malformed, or use a feature that we refuse
+    │   └── AdapterTooLarge    it needs more rank pages than the engine was started with
+    ├── RequestError           the request is wrong: a bad parameter, an empty prompt, an unknown field
+    └── CapacityError          the request is right but could never fit this engine
+
+The text of an error says what is wrong, which object, and how to cure it.
+"""
+
+from __future__ import annotations
+
+
+class MultiloraError(Exception):
+    """Base of all errors that multilora raises for its users."""
+
+
+class ConfigError(MultiloraError, ValueError):
+    """A setting is wrong."""
+
+
+class CheckpointError(MultiloraError):
+    """The base model's files cannot be read as a model."""
+
+
+class TokenizerError(MultiloraError):
+    """The tokenizer's files, or a chat template, cannot be used."""
+
+
+class AdapterError(MultiloraError):
+    """Something about an adapter is wrong."""
+
+
+class AdapterNotFound(AdapterError, KeyError):  # noqa: N818 - reads as the fact it states
+    """No adapter of that name is loaded."""
+
+    def __str__(self) -> str:  # KeyError would print the repr of its argument
+        return str(self.args[0]) if self.args else ""
+
+
+class AdapterInvalid(AdapterError, ValueError):  # noqa: N818
+    """The adapter's files are malformed, or use a feature that multilora refuses."""
+
+
+class AdapterTooLarge(AdapterError):  # noqa: N818
+    """The adapter needs more rank pages than the engine was started with."""
+
+
+class RequestError(MultiloraError, ValueError):
+    """The request is wrong."""
+
+
+class CapacityError(MultiloraError):
+    """The request could never fit this engine."""

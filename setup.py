@@ -1,0 +1,30 @@
+"""Only what pyproject.toml cannot say: the optional C++ library.
+
+MULTILORA_BUILD_CPP: "" builds it if a compiler works, "0" leaves it out, "1" fails without it.
+"""
+
+import os
+
+from setuptools import Extension, setup
+
+CHOICES = ("", "0", "1")
+
+wish = os.environ.get("MULTILORA_BUILD_CPP", "")
+if wish not in CHOICES:
+    raise SystemExit(f"MULTILORA_BUILD_CPP must be empty, 0 or 1, not {wish!r}")
+
+cpu = Extension(
+    "multilora_kernels._cpu",
+    sources=["csrc/abi.cpp", "csrc/token_mask.cpp"],
+    depends=["csrc/cpu_ops.h"],
+    # No -ffast-math: results are bit-exact. No -march=native: a wheel serves every x86-64 or arm64.
+    extra_compile_args=["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"],
+    extra_link_args=["-fopenmp"],
+    py_limited_api=True,  # it uses no Python at all: one file serves every version
+    optional=wish != "1",
+)
+
+setup(
+    ext_modules=[] if wish == "0" else [cpu],
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

@@ -1,0 +1,107 @@
+"""What every test has: the packages (installed or not), a fixed seed, and poisoned memory."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = {"multilora_kernels": ROOT / "kernels", "multilora": ROOT / "multilora"}
+
+
+def _load_from_checkout(package: str, folder: Path) -> None:
+    """Loads `folder` as `package`, unless that package is installed.
+
+    So a bare checkout runs its tests. The checkout itself stays off `sys.path`: there its folder
+    `kernels` would hide the package `kernels` on PyPI, which transformers looks for.
+    """
+    if importlib.util.find_spec(package) is not None:
+        return
+    spec = importlib.util.spec_from_file_location(
+        package, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[package] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+
+for _package, _folder in FOLDERS.items():
+    _load_from_checkout(_package, _folder)
+
+import pytest  # noqa: E402 - the two packages come first
+import torch  # noqa: E402
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+try:
+    from hypothesis import settings
+except ImportError:  # a machine that has only torch and pytest still runs the other tests
+    pass
+else:
+    # No deadline: a busy machine is no failure. In CI the examples are the same in every run.
+    settings.register_profile("multilora", deadline=None, derandomize="CI" in os.environ)
+    settings.load_profile("multilora")
+
+
+@pytest.fixture(scope="session")
+def run_python(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """`run_python(code, NAME=value)`: what `code` prints in a new interpreter.
+
+    It finds the packages that this process found, and sees the environment plus NAME=value.
+    """
+    folder = tmp_path_factory.mktemp("packages")
+    for package in FOLDERS:
+        spec = importlib.util.find_spec(package)
+        assert spec is not None
+        assert spec.origin is not None
+        (folder / package).symlink_to(Path(spec.origin).parent)
+
+    def run(code: str, **env: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=folder,  # which `-c` puts on the path
+            env={**os.environ, **env},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _poison() -> Iterator[None]:
+    """Fills what our packages get from `torch.empty` with NaN, so that an unwritten value shows."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("empty", "empty_like", "empty_strided"):
+            patch.setattr(torch, name, _poisoned(getattr(torch, name)))
+        yield
+
+
+def _poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        made = make(*args, **kwargs)
+        if torch.compiler.is_compiling():  # the compiler cannot look at the caller
+            return made
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.partition(".")[0] not in ("multilora", "multilora_kernels"):
+            return made
+        with torch.no_grad():
+            if made.dtype.is_floating_point or made.dtype.is_complex:
+                return made.fill_(float("nan"))
+            return made.fill_(True if made.dtype == torch.bool else torch.iinfo(made.dtype).max)
+
+    return poisoned

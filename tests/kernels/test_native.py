@@ -1,0 +1,159 @@
+"""The C++ library: how it is found and refused, its signatures, and its functions."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from multilora_kernels import native
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ROOT = Path(__file__).resolve().parents[2]
+
+needs_cpp = pytest.mark.skipif(not native.HAS_CPP, reason="the C++ library is not built")
+
+
+# The header ---------------------------------------------------------------------------------------
+
+
+def header() -> str:
+    return re.sub(r"//.*", "", (ROOT / "csrc" / "cpu_ops.h").read_text(encoding="utf-8"))
+
+
+def declared_functions() -> dict[str, tuple[str, list[str]]]:
+    """Function name -> (return type, argument types), as cpu_ops.h declares them."""
+    found = re.findall(r"MULTILORA_API\s+(\w+)\s+(\w+)\(([^)]*)\);", header())
+    return {
+        name: (returns, [re.sub(r"\s*\w+$", "", " ".join(a.split())) for a in args.split(",")])
+        for returns, name, args in found
+    }
+
+
+def test_the_signature_table_matches_the_header() -> None:
+    kinds = {
+        "int32_t": ctypes.c_int32,
+        "int64_t": ctypes.c_int64,
+        "float": ctypes.c_float,
+        "double": ctypes.c_double,
+    }
+    declared = declared_functions()
+    assert declared.pop("multilora_abi_version") == ("int32_t", [""])
+    assert {returns for returns, _ in declared.values()} == {"void"}
+    table = {
+        name: tuple(ctypes.c_void_p if a.endswith("*") else kinds[a] for a in args)
+        for name, (_, args) in declared.items()
+    }
+    assert table == native.SIGNATURES
+
+
+def test_the_header_and_the_loader_agree_on_version_and_dtypes() -> None:
+    text = header()
+    assert f"#define MULTILORA_ABI_VERSION {native.ABI_VERSION}\n" in text
+    codes = {name: int(code) for name, code in re.findall(r"MULTILORA_(B?F\d+) = (\d)", text)}
+    named = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    assert {named[name]: code for name, code in codes.items()} == native.DTYPE_CODES
+
+
+# Loading ------------------------------------------------------------------------------------------
+
+
+def test_a_folder_without_a_library_has_none(tmp_path: Path) -> None:
+    assert native.find(tmp_path) is None
+
+
+def test_a_file_that_is_no_library_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "_cpu.abi3.so"
+    path.write_bytes(b"not a library")
+    assert native.find(tmp_path) == path
+    assert native.load(path) is None
+    assert "running without C++" in caplog.text
+
+
+def test_a_library_of_another_abi_version_is_refused_with_the_cure(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    source, path = tmp_path / "stale.c", tmp_path / "_cpu.abi3.so"
+    source.write_text("int multilora_abi_version(void) { return 9999; }\n")
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", str(path), str(source)], check=True)
+    assert native.load(path) is None
+    assert "ABI version 9999" in caplog.text
+    assert "Delete the file and install multilora again" in caplog.text
+
+
+@needs_cpp
+def test_the_environment_can_switch_it_off(run_python: Callable[..., str]) -> None:
+    code = "from multilora_kernels import native; print(native.HAS_CPP, native.LIB)"
+    assert run_python(code, MULTILORA_DISABLE_CPP="1").split() == ["False", "None"]
+
+
+@needs_cpp
+def test_the_process_has_one_openmp(run_python: Callable[..., str]) -> None:
+    """Two copies of libgomp would be two thread pools on the same cores."""
+    assert native.PATH is not None
+    maps = run_python(
+        "from multilora_kernels import native\n"
+        "import torch\n"
+        "torch.ones(1000, 1000).sum()  # starts torch's threads\n"
+        "print(open('/proc/self/maps').read())"
+    )
+    assert str(native.PATH.resolve()) in maps
+    assert len(set(re.findall(r"/\S*lib[gi]?omp\S*\.so\S*", maps))) == 1
+
+
+# apply_token_mask ---------------------------------------------------------------------------------
+
+
+def apply_token_mask(
+    logits: torch.Tensor,  # [rows, vocab]
+    bitmask: torch.Tensor,  # int32 [rows, ceil(vocab / 32)]
+) -> None:
+    assert native.LIB is not None
+    native.LIB.apply_token_mask(
+        logits.data_ptr(),
+        logits.stride(0),
+        native.DTYPE_CODES[logits.dtype],
+        bitmask.data_ptr(),
+        bitmask.stride(0),
+        *logits.shape,
+        torch.get_num_threads(),
+    )
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", native.DTYPE_CODES, ids=str)
+@pytest.mark.parametrize("vocab", [1, 31, 32, 33, 1000])
+@pytest.mark.parametrize("rows", [0, 1, 7])
+def test_token_mask_sets_minus_infinity_exactly_where_the_bit_is_0(
+    rows: int, vocab: int, dtype: torch.dtype
+) -> None:
+    words = (vocab + 31) // 32
+    logits = torch.randn(rows, vocab + 5).to(dtype)[:, :vocab]  # rows are not contiguous
+    bitmask = torch.randint(-(2**31), 2**31, (rows, words + 2), dtype=torch.int32)[:, 1 : words + 1]
+    bitmask[:, ::3] = -1  # whole words allowed
+    bits = torch.arange(vocab)
+    allowed = (bitmask[:, bits // 32] >> (bits % 32) & 1).bool()
+    want = logits.masked_fill(~allowed, float("-inf"))
+    apply_token_mask(logits, bitmask)
+    assert torch.equal(logits, want)
+
+
+@needs_cpp
+def test_token_mask_writes_nothing_outside_the_vocabulary() -> None:
+    whole = torch.zeros(3, 40)
+    apply_token_mask(whole[:, :33], torch.zeros(3, 2, dtype=torch.int32))
+    assert whole[:, :33].eq(float("-inf")).all()
+    assert whole[:, 33:].eq(0).all()
