@@ -37,18 +37,18 @@ class AdapterError(MultiloraError):
     """Something about an adapter is wrong."""
 
 
-class AdapterNotFound(AdapterError, KeyError):  # noqa: N818 - reads as the fact it states
+class AdapterNotFound(AdapterError, KeyError):
     """No adapter of that name is loaded."""
 
     def __str__(self) -> str:  # KeyError would print the repr of its argument
         return str(self.args[0]) if self.args else ""
 
 
-class AdapterInvalid(AdapterError, ValueError):  # noqa: N818
+class AdapterInvalid(AdapterError, ValueError):
     """The adapter's files are malformed, or use a feature that multilora refuses."""
 
 
-class AdapterTooLarge(AdapterError):  # noqa: N818
+class AdapterTooLarge(AdapterError):
     """The adapter needs more rank pages than the engine was started with."""
 
 

@@ -74,7 +74,9 @@ def sites_of(config: ModelConfig) -> dict[str, Site]:
             layers,
         ),
         Site("o", "self_attn", (Slice("o_proj", hidden),), q, layers),
-        Site("gate_up", "mlp", (Slice("gate_proj", inter), Slice("up_proj", inter)), hidden, layers),
+        Site(
+            "gate_up", "mlp", (Slice("gate_proj", inter), Slice("up_proj", inter)), hidden, layers
+        ),
         Site("down", "mlp", (Slice("down_proj", hidden),), inter, layers),
         Site("lm_head", "", (Slice("lm_head", config.vocab_size),), hidden, 1),
     )

@@ -26,7 +26,6 @@ FLOORS = {
     "multilora.config": 1,
     "multilora.sites": 1,
     "multilora.request": 1,
-    "multilora.metrics": 1,
     # at rest
     "multilora.adapters": 2,
     "multilora.adapters.files": 2,
@@ -53,11 +52,13 @@ FLOORS = {
     "multilora.models": 4,
     "multilora.models.*": 4,
     # decide, compute
+    "multilora.plan": 5,
     "multilora.policies": 5,
     "multilora.scheduler": 5,
     "multilora.sampler": 5,
     "multilora.runner": 5,
     # engine
+    "multilora.answers": 6,
     "multilora.engine": 6,
     # doors
     "multilora.llm": 7,

@@ -1,0 +1,44 @@
+"""Segmented-gather LoRA (SGMV, BGMV), paged attention and what goes with them, as torch ops.
+
+Knows tensors, not adapters, requests or models. The meaning of each op is in `reference`.
+"""
+
+from __future__ import annotations
+
+from . import reference
+from .native import HAS_CPP
+from .ops import (
+    apply_token_mask_,
+    linear,
+    lora_,
+    lora_embed_,
+    lora_expand_,
+    lora_head_,
+    lora_shrink,
+    paged_attention,
+    rms_norm,
+    rope_store_kv_,
+    silu_mul,
+)
+from .tiles import DECODE_TILE, PREFILL_TILE, Table, Tiles, make_tiles
+
+__all__ = [
+    "DECODE_TILE",
+    "HAS_CPP",
+    "PREFILL_TILE",
+    "Table",
+    "Tiles",
+    "apply_token_mask_",
+    "linear",
+    "lora_",
+    "lora_embed_",
+    "lora_expand_",
+    "lora_head_",
+    "lora_shrink",
+    "make_tiles",
+    "paged_attention",
+    "reference",
+    "rms_norm",
+    "rope_store_kv_",
+    "silu_mul",
+]

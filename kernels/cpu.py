@@ -1,0 +1,294 @@
+"""The ops on CPU in vectorised torch, and in C++ where the library was built.
+
+Every row's bits depend on that row alone, for one machine, build and thread count. What breaks that
+in torch, as measured (AVX2, torch 2.13): GEMMs of few rows choose other kernels (so rows come padded
+to 16), `exp` and `silu` treat the tail of a flat buffer and the borders between threads by other
+code (so `_flat` feeds them whole vectors below the size at which torch splits work), and a product
+with 8 rank rows differs from the same rows inside 64 (so LoRA goes page by page).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import reference
+from .tiles import Table, Tiles
+
+ROWS = 16
+KV_TILE = 64
+_SERIAL = 32_768  # elements below which torch's elementwise ops use one thread
+
+
+def _pad(count: int) -> int:
+    return -(-count // ROWS) * ROWS
+
+
+def _flat(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """An elementwise function, each element by the same vector code wherever it stands in `x`."""
+    flat = x.reshape(-1)
+    tail = -flat.numel() % ROWS
+    if tail:
+        flat = F.pad(flat, (0, tail))
+    parts = [function(part) for part in flat.split(_SERIAL)]
+    joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return joined[: x.numel()].view(x.shape)
+
+
+def silu_mul(x: Tensor) -> Tensor:
+    """See `reference.silu_mul`."""
+    gate, up = x.chunk(2, -1)
+    return _flat(F.silu, gate.float()).to(x.dtype).mul_(up)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor:
+    """See `reference.rms_norm`. Square roots and quotients are exact in any code path."""
+    if residual is not None:
+        residual.add_(x)
+        x = residual
+    h = x.float()
+    variance = h.square().mean(-1, keepdim=True)
+    return weight * (h / (variance + eps).sqrt()).to(x.dtype)
+
+
+def rope_store_kv_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    kv_slots: Tensor,
+    k_blocks: Tensor,
+    v_blocks: Tensor,
+) -> None:
+    """See `reference.rope_store_kv_`: sums and products only, exact in any code path."""
+    reference.rope_store_kv_(q, k, v, cos, sin, positions, kv_slots, k_blocks, v_blocks)
+
+
+def paged_attention(
+    q: Tensor,
+    k_blocks: Tensor,
+    v_blocks: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_starts: Tensor,
+    scale: float,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> Tensor:
+    """See `reference.paged_attention`: sequences with as many query rows are computed together."""
+    out = torch.zeros_like(q)
+    starts = query_starts.tolist()
+    groups: dict[int, list[int]] = {}
+    for i in range(len(seq_lens)):
+        groups.setdefault(starts[i + 1] - starts[i], []).append(i)
+    for count, members in groups.items():
+        if count == 0:
+            continue
+        # One long prompt at a time; single-token rows all together.
+        batches = [members] if count == 1 else [[i] for i in members]
+        for batch in batches:
+            rows = torch.tensor([range(starts[i], starts[i + 1]) for i in batch])
+            index = torch.tensor(batch)
+            found = _attend(
+                q[rows],
+                k_blocks,
+                v_blocks,
+                block_table[index],
+                seq_lens[index],
+                scale,
+                k_scale,
+                v_scale,
+            )
+            out[rows] = found
+    return out
+
+
+def _attend(
+    q: Tensor,  # [seqs, queries, heads, head_dim]
+    k_blocks: Tensor,
+    v_blocks: Tensor,
+    block_table: Tensor,  # [seqs, max_blocks]
+    seq_lens: Tensor,  # [seqs]
+    scale: float,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> Tensor:  # [seqs, queries, heads, head_dim]
+    """Online softmax over KV tiles at fixed positions, query rows padded to 16."""
+    seqs, queries, heads, dim = q.shape
+    block_size, kv_heads = k_blocks.shape[1:3]
+    group = heads // kv_heads
+    rows = queries * group
+    # [seqs, kv_heads, rows, dim]: the query heads that share a KV head, query-major.
+    x = (
+        q.reshape(seqs, queries, kv_heads, group, dim)
+        .permute(0, 2, 1, 3, 4)
+        .reshape(seqs, kv_heads, rows, dim)
+    )
+    x = F.pad(x.float() * scale, (0, 0, 0, _pad(rows) - rows)).reshape(seqs * kv_heads, -1, dim)
+    last = (seq_lens.long()[:, None] - queries + torch.arange(queries)).repeat_interleave(group, 1)
+    last = F.pad(last, (0, _pad(rows) - rows))[
+        :, None, :, None
+    ]  # last visible position of each row
+    shape = (seqs, kv_heads, x.shape[1], 1)
+    top = torch.full(shape, -1e30)
+    total = torch.zeros(shape)
+    acc = torch.zeros(*shape[:3], dim)
+    longest = int(seq_lens.max())
+    for start in range(0, longest, KV_TILE):
+        positions = torch.arange(start, start + KV_TILE)
+        block = (positions // block_size).clamp_(max=block_table.shape[1] - 1)
+        blocks = block_table[:, block].long().clamp_(min=0)  # [seqs, tile]
+        live = positions < seq_lens[:, None]
+        k = _tile(k_blocks, blocks, positions % block_size, live, k_scale)
+        v = _tile(v_blocks, blocks, positions % block_size, live, v_scale)
+        scores = torch.bmm(x, k.transpose(1, 2)).view(*shape[:3], KV_TILE)
+        scores = scores.masked_fill_(positions > last, float("-inf"))
+        higher = torch.maximum(top, scores.amax(-1, keepdim=True))
+        keep = _flat(torch.exp, top - higher)
+        weights = _flat(torch.exp, scores - higher)
+        total = total * keep + weights.sum(-1, keepdim=True)
+        acc = acc * keep + torch.bmm(weights.flatten(0, 1), v).view_as(acc)
+        top = higher
+    found = (acc / total)[:, :, :rows].reshape(seqs, kv_heads, queries, group, dim)
+    return found.permute(0, 2, 1, 3, 4).reshape(seqs, queries, heads, dim).to(q.dtype)
+
+
+def _tile(
+    pages: Tensor, blocks: Tensor, offsets: Tensor, live: Tensor, scale: Tensor | None
+) -> Tensor:
+    """One KV tile as fp32 [seqs * kv_heads, tile, head_dim], zero where a sequence has ended."""
+    tile = pages[blocks, offsets].float()  # [seqs, tile, kv_heads, head_dim]
+    if scale is not None:
+        tile = tile * scale[:, None]
+    tile = torch.where(live[..., None, None], tile, 0.0)
+    return tile.transpose(1, 2).flatten(0, 1)
+
+
+def lora_shrink(x: Tensor, a_pages: Tensor, table: Table, tiles: Tiles, split_k: int) -> Tensor:
+    """See `reference.lora_shrink`; the stages apart are for tests and benches."""
+    return reference.lora_shrink(x, a_pages, table, tiles, split_k)
+
+
+def lora_expand_(
+    y: Tensor,
+    planes: Tensor,
+    b_pages: Tensor,
+    table: Table,
+    tiles: Tiles,
+    slice_starts: Sequence[int],
+) -> None:
+    """See `reference.lora_expand_`."""
+    reference.lora_expand_(y, planes, b_pages, table, tiles, slice_starts)
+
+
+class _Batch:
+    """The tiles of a call as padded row blocks: tile i is rows[i], 16 or a multiple of it."""
+
+    def __init__(self, tiles: Tiles, table: Table) -> None:
+        count = int(tiles.num_tiles)
+        lens = tiles.lens[:count].long()
+        width = _pad(int(lens.max())) if count else ROWS
+        lane = torch.arange(width)
+        self.real = lane < lens[:, None]  # [tiles, width]
+        self.rows = torch.where(self.real, tiles.starts[:count].long()[:, None] + lane, 0)
+        self.slots = tiles.slots[:count].long()
+        self.pages = table.num_pages[self.slots]
+
+    def spread(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """Rows of x as [chosen tiles, width, ...]; padding rows repeat row 0 and are dropped later."""
+        return x[self.rows[chosen]]
+
+
+def lora_(
+    y: Tensor,
+    x: Tensor,
+    a_pages: Tensor,
+    b_pages: Tensor,
+    table: Table,
+    tiles: Tiles,
+    slice_starts: Sequence[int],
+) -> None:
+    """See `reference.lora_`: one pass for each page ordinal, all tiles that have such a page at once."""
+    batch = _Batch(tiles, table)
+
+    def shrink(chosen: Tensor, page_ids: Tensor) -> Tensor:
+        a = a_pages[page_ids].flatten(1, 2).float()  # [tiles, slices * 8, in]
+        return torch.bmm(batch.spread(x, chosen).float(), a.transpose(1, 2))
+
+    _expand(y, b_pages, table, batch, slice_starts, shrink)
+
+
+def lora_embed_(
+    y: Tensor, ids: Tensor, a_pages: Tensor, b_pages: Tensor, table: Table, tiles: Tiles
+) -> None:
+    """See `reference.lora_embed_`."""
+    batch = _Batch(tiles, table)
+
+    def shrink(chosen: Tensor, page_ids: Tensor) -> Tensor:
+        return a_pages[page_ids[:, None], ids[batch.rows[chosen]]].float()
+
+    _expand(y, b_pages, table, batch, (0, y.shape[1]), shrink)
+
+
+def _expand(
+    y: Tensor,
+    b_pages: Tensor,
+    table: Table,
+    batch: _Batch,
+    slice_starts: Sequence[int],
+    shrink: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    if not len(batch.slots):
+        return
+    total = y[batch.rows].float()  # [tiles, width, out]
+    scale_rows = None if table.scale_row is None else table.scale_row[batch.slots]
+    if scale_rows is not None and table.scale is not None:
+        scale = table.scale[scale_rows.clamp(min=0).long()].float()
+        total = torch.where((scale_rows >= 0)[:, None, None], total * scale[:, None], total)
+    for p in range(int(batch.pages.max())):
+        chosen = (batch.pages > p).nonzero()[:, 0]
+        slots = batch.slots[chosen]
+        page_ids = table.page_ids[slots, p].long()
+        u = shrink(chosen, page_ids) * table.page_weights[slots, p][:, None, None]
+        u = u.to(b_pages.dtype).float().unflatten(-1, (-1, reference.PAGE))
+        b = b_pages[page_ids].float()
+        everything = len(chosen) == len(total)
+        for s, (first, last) in enumerate(zip(slice_starts[:-1], slice_starts[1:], strict=True)):
+            delta = torch.bmm(u[:, :, s], b[:, :, first:last])
+            if everything:
+                total[..., first:last] += delta
+            else:
+                total[chosen, :, first:last] += delta
+    if scale_rows is not None and table.bias is not None:
+        bias = table.bias[scale_rows.clamp(min=0).long()].float()
+        total = torch.where((scale_rows >= 0)[:, None, None], total + bias[:, None], total)
+    y[batch.rows[batch.real]] = total[batch.real].to(y.dtype)
+
+
+def apply_token_mask_(logits: Tensor, mask: Tensor) -> None:
+    """See `reference.apply_token_mask_`."""
+    from . import native
+
+    code = native.DTYPE_CODES.get(logits.dtype)
+    if native.LIB is None or code is None or logits.stride(-1) != 1 or mask.stride(-1) != 1:
+        return reference.apply_token_mask_(logits, mask)
+    native.LIB.apply_token_mask(
+        logits.data_ptr(), logits.stride(0), code, mask.data_ptr(), mask.stride(0),
+        *logits.shape, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def linear(x: Tensor, weight: Tensor, weight_scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """See `reference.linear`. The caller pads rows to a multiple of 16."""
+    if weight_scale is not None:
+        groups = weight_scale.shape[1]
+        weight = (
+            weight.to(x.dtype).unflatten(1, (groups, -1)) * weight_scale[..., None].to(x.dtype)
+        ).flatten(1)
+    y = F.linear(x, weight)
+    return y if bias is None else y.add_(bias)

@@ -1,0 +1,250 @@
+"""The public ops: schemas, checked wrappers, and what each device does. The dispatcher is torch's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import cpu
+from .library import define, implement
+from .tiles import Table, Tiles
+
+_TABLE = "Tensor page_ids, Tensor page_weights, Tensor num_pages, Tensor? scale_row, Tensor? scale, Tensor? bias"
+_TILES = "Tensor tile_slots, Tensor tile_starts, Tensor tile_lens, Tensor num_tiles"
+_SHRINK = define(
+    f"lora_shrink(Tensor x, Tensor a_pages, {_TABLE}, {_TILES}, int split_k) -> Tensor"
+)
+_EXPAND = define(
+    f"lora_expand_(Tensor(a!) y, Tensor planes, Tensor b_pages, {_TABLE}, {_TILES}, int[] slice_starts) -> ()"
+)
+_LORA = define(
+    f"lora_(Tensor(a!) y, Tensor x, Tensor a_pages, Tensor b_pages, {_TABLE}, {_TILES}, int[] slice_starts) -> ()"
+)
+_EMBED = define(
+    f"lora_embed_(Tensor(a!) y, Tensor ids, Tensor a_pages, Tensor b_pages, {_TABLE}, {_TILES}) -> ()"
+)
+_ATTENTION = define(
+    "paged_attention(Tensor q, Tensor k_blocks, Tensor v_blocks, Tensor block_table, Tensor seq_lens, "
+    "Tensor query_starts, float scale, int max_query_len, int max_seq_len, Tensor? k_scale, Tensor? v_scale) "
+    "-> Tensor"
+)
+_ROPE = define(
+    "rope_store_kv_(Tensor(a!) q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor positions, "
+    "Tensor kv_slots, Tensor(b!) k_blocks, Tensor(c!) v_blocks) -> ()"
+)
+_NORM = define("rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!)? residual) -> Tensor")
+_SILU = define("silu_mul(Tensor x) -> Tensor")
+_MASK = define("apply_token_mask_(Tensor(a!) logits, Tensor mask) -> ()")
+_LINEAR = define("linear(Tensor x, Tensor weight, Tensor? weight_scale, Tensor? bias) -> Tensor")
+
+
+def lora_shrink(x: Tensor, a_pages: Tensor, table: Table, tiles: Tiles, split_k: int = 1) -> Tensor:
+    """The first stage of `lora_`, x into rank space: fp32 [split_k, tokens, slices * max_pages * 8].
+
+    x [tokens, in]; a_pages [pages, slices, 8, in]. Entries beyond a row's own pages are undefined.
+    """
+    _check(
+        x.dim() == 2 and a_pages.dim() == 4,
+        "x must be [tokens, in], a_pages [pages, slices, 8, in]",
+    )
+    _check(
+        x.shape[1] == a_pages.shape[3], f"x has {x.shape[1]} columns, a_pages {a_pages.shape[3]}"
+    )
+    _check(1 <= split_k <= max(x.shape[1], 1), f"split_k {split_k} is not within 1..{x.shape[1]}")
+    return _SHRINK(x, a_pages, *table, *tiles, split_k)
+
+
+def lora_expand_(
+    y: Tensor,
+    planes: Tensor,
+    b_pages: Tensor,
+    table: Table,
+    tiles: Tiles,
+    slice_starts: Sequence[int],
+) -> None:
+    """The second stage of `lora_`: planes summed in order, expanded, added to y with one rounding."""
+    _check_out(y, b_pages, slice_starts)
+    _EXPAND(y, planes, b_pages, *table, *tiles, list(slice_starts))
+
+
+def lora_(
+    y: Tensor,  # [tokens, out], changed in place
+    x: Tensor,  # [tokens, in]
+    a_pages: Tensor,  # [pages, slices, 8, in]
+    b_pages: Tensor,  # [pages, 8, out]
+    table: Table,
+    tiles: Tiles,
+    slice_starts: Sequence[int],
+) -> None:
+    """Adds to each row of `y` the low-rank delta of that row's slot; base rows stay untouched.
+
+    `y[t] = round(c * y[t] + sum_p B[p]^T (w_p * A[p] x[t]) + bias)` over the pages p of t's slot, in
+    table order, in fp32. Pages may have any stride(0). Raises ValueError for shapes that disagree.
+    """
+    _check_out(y, b_pages, slice_starts)
+    _check(x.dim() == 2 and len(x) == len(y), "x and y must have as many rows")
+    _check(
+        x.shape[1] == a_pages.shape[3], f"x has {x.shape[1]} columns, a_pages {a_pages.shape[3]}"
+    )
+    _check(
+        a_pages.shape[1] == len(slice_starts) - 1, "a_pages and slice_starts disagree on the slices"
+    )
+    _LORA(y, x, a_pages, b_pages, *table, *tiles, list(slice_starts))
+
+
+def lora_embed_(
+    y: Tensor, ids: Tensor, a_pages: Tensor, b_pages: Tensor, table: Table, tiles: Tiles
+) -> None:
+    """`lora_` for an embedding: a_pages [pages, vocab, 8], ids int64 [tokens] choose the column of A."""
+    _check_out(y, b_pages, (0, y.shape[1]))
+    _check(ids.shape == y.shape[:1], "ids and y must have as many rows")
+    _EMBED(y, ids, a_pages, b_pages, *table, *tiles)
+
+
+def lora_head_(
+    y: Tensor, x: Tensor, a_pages: Tensor, b_pages: Tensor, table: Table, tiles: Tiles
+) -> None:
+    """`lora_` on logits y [rows, vocab] of hidden rows x [rows, hidden], with tiles over those rows."""
+    lora_(y, x, a_pages, b_pages, table, tiles, (0, y.shape[1]))
+
+
+def paged_attention(
+    q: Tensor,  # [tokens, heads, head_dim]
+    k_blocks: Tensor,  # [blocks, block_size, kv_heads, head_dim]
+    v_blocks: Tensor,
+    block_table: Tensor,  # int32 [seqs, max_blocks]
+    seq_lens: Tensor,  # int32 [seqs], this step's tokens included
+    query_starts: Tensor,  # int32 [seqs + 1]
+    *,
+    scale: float,
+    max_query_len: int,
+    max_seq_len: int,
+    k_scale: Tensor | None = None,  # fp32 [kv_heads]
+    v_scale: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:  # [tokens, heads, head_dim]
+    """Causal attention over KV pages, one op for prompt chunks and single tokens.
+
+    A sequence's query rows are the last of its `seq_lens` tokens. Rows of no sequence become 0.
+    """
+    _check(
+        q.dim() == 3 and k_blocks.dim() == 4, "q must be [tokens, heads, dim], pages 4-dimensional"
+    )
+    _check(k_blocks.shape == v_blocks.shape, "k_blocks and v_blocks must have one shape")
+    _check(q.shape[1] % k_blocks.shape[2] == 0, "query heads must be a multiple of KV heads")
+    found = _ATTENTION(
+        q, k_blocks, v_blocks, block_table, seq_lens, query_starts, scale,
+        max_query_len, max_seq_len, k_scale, v_scale,
+    )  # fmt: skip
+    return found if out is None else out.copy_(found)
+
+
+def rope_store_kv_(
+    q: Tensor,  # [tokens, heads, head_dim], rotated in place
+    k: Tensor,  # [tokens, kv_heads, head_dim]
+    v: Tensor,
+    cos: Tensor,  # fp32 [positions, head_dim / 2]
+    sin: Tensor,
+    positions: Tensor,  # int64 [tokens]
+    kv_slots: Tensor,  # int64 [tokens], block * block_size + offset, -1 = do not store
+    k_blocks: Tensor,  # [blocks, block_size, kv_heads, head_dim], written in place
+    v_blocks: Tensor,
+) -> None:
+    """Rotates q and k by position (half against half) and stores k and v in their pages."""
+    _check(cos.shape[1] * 2 == q.shape[2], "cos and sin must have head_dim / 2 columns")
+    _ROPE(q, k, v, cos, sin, positions, kv_slots, k_blocks, v_blocks)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    """RMS norm of x [tokens, hidden]; with `residual`, of `residual += x`, which changes in place."""
+    _check(x.shape[-1:] == weight.shape, "weight must have as many elements as x has columns")
+    return _NORM(x, weight, eps, residual)
+
+
+def silu_mul(x: Tensor) -> Tensor:
+    """`silu(gate) * up` of x = [gate | up], [tokens, 2 * inter] -> [tokens, inter]."""
+    _check(x.shape[-1] % 2 == 0, "x must have an even number of columns")
+    return _SILU(x)
+
+
+def apply_token_mask_(logits: Tensor, mask: Tensor) -> None:
+    """Sets forbidden logits [rows, vocab] to -inf; mask int32 [rows, ceil(vocab / 32)], bit = allowed."""
+    _check(mask.dtype == torch.int32, "mask must be int32")
+    _check(
+        mask.shape == (len(logits), -(-logits.shape[1] // 32)),
+        "mask must be [rows, ceil(vocab / 32)]",
+    )
+    _MASK(logits, mask)
+
+
+def linear(
+    x: Tensor, weight: Tensor, weight_scale: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """`x @ weight.T + bias`; an int8 weight [out, in] has weight_scale [out, groups]."""
+    _check(x.shape[-1] == weight.shape[1], f"x has {x.shape[-1]} columns, weight {weight.shape[1]}")
+    return _LINEAR(x, weight, weight_scale, bias)
+
+
+def _check(condition: bool, text: str) -> None:
+    if not condition:
+        raise ValueError(text)
+
+
+def _check_out(y: Tensor, b_pages: Tensor, slice_starts: Sequence[int]) -> None:
+    _check(y.dim() == 2 and b_pages.dim() == 3, "y must be [tokens, out], b_pages [pages, 8, out]")
+    _check(
+        y.shape[1] == b_pages.shape[2], f"y has {y.shape[1]} columns, b_pages {b_pages.shape[2]}"
+    )
+    _check(
+        slice_starts[0] == 0 and slice_starts[-1] == y.shape[1],
+        "slice_starts must span y's columns",
+    )
+
+
+# What torch.ops call: the NamedTuples arrive as their tensors, 6 of a table and 4 of tiles.
+
+implement(
+    "lora_shrink",
+    "CPU",
+    lambda x, a, *r: cpu.lora_shrink(x, a, Table(*r[:6]), Tiles(*r[6:10]), r[10]),
+)
+implement(
+    "lora_expand_",
+    "CPU",
+    lambda y, planes, b, *r: cpu.lora_expand_(y, planes, b, Table(*r[:6]), Tiles(*r[6:10]), r[10]),
+)
+implement(
+    "lora_",
+    "CPU",
+    lambda y, x, a, b, *r: cpu.lora_(y, x, a, b, Table(*r[:6]), Tiles(*r[6:10]), r[10]),
+)
+implement(
+    "lora_embed_",
+    "CPU",
+    lambda y, ids, a, b, *r: cpu.lora_embed_(y, ids, a, b, Table(*r[:6]), Tiles(*r[6:10])),
+)
+implement(
+    "paged_attention",
+    "CPU",
+    lambda q, k, v, table, lens, starts, scale, _queries, _longest, ks, vs: cpu.paged_attention(
+        q, k, v, table, lens, starts, scale, ks, vs
+    ),
+)
+for _name in ("rope_store_kv_", "rms_norm", "silu_mul", "apply_token_mask_", "linear"):
+    implement(_name, "CPU", getattr(cpu, _name))
+
+
+def _meta_shrink(x: Tensor, a_pages: Tensor, page_ids: Tensor, *rest: object) -> Tensor:
+    columns = a_pages.shape[1] * page_ids.shape[1] * 8
+    return x.new_empty((rest[-1], len(x), columns), dtype=torch.float32)
+
+
+implement("lora_shrink", "Meta", _meta_shrink)
+implement("paged_attention", "Meta", lambda q, *_: torch.empty_like(q))
+implement("rms_norm", "Meta", lambda x, *_: torch.empty_like(x))
+implement("silu_mul", "Meta", lambda x: x.new_empty((*x.shape[:-1], x.shape[-1] // 2)))
+implement("linear", "Meta", lambda x, weight, *_: x.new_empty((*x.shape[:-1], len(weight))))
+for _name in ("lora_expand_", "lora_", "lora_embed_", "rope_store_kv_", "apply_token_mask_"):
+    implement(_name, "Meta", lambda *_: None)

@@ -1,0 +1,214 @@
+"""What every op means, in plain torch: slow on purpose, right by reading.
+
+Sums run in float32, or in float64 when the inputs are float64. Nothing here is fast and nothing
+else in the package is the definition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .tiles import Table, Tiles
+
+PAGE = 8
+"""Rank rows in a page."""
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _tiles(tiles: Tiles) -> Iterator[tuple[int, slice]]:
+    for i in range(int(tiles.num_tiles)):
+        start = int(tiles.starts[i])
+        yield int(tiles.slots[i]), slice(start, start + int(tiles.lens[i]))
+
+
+def lora_shrink(
+    x: Tensor,  # [tokens, in]
+    a_pages: Tensor,  # [pages, slices, 8, in]
+    table: Table,
+    tiles: Tiles,
+    split_k: int = 1,
+) -> Tensor:  # [split_k, tokens, slices * max_pages * 8], fp32; undefined beyond a row's pages
+    """`planes.sum(0)[t, s, p] = A[page p of t's slot, s] @ x[t]`: one plane for each part of K."""
+    wide, max_pages, slices = _wide(x), table.page_ids.shape[1], a_pages.shape[1]
+    planes = torch.full((split_k, len(x), slices, max_pages, PAGE), float("nan"), dtype=wide)
+    parts = [part for part in torch.arange(x.shape[1]).tensor_split(split_k)]
+    for slot, rows in _tiles(tiles):
+        for p in range(int(table.num_pages[slot])):
+            a = a_pages[int(table.page_ids[slot, p])].to(wide)  # [slices, 8, in]
+            for k, part in enumerate(parts):
+                planes[k, rows, :, p] = torch.einsum(
+                    "ti,sri->tsr", x[rows][:, part].to(wide), a[..., part]
+                )
+    return planes.reshape(split_k, len(x), -1)
+
+
+def lora_expand_(
+    y: Tensor,  # [tokens, out], changed in place
+    planes: Tensor,  # [split_k, tokens, slices * max_pages * 8]
+    b_pages: Tensor,  # [pages, 8, out]
+    table: Table,
+    tiles: Tiles,
+    slice_starts: Sequence[int],  # [slices + 1], first output column of each slice
+) -> None:
+    """`y[t] = round(scale * y[t] + sum_p B[p]^T (weight_p * u[t, p]) + bias)`, pages in order."""
+    wide, max_pages = _wide(y), table.page_ids.shape[1]
+    u = planes.sum(0).reshape(len(y), len(slice_starts) - 1, max_pages, PAGE)
+    for slot, rows in _tiles(tiles):
+        total = y[rows].to(wide)
+        row = -1 if table.scale_row is None else int(table.scale_row[slot])
+        if row >= 0:
+            assert table.scale is not None
+            total = total * table.scale[row].to(wide)
+        for p in range(int(table.num_pages[slot])):
+            b = b_pages[int(table.page_ids[slot, p])].to(wide)  # [8, out]
+            scaled = (u[rows, :, p] * table.page_weights[slot, p]).to(b_pages.dtype).to(wide)
+            for s, (first, last) in enumerate(
+                zip(slice_starts[:-1], slice_starts[1:], strict=True)
+            ):
+                total[:, first:last] += scaled[:, s] @ b[:, first:last]
+        if row >= 0 and table.bias is not None:
+            total = total + table.bias[row].to(wide)
+        y[rows] = total.to(y.dtype)
+
+
+def lora_(
+    y: Tensor,  # [tokens, out], changed in place
+    x: Tensor,  # [tokens, in]
+    a_pages: Tensor,  # [pages, slices, 8, in]
+    b_pages: Tensor,  # [pages, 8, out]
+    table: Table,
+    tiles: Tiles,
+    slice_starts: Sequence[int],
+) -> None:
+    """Adds to each row of `y` the low-rank delta of that row's slot; rows in no tile stay."""
+    lora_expand_(y, lora_shrink(x, a_pages, table, tiles), b_pages, table, tiles, slice_starts)
+
+
+def lora_embed_(
+    y: Tensor,  # [tokens, hidden], changed in place
+    ids: Tensor,  # int64 [tokens]
+    a_pages: Tensor,  # [pages, vocab, 8]
+    b_pages: Tensor,  # [pages, 8, hidden]
+    table: Table,
+    tiles: Tiles,
+) -> None:
+    """`lora_` for an embedding: A's column of the token stands for `A @ one_hot`."""
+    wide, max_pages = _wide(y), table.page_ids.shape[1]
+    planes = torch.full((1, len(y), max_pages, PAGE), float("nan"), dtype=wide)
+    for slot, rows in _tiles(tiles):
+        for p in range(int(table.num_pages[slot])):
+            planes[0, rows, p] = a_pages[int(table.page_ids[slot, p]), ids[rows]].to(wide)
+    lora_expand_(y, planes.reshape(1, len(y), -1), b_pages, table, tiles, (0, y.shape[1]))
+
+
+def paged_attention(
+    q: Tensor,  # [tokens, heads, head_dim]
+    k_blocks: Tensor,  # [blocks, block_size, kv_heads, head_dim]
+    v_blocks: Tensor,  # [blocks, block_size, kv_heads, head_dim]
+    block_table: Tensor,  # int32 [seqs, max_blocks]
+    seq_lens: Tensor,  # int32 [seqs], tokens in the cache, those of this step included
+    query_starts: Tensor,  # int32 [seqs + 1], first query row of each sequence
+    *,
+    scale: float,
+    k_scale: Tensor | None = None,  # fp32 [kv_heads], of quantised blocks
+    v_scale: Tensor | None = None,
+) -> Tensor:  # [tokens, heads, head_dim]
+    """Causal attention of each sequence's last tokens over its pages; rows of no sequence are 0."""
+    wide, out = _wide(q), torch.zeros_like(q)
+    group = q.shape[1] // k_blocks.shape[2]
+    for i, length in enumerate(seq_lens.tolist()):
+        rows = slice(int(query_starts[i]), int(query_starts[i + 1]))
+        count = rows.stop - rows.start
+        blocks = block_table[i, : -(-length // k_blocks.shape[1])].long()
+        k = k_blocks[blocks].flatten(0, 1)[:length].to(wide)  # [length, kv_heads, head_dim]
+        v = v_blocks[blocks].flatten(0, 1)[:length].to(wide)
+        k = k if k_scale is None else k * k_scale[:, None].to(wide)
+        v = v if v_scale is None else v * v_scale[:, None].to(wide)
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        scores = torch.einsum("qhd,khd->hqk", q[rows].to(wide), k) * scale
+        positions = torch.arange(length - count, length)
+        hidden = torch.arange(length)[None] > positions[:, None]
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        out[rows] = torch.einsum("hqk,khd->qhd", weights, v).to(q.dtype)
+    return out
+
+
+def rope_store_kv_(
+    q: Tensor,  # [tokens, heads, head_dim], rotated in place
+    k: Tensor,  # [tokens, kv_heads, head_dim]
+    v: Tensor,  # [tokens, kv_heads, head_dim]
+    cos: Tensor,  # fp32 [positions, head_dim / 2]
+    sin: Tensor,  # fp32 [positions, head_dim / 2]
+    positions: Tensor,  # int64 [tokens]
+    kv_slots: Tensor,  # int64 [tokens], block * block_size + offset; -1 = do not store
+    k_blocks: Tensor,  # [blocks, block_size, kv_heads, head_dim], written in place
+    v_blocks: Tensor,
+) -> None:
+    """Rotates `q` and `k` by their positions (halves, as Hugging Face) and stores `k`, `v` in pages."""
+    wide, half, size = _wide(q), q.shape[-1] // 2, k_blocks.shape[1]
+    c, s = cos[positions, None].to(wide), sin[positions, None].to(wide)
+
+    def rotate(x: Tensor) -> Tensor:
+        first, second = x[..., :half].to(wide), x[..., half:].to(wide)
+        return torch.cat((first * c - second * s, second * c + first * s), -1).to(x.dtype)
+
+    q.copy_(rotate(q))
+    keep = kv_slots >= 0
+    block, offset = kv_slots[keep] // size, kv_slots[keep] % size
+    k_blocks[block, offset] = rotate(k)[keep].to(k_blocks.dtype)
+    v_blocks[block, offset] = v[keep].to(v_blocks.dtype)
+
+
+def rms_norm(
+    x: Tensor,  # [tokens, hidden]
+    weight: Tensor,  # [hidden]
+    eps: float,
+    residual: Tensor | None = None,  # [tokens, hidden]; += x, and normalised in x's place
+) -> Tensor:  # [tokens, hidden]
+    """`weight * x / sqrt(mean(x^2) + eps)`, the normalised value rounded to x's dtype first."""
+    wide = _wide(x)
+    if residual is not None:
+        residual.add_(x)
+        x = residual
+    h = x.to(wide)
+    h = h / (h.square().mean(-1, keepdim=True) + eps).sqrt()
+    return weight * h.to(x.dtype)
+
+
+def silu_mul(x: Tensor) -> Tensor:  # [tokens, 2 * inter] -> [tokens, inter]
+    """`silu(gate) * up` of a fused `[gate | up]`, silu in float32, rounded before the product."""
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate.to(_wide(x))).to(x.dtype) * up
+
+
+def apply_token_mask_(
+    logits: Tensor,  # [rows, vocab], changed in place
+    mask: Tensor,  # int32 [rows, ceil(vocab / 32)], bit set = allowed
+) -> None:
+    """Sets the logits of forbidden tokens to -inf."""
+    bits = (mask[..., None] >> torch.arange(32, dtype=torch.int32)) & 1
+    logits.masked_fill_(bits.flatten(1)[:, : logits.shape[1]] == 0, float("-inf"))
+
+
+def linear(
+    x: Tensor,  # [tokens, in]
+    weight: Tensor,  # [out, in]; floating, or int8 with weight_scale
+    weight_scale: Tensor | None = None,  # [out, groups], in / groups columns share a scale
+    bias: Tensor | None = None,  # [out]
+) -> Tensor:  # [tokens, out]
+    """`x @ weight.T + bias`, the weight dequantised first."""
+    wide = _wide(x)
+    w = weight.to(wide)
+    if weight_scale is not None:
+        w = (
+            w.unflatten(1, (weight_scale.shape[1], -1)) * weight_scale[..., None].to(wide)
+        ).flatten(1)
+    y = x.to(wide) @ w.T
+    return (y if bias is None else y + bias.to(wide)).to(x.dtype)

@@ -1,0 +1,336 @@
+"""The loaded adapters: names and versions on the host, and which mixes are on the device.
+
+Names lead to digests. A digest stays on the host while a name, a request (`hold`) or a running
+sequence (`pin`) needs it, so that reloading a name never changes a request in flight.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import (
+    AdapterError,
+    AdapterInvalid,
+    AdapterNotFound,
+    AdapterTooLarge,
+    CapacityError,
+    RequestError,
+)
+from .pages import PAGE_ROWS, AdapterTable, PackedSite, Residents, SitePool, pack, pages_for
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import Tensor
+
+    from ..config import EngineConfig
+    from ..request import Mix
+    from ..sites import Site
+    from .format import Adapter
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
+MAX_WEIGHT = torch.finfo(torch.float32).max  # the table's dtype
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterInfo:
+    """What is known of a loaded adapter."""
+
+    name: str
+    digest: str
+    rank: int  # largest of any module
+    num_bytes: int  # of its rank pages
+
+
+@dataclass(frozen=True, slots=True)
+class _Hosted:
+    """One version of an adapter on the host."""
+
+    rank: int
+    packed: Mapping[str, PackedSite]  # by site; sites that it does not target are absent
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(packed.num_bytes for packed in self.packed.values())
+
+
+def mix_identity(mix: Mix) -> bytes:
+    """SHA-256 of the list of digests and weights: 32 bytes, equal for equal mixes alone."""
+    return hashlib.sha256(json.dumps([[d, w.hex()] for d, w in mix]).encode()).digest()
+
+
+class AdapterStore:
+    """All adapters of one engine."""
+
+    def __init__(
+        self,
+        sites: Mapping[str, Site],
+        config: EngineConfig,
+        *,
+        dtype: torch.dtype,  # of the rank pages
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._sites, self._config, self._dtype = sites, config, dtype
+        self._names: dict[str, str] = {}  # name -> digest
+        self._hosted: dict[str, _Hosted] = {}  # by digest
+        self._holds: Counter[str] = Counter()  # by digest
+        self._capacity = config.lora_pages or config.max_loras * 8
+        self._max_pages = config.max_lora_rank // PAGE_ROWS
+        pools = {
+            name: SitePool(site, self._capacity, dtype=dtype, device=device)
+            for name, site in sites.items()
+        }
+        table = AdapterTable(sites, config.max_loras, self._max_pages, device)
+        self._device = Residents(pools, table, config.max_loras)
+
+    # Names -----------------------------------------------------------------------------------
+
+    def load(
+        self,
+        name: str,
+        adapter: Adapter,
+        *,
+        base: Mapping[str, Tensor] | None = None,
+    ) -> str:
+        """Makes `name` mean this adapter from now on, and returns its digest.
+
+        `base` holds the base model's own "embed" and "lm_head" weights, which an adapter that
+        brings such weights must equal. Raises AdapterError for a name that is not allowed,
+        AdapterInvalid, or AdapterTooLarge; then nothing has changed.
+        """
+        _check_name(name)
+        self._check_size(name, adapter)
+        _check_base(name, adapter, base or {})
+        if adapter.digest not in self._hosted:
+            try:
+                packed = {
+                    site.name: found
+                    for site in self._sites.values()
+                    if (found := pack(adapter, site, self._dtype)) is not None
+                }
+            except AdapterInvalid as error:
+                raise AdapterInvalid(f"adapter {name!r}: {error}") from error
+            self._hosted[adapter.digest] = _Hosted(adapter.rank, packed)
+        old = self._names.get(name)
+        self._names[name] = adapter.digest
+        if old is not None:
+            self._drop_unneeded([old])
+        return adapter.digest
+
+    def unload(self, name: str) -> None:
+        """Forgets a name. Requests in flight keep the adapter until they end."""
+        self._drop_unneeded([self._forget(name)])
+
+    def infos(self) -> dict[str, AdapterInfo]:
+        """The loaded adapters by name, sorted."""
+        return {
+            name: AdapterInfo(name, digest, hosted.rank, hosted.num_bytes)
+            for name, digest in sorted(self._names.items())
+            for hosted in (self._hosted[digest],)
+        }
+
+    def _forget(self, name: str) -> str:
+        digest = self._digest(name)
+        del self._names[name]
+        return digest
+
+    def _digest(self, name: str) -> str:
+        digest = self._names.get(name)
+        if digest is None:
+            raise AdapterNotFound(f"no adapter {name[:140]!r} is loaded; {_some(self._names)}")
+        return digest
+
+    # Requests --------------------------------------------------------------------------------
+
+    def resolve(self, adapter: str | Mapping[str, float] | None) -> Mix:
+        """The mix that a request means by `adapter`; None and {} are the base.
+
+        Raises RequestError for a wrong weight or type, AdapterNotFound for an unknown name, and
+        AdapterTooLarge or CapacityError for a mix that can never be on the device.
+        """
+        if adapter is None:
+            return ()
+        if isinstance(adapter, str):
+            adapter = {adapter: 1.0}
+        if not isinstance(adapter, Mapping):
+            raise RequestError(
+                "adapter must be a name, names with weights, or None, "
+                f"not of type {type(adapter).__name__}"
+            )
+        weights: dict[str, list[float]] = {}
+        for name, weight in adapter.items():
+            if not isinstance(name, str):
+                raise RequestError(f"an adapter name must be a string, not {type(name).__name__}")
+            _check_weight(name, weight)
+            weights.setdefault(self._digest(name), []).append(float(weight))
+        # fsum, since the order of the names must not matter
+        mix = tuple((d, total) for d, ws in sorted(weights.items()) if (total := math.fsum(ws)))
+        for digest, total in mix:
+            _check_weight(digest, total)
+        self._check_mix(mix)
+        return mix
+
+    identity = staticmethod(mix_identity)
+
+    def hold(self, mix: Mix) -> None:
+        """Keeps the mix's adapters on the host until `release`: from a request's add to its end."""
+        assert self.ready(mix)
+        self._holds.update(digest for digest, _ in mix)
+
+    def release(self, mix: Mix) -> None:
+        """Ends one `hold`."""
+        for digest, _ in mix:
+            assert self._holds[digest] > 0
+            self._holds[digest] -= 1
+            if not self._holds[digest]:
+                del self._holds[digest]
+        self._drop_unneeded(digest for digest, _ in mix)
+
+    def ready(self, mix: Mix) -> bool:
+        """Whether `pin` could bring the mix to the device now, as far as the host goes."""
+        return all(digest in self._hosted for digest, _ in mix)
+
+    # Device ----------------------------------------------------------------------------------
+
+    def pin(self, mix: Mix) -> int | None:
+        """Slot of the mix, which stays until `unpin`; -1 for the base, None if not possible now.
+
+        What is not on the device is brought there, in place of what was not used for longest.
+        """
+        if not mix:
+            return -1
+        if not self.ready(mix):
+            return None
+        return self._device.pin(mix, {d: self._hosted[d].packed for d, _ in mix})
+
+    def unpin(self, mix: Mix) -> None:
+        """Ends one successful `pin`. The mix stays on the device until its place is needed."""
+        if mix:
+            self._device.unpin(mix)
+            self._drop_unneeded(digest for digest, _ in mix)
+
+    def active_sites(self, slots: Iterable[int]) -> frozenset[str]:
+        """Sites that any of these slots adapts; at others there is nothing to do. -1 is allowed."""
+        return self._device.active_sites(slots)
+
+    def pool(self, site: str) -> SitePool:
+        """The pages of a site."""
+        return self._device.pools[site]
+
+    @property
+    def table(self) -> AdapterTable:
+        """Which pages each slot uses."""
+        return self._device.table
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the device pages in use."""
+        return sum(pool.num_bytes for pool in self._device.pools.values())
+
+    def check_integrity(self) -> None:
+        """Asserts that names, references, pages, slots and table agree."""
+        assert self._hosted.keys() >= set(self._names.values())
+        assert self._holds.keys() <= self._hosted.keys()
+        assert min(self._holds.values(), default=1) > 0
+        assert not [d for d in self._hosted if not self._is_needed(d)]
+        self._device.check_integrity({d: h.packed for d, h in self._hosted.items()})
+
+    # Checks ----------------------------------------------------------------------------------
+
+    def _is_needed(self, digest: str) -> bool:
+        return (
+            digest in self._holds
+            or digest in self._names.values()
+            or self._device.is_pinned(digest)
+        )
+
+    def _drop_unneeded(self, digests: Iterable[str]) -> None:
+        for digest in digests:
+            if digest in self._hosted and not self._is_needed(digest):
+                self._device.evict(digest)
+                del self._hosted[digest]
+
+    def _check_size(self, name: str, adapter: Adapter) -> None:
+        if adapter.rank > self._config.max_lora_rank:
+            raise AdapterTooLarge(
+                f"adapter {name!r} has rank {adapter.rank}, above "
+                f"max_lora_rank={self._config.max_lora_rank}; "
+                f"restart with max_lora_rank={pages_for(adapter.rank) * PAGE_ROWS}"
+            )
+        pages = pages_for(adapter.rank)  # at one site at least
+        if pages > self._capacity:
+            raise AdapterTooLarge(
+                f"adapter {name!r} needs {pages} rank pages at a site, but a site has "
+                f"{self._capacity}; restart with lora_pages={pages} or more"
+            )
+
+    def _check_mix(self, mix: Mix) -> None:
+        pages: Counter[str] = Counter()
+        for digest, _ in mix:
+            for site, packed in self._hosted[digest].packed.items():
+                pages[site] += packed.num_pages
+        site, most = max(pages.items(), key=lambda item: item[1], default=("", 0))
+        if most > self._max_pages:
+            raise AdapterTooLarge(
+                f"the adapters of this mix have rank {most * PAGE_ROWS} together at site {site}, "
+                f"above max_lora_rank={self._config.max_lora_rank}; mix fewer or smaller ones, "
+                f"or restart with max_lora_rank={most * PAGE_ROWS}"
+            )
+        if most > self._capacity:
+            raise CapacityError(
+                f"the adapters of this mix need {most} rank pages at site {site}, which has "
+                f"{self._capacity}; mix fewer ones, or restart with lora_pages={most} or more"
+            )
+
+
+def _check_name(name: object) -> None:
+    if not isinstance(name, str) or not NAME.fullmatch(name) or ".." in name:
+        shown = repr(name[:140]) if isinstance(name, str) else f"of type {type(name).__name__}"
+        raise AdapterError(
+            f"adapter name {shown} is not allowed; use 1 to 128 letters, digits "
+            "and ._:/- with a letter or digit first and no '..'"
+        )
+
+
+def _check_weight(name: str, weight: object) -> None:
+    if (
+        not isinstance(weight, (int, float))
+        or isinstance(weight, bool)
+        or not -MAX_WEIGHT <= weight <= MAX_WEIGHT  # NaN too
+    ):
+        raise RequestError(f"weight of adapter {name[:140]!r} must be a finite number (in fp32)")
+
+
+def _check_base(name: str, adapter: Adapter, base: Mapping[str, Tensor]) -> None:
+    """Raises unless the base weights that the adapter brings are the served base's own.
+
+    One of the two may be a rounding of the other, since a base is trained on in one dtype and
+    served in another.
+    """
+    for site, saved in adapter.base_weights.items():
+        own = base.get(site)
+        same = own is not None and (
+            torch.equal(saved.to(own.device, own.dtype), own)
+            or torch.equal(own.to(saved.device, saved.dtype), saved)
+        )
+        if not same:
+            raise AdapterInvalid(
+                f"adapter {name!r} was trained with a changed base: its {site} weight differs from "
+                "the served one; multilora serves LoRA on the base it has, not modules_to_save. "
+                "Train it on this base, or merge it into its own and serve that"
+            )
+
+
+def _some(names: Iterable[str]) -> str:
+    known = sorted(names)
+    more = f" and {len(known) - 10} more" if len(known) > 10 else ""
+    return f"loaded: {', '.join(known[:10])}{more}" if known else "none is; load it first"

@@ -1,0 +1,56 @@
+"""What the layers see of a step: tokens, positions, pages and adapters, as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+import multilora_kernels as mk
+
+from .adapters.pages import SitePool
+
+
+@dataclass(frozen=True, slots=True)
+class SiteLora:
+    """The adapters of a step at one site."""
+
+    pool: SitePool
+    table: mk.Table
+    tiles: mk.Tiles
+    slice_starts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """One step. Rows are padded to a multiple of 16 with tokens that are stored nowhere.
+
+    The padding is part of the promise that a row's bits do not depend on its neighbours: torch's
+    GEMMs choose other kernels for other small row counts.
+    """
+
+    ids: Tensor  # int64 [tokens]
+    positions: Tensor  # int64 [tokens]
+    kv_slots: Tensor  # int64 [tokens], block * block_size + offset; -1 = padding
+    query_starts: Tensor  # int32 [seqs + 1]
+    seq_lens: Tensor  # int32 [seqs], tokens in the cache after this step
+    block_table: Tensor  # int32 [seqs, max_blocks]
+    max_query_len: int
+    max_seq_len: int
+    logits_rows: Tensor  # int64 [rows], the tokens whose logits are wanted, padded with 0
+    lora: Mapping[str, SiteLora]  # by site; only sites that some row of the step adapts
+
+    def add_lora_(self, site: str, layer: int, y: Tensor, x: Tensor) -> None:
+        """Adds every row's own delta at a site: y [tokens, out] in place, x [tokens, in]."""
+        lora = self.lora.get(site)
+        if lora is not None:
+            a, b = lora.pool.layer(layer)
+            mk.lora_(y, x, a, b, lora.table, lora.tiles, lora.slice_starts)
+
+    def add_embed_lora_(self, y: Tensor) -> None:
+        """Adds every row's own embedding delta: y [tokens, hidden] in place."""
+        lora = self.lora.get("embed")
+        if lora is not None:
+            a, b = lora.pool.layer(0)
+            mk.lora_embed_(y, self.ids, a, b, lora.table, lora.tiles)

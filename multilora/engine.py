@@ -1,0 +1,302 @@
+"""The engine: requests in, one step at a time, outputs back. No threads, no asyncio, no HTTP."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Mapping
+from collections.abc import Sequence as Ids
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .adapters.format import read_adapter
+from .adapters.store import AdapterInfo, AdapterStore, mix_identity
+from .answers import RequestState
+from .blocks import BlockPool
+from .checkpoint import load_checkpoint, read_config
+from .config import EngineConfig, ModelConfig
+from .errors import CapacityError, ConfigError, RequestError
+from .kv_cache import KVCache
+from .models import MODELS
+from .plan import Plan, StepResult
+from .request import FinishReason, RequestOutput, SamplingParams, Sequence
+from .runner import Runner
+from .scheduler import Scheduler
+from .sites import sites_of
+from .tokenizer import Tokenizer, load_tokenizer
+
+DEFAULT_KV_BYTES = 4 << 30
+"""KV memory when num_kv_blocks is not given and full-length requests would need more."""
+
+Adapter = str | Mapping[str, float] | None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counters since the engine was made."""
+
+    steps: int
+    prompt_tokens: int  # computed, so without those taken from the prefix cache
+    generated_tokens: int
+    preemptions: int
+    running: int
+    waiting: int
+
+
+class Engine:
+    """Serves one base model and any number of adapters, step by step.
+
+    Raises ConfigError, CheckpointError or TokenizerError if it cannot be made.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.model_config = read_config(config.model)
+        dtype = _dtype(config.dtype, self.model_config)
+        self.max_model_len = _max_model_len(config, self.model_config)
+        self.tokenizer: Tokenizer | None = None
+        if not config.skip_tokenizer_init:
+            self.tokenizer = load_tokenizer(config.tokenizer or config.model)
+        self._sites = sites_of(self.model_config)
+        self.model = MODELS["LlamaForCausalLM"](self.model_config, dtype)
+        load_checkpoint(config.model, self.model.targets(), self.model_config)
+        lora_dtype = dtype if config.lora_dtype == "auto" else getattr(torch, config.lora_dtype)
+        self.store = AdapterStore(self._sites, config, dtype=lora_dtype)
+        blocks = config.num_kv_blocks or self._default_blocks(dtype)
+        self.pool = BlockPool(blocks, config.block_size, config.enable_prefix_caching)
+        cache = KVCache(self.model_config, blocks, config.block_size, dtype)
+        self.runner = Runner(self.model, cache, self.store, self._sites, config.block_size)
+        self.scheduler = Scheduler(config, self.pool, self.store, self.max_model_len)
+        self._block_bytes = KVCache.block_bytes(self.model_config, config.block_size, dtype)
+        self._requests: dict[str, RequestState] = {}
+        self._by_seq: dict[int, RequestState] = {}
+        self._seq_ids, self._arrivals = itertools.count(), itertools.count()
+        self._steps = self._prompt_tokens = self._generated = 0
+
+    def add(
+        self,
+        prompt: str | Ids[int],
+        params: SamplingParams | None = None,
+        *,
+        adapter: Adapter = None,
+        request_id: str | None = None,
+    ) -> str:
+        """Queues a request and returns its id.
+
+        `adapter` is a loaded adapter's name, a mapping of names to weights, or None for the base.
+        Raises RequestError, AdapterNotFound or CapacityError; then nothing has changed.
+        """
+        params = params if params is not None else SamplingParams()
+        number = next(self._arrivals)
+        request_id = request_id if request_id is not None else f"request-{number}"
+        if request_id in self._requests:
+            raise RequestError(f"request id {request_id!r} is in use; give another or none")
+        ids = self._prompt_ids(prompt)
+        self._check_ids(ids, params)
+        mix = self.store.resolve(adapter)
+        text = prompt if isinstance(prompt, str) else None
+        state = RequestState(request_id, text, ids, params, adapter, mix)
+        seed = params.seed if params.seed is not None else _seed(self.config.seed, number)
+        limit = self.max_model_len
+        total = limit if params.max_tokens is None else min(limit, len(ids) + params.max_tokens)
+        try:
+            for index in range(params.n):
+                seq = Sequence(
+                    seq_id=next(self._seq_ids),
+                    request_id=request_id,
+                    index=index,
+                    params=params,
+                    prompt_ids=ids,
+                    mix=mix,
+                    identity=mix_identity(mix),
+                    seed=seed + index,
+                    arrival=number,
+                    max_total=total,
+                    stop_ids=self._stop_ids(params),
+                )
+                self.scheduler.add(seq)
+                self.store.hold(mix)
+                state.start(seq, self.tokenizer)
+                self._by_seq[seq.seq_id] = state
+        except CapacityError:
+            for answer in state.answers:
+                self._drop(answer.seq)
+            raise
+        self._requests[request_id] = state
+        return request_id
+
+    def abort(self, request_id: str) -> bool:
+        """Ends a request; its blocks and slot are free at once. False if there is no such request."""
+        state = self._requests.pop(request_id, None)
+        if state is None:
+            return False
+        for answer in state.answers:
+            if answer.seq.finish_reason is None:
+                self._drop(answer.seq)
+        return True
+
+    def step(self) -> list[RequestOutput]:
+        """Computes one step and returns the requests that advanced, their outputs cumulative."""
+        plan = self.scheduler.plan()
+        if plan is None:
+            return []
+        result = self.runner.collect(self.runner.submit(plan))
+        rows = {seq.row: seq for seq in self.scheduler.running}
+        touched = self._record(plan, result, rows)
+        for seq in self.scheduler.commit(plan, result):
+            state = self._by_seq[seq.seq_id]
+            touched[state.request_id] = state
+            stop = state.advance(seq)
+            if stop is not None and seq.finish_reason in (None, FinishReason.LENGTH):
+                if seq.finish_reason is None:
+                    self.scheduler.finish(seq, FinishReason.STOP, stop)
+                seq.finish_reason, seq.stop_reason = FinishReason.STOP, stop
+            if seq.finish_reason is not None:
+                self._forget(seq)
+        outputs = [state.output() for state in touched.values()]
+        for output in outputs:
+            if output.finished:
+                del self._requests[output.request_id]
+        return outputs
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+        return bool(self._requests)
+
+    def load_adapter(self, name: str, path: str | Path) -> str:
+        """Reads a PEFT folder and serves it as `name`; returns its digest.
+
+        A loaded name is replaced: requests in flight finish on the version they began with. Raises
+        AdapterInvalid or AdapterTooLarge; then nothing has changed.
+        """
+        adapter = read_adapter(path, self.model_config, max_rank=self.config.max_lora_rank)
+        base = {"embed": self.model.embed, "lm_head": self.model.head.weight}
+        return self.store.load(name, adapter, base=base)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forgets a name; requests in flight finish. Raises AdapterNotFound."""
+        self.store.unload(name)
+
+    @property
+    def adapters(self) -> dict[str, AdapterInfo]:
+        """The loaded adapters by name."""
+        return self.store.infos()
+
+    def memory(self) -> dict[str, int]:
+        """Bytes in use: the base's weights, the adapters' rank pages, the KV blocks that hold tokens."""
+        used = self.pool.num_blocks - self.pool.num_free
+        return {
+            "base": self.model.num_bytes,
+            "adapters": self.store.num_bytes,
+            "kv": used * self._block_bytes,
+        }
+
+    @property
+    def stats(self) -> EngineStats:
+        """What the engine has done so far."""
+        return EngineStats(
+            self._steps,
+            self._prompt_tokens,
+            self._generated,
+            self.scheduler.num_preemptions,
+            len(self.scheduler.running),
+            len(self.scheduler.waiting),
+        )
+
+    def check_integrity(self) -> None:
+        """Asserts that blocks, slots, rows and pages add up. For tests and for debugging."""
+        self.scheduler.check_integrity()
+        self.store.check_integrity()
+        alive = {seq.seq_id for seq in (*self.scheduler.running, *self.scheduler.waiting)}
+        assert alive == set(self._by_seq), "sequences of the scheduler and the engine differ"
+
+    def _record(
+        self, plan: Plan, result: StepResult, rows: Mapping[int | None, Sequence]
+    ) -> dict[str, RequestState]:
+        """Keeps the logprobs of a step; returns the requests that got prompt logprobs."""
+        self._steps += 1
+        touched = {}
+        for chunk, row in zip(plan.chunks, result.rows, strict=True):
+            self._generated += row.token is not None
+            self._prompt_tokens += chunk.count - (row.token is not None)
+            seq = rows[chunk.row]
+            state = self._by_seq[seq.seq_id]
+            if state.keep_logprobs(seq, row):
+                touched[state.request_id] = state
+        return touched
+
+    def _drop(self, seq: Sequence) -> None:
+        self.scheduler.abort(seq)
+        self._forget(seq)
+
+    def _forget(self, seq: Sequence) -> None:
+        del self._by_seq[seq.seq_id]
+        self.store.release(seq.mix)
+
+    def _prompt_ids(self, prompt: str | Ids[int]) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise RequestError(
+                    "skip_tokenizer_init=True serves token ids only; give a list of ids"
+                )
+            return self.tokenizer.encode(prompt)
+        return list(prompt)
+
+    def _check_ids(self, ids: list[int], params: SamplingParams) -> None:
+        vocab = self.model_config.vocab_size
+        if not ids:
+            raise RequestError("the prompt is empty; give at least one token")
+        named = {
+            "prompt": ids,
+            "stop_token_ids": params.stop_token_ids,
+            "allowed_token_ids": params.allowed_token_ids or (),
+            "logit_bias": list(params.logit_bias or ()),
+        }
+        for name, values in named.items():
+            for token in values:
+                if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab:
+                    raise RequestError(
+                        f"{name}: {token!r} is not a token id of this model (0..{vocab - 1})"
+                    )
+        if len(ids) >= self.max_model_len:
+            raise CapacityError(
+                f"the prompt has {len(ids)} tokens, max_model_len is {self.max_model_len} with the answer; "
+                "shorten the prompt or raise max_model_len"
+            )
+        if params.stop and self.tokenizer is None:
+            raise RequestError("stop strings need a tokenizer; use stop_token_ids")
+
+    def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
+        eos = () if params.ignore_eos else self.model_config.eos_token_ids
+        if self.tokenizer is not None and not params.ignore_eos:
+            eos = (*eos, *self.tokenizer.eos_token_ids)
+        return frozenset(params.stop_token_ids) | frozenset(eos)
+
+    def _default_blocks(self, dtype: torch.dtype) -> int:
+        size = self.config.block_size
+        full = self.config.max_num_seqs * -(-self.max_model_len // size)
+        affordable = DEFAULT_KV_BYTES // KVCache.block_bytes(self.model_config, size, dtype)
+        return max(min(full, affordable), 1)
+
+
+def _seed(base: int, number: int) -> int:
+    """A seed for request `number`, unlike its neighbours'."""
+    digest = hashlib.sha256(f"{base}:{number}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _dtype(name: str, model: ModelConfig) -> torch.dtype:
+    found: torch.dtype = getattr(torch, model.dtype if name == "auto" else name)
+    return found
+
+
+def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
+    limit = model.max_position_embeddings
+    if config.max_model_len is not None and config.max_model_len > limit:
+        raise ConfigError(
+            f"max_model_len {config.max_model_len} is beyond the {limit} positions that the model was made for"
+        )
+    return config.max_model_len or limit

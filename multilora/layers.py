@@ -1,0 +1,147 @@
+"""The parts of a Llama: fused linears that know their LoRA site, norm, rotary positions, attention."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+import multilora_kernels as mk
+
+from .batch import ForwardBatch
+from .config import ModelConfig
+from .kv_cache import KVCache
+from .sites import Site
+
+
+class Linear(nn.Module):
+    """A fused linear and, for each row of the batch, that row's own LoRA delta."""
+
+    def __init__(self, site: Site, layer: int, dtype: torch.dtype, *, bias: bool = False) -> None:
+        super().__init__()
+        self.site, self.layer = site, layer
+        self.weight = _parameter(site.out, site.in_, dtype=dtype)
+        self.bias = _parameter(site.out, dtype=dtype) if bias else None
+
+    def forward(self, x: Tensor, batch: ForwardBatch) -> Tensor:
+        """x [tokens, in] -> [tokens, out]. The bias comes last, outside of DoRA's scale."""
+        y = mk.linear(x, self.weight)
+        batch.add_lora_(self.site.name, self.layer, y, x)
+        return y if self.bias is None else y.add_(self.bias)
+
+    def targets(self) -> dict[str, Tensor]:
+        """Checkpoint name -> the rows of the fused weight (and bias) that it fills."""
+        found = {}
+        starts = self.site.slice_starts
+        for i in range(len(self.site.slices)):
+            path, rows = self.site.module_path(self.layer, i), slice(starts[i], starts[i + 1])
+            found[f"{path}.weight"] = self.weight[rows]
+            if self.bias is not None:
+                found[f"{path}.bias"] = self.bias[rows]
+        return found
+
+
+class RMSNorm(nn.Module):
+    """RMS norm; with a residual it adds into it first and normalises the sum."""
+
+    def __init__(self, size: int, eps: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight, self.eps = _parameter(size, dtype=dtype), eps
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x and residual [tokens, hidden]; residual changes in place."""
+        return mk.rms_norm(x, self.weight, self.eps, residual)
+
+
+class Rope:
+    """cos and sin of every position seen so far, float32 [positions, head_dim / 2] each.
+
+    Grows by whole steps computed in one shape, so that a position's bits never depend on when it
+    was asked for.
+    """
+
+    STEP = 4096
+
+    def __init__(self, config: ModelConfig) -> None:
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+        self.inv_freq = _scale_frequencies(1.0 / config.rope_theta**exponents, config)
+        self.cos = self.sin = torch.empty(0, config.head_dim // 2)
+
+    def tables(self, length: int) -> tuple[Tensor, Tensor]:
+        """cos and sin that cover at least `length` positions."""
+        while len(self.cos) < length:
+            positions = torch.arange(len(self.cos), len(self.cos) + self.STEP).float()
+            angles = positions[:, None] * self.inv_freq
+            self.cos = torch.cat((self.cos, angles.cos()))
+            self.sin = torch.cat((self.sin, angles.sin()))
+        return self.cos, self.sin
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over the paged cache."""
+
+    def __init__(
+        self, config: ModelConfig, sites: dict[str, Site], layer: int, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.layer, self.config = layer, config
+        self.qkv = Linear(sites["qkv"], layer, dtype, bias=config.attention_bias)
+        self.o = Linear(sites["o"], layer, dtype, bias=config.attention_bias)
+        self.scale = 1.0 / math.sqrt(config.head_dim)
+
+    def forward(self, x: Tensor, batch: ForwardBatch, cache: KVCache, rope: Rope) -> Tensor:
+        """x [tokens, hidden] -> [tokens, hidden]; stores this step's K and V."""
+        dim = self.config.head_dim
+        fused = self.qkv(x, batch).view(len(x), -1, dim)
+        heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
+        q, k, v = fused.split((heads, kv_heads, kv_heads), 1)
+        k_blocks, v_blocks = cache.layer(self.layer)
+        cos, sin = rope.tables(batch.max_seq_len)
+        mk.rope_store_kv_(q, k, v, cos, sin, batch.positions, batch.kv_slots, k_blocks, v_blocks)
+        out = mk.paged_attention(
+            q,
+            k_blocks,
+            v_blocks,
+            batch.block_table,
+            batch.seq_lens,
+            batch.query_starts,
+            scale=self.scale,
+            max_query_len=batch.max_query_len,
+            max_seq_len=batch.max_seq_len,
+        )
+        out_x: Tensor = self.o(out.view(len(x), -1), batch)
+        return out_x
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(
+        self, config: ModelConfig, sites: dict[str, Site], layer: int, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.gate_up = Linear(sites["gate_up"], layer, dtype, bias=config.mlp_bias)
+        self.down = Linear(sites["down"], layer, dtype, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor, batch: ForwardBatch) -> Tensor:
+        """x [tokens, hidden] -> [tokens, hidden]."""
+        y: Tensor = self.down(mk.silu_mul(self.gate_up(x, batch)), batch)
+        return y
+
+
+def _parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+
+
+def _scale_frequencies(inv_freq: Tensor, config: ModelConfig) -> Tensor:
+    """Llama 3.1's rule: long wavelengths are stretched by `factor`, short ones kept, between blended."""
+    s = config.rope_scaling
+    if s is None:
+        return inv_freq
+    turns = (
+        s.original_max_position_embeddings * inv_freq / (2 * math.pi)
+    )  # over the original context
+    blend = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+    blend = blend.clamp(0.0, 1.0)
+    return (1 - blend) * inv_freq / s.factor + blend * inv_freq

@@ -1,0 +1,253 @@
+"""Chooses tokens from logits: penalties, truncation, seeded draws and log probabilities.
+
+A row's result depends on that row alone, to the bit. Over many rows at once only exact operations
+run (argmax, comparisons); whatever rounds (softmax, penalties, division) runs on one row's own
+[vocab] vector, so neither the neighbours nor their number can change it. Cumulative probabilities
+are integers: their sums are exact in any order, on any device, with any number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from .request import Logprob, SamplingParams, TokenLogprobs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from torch import Tensor
+
+GREEDY_BELOW = 1e-5
+"""Temperatures under this mean greedy: dividing by them would only overflow."""
+
+_ONE = 2**52  # probability 1 as an integer: sums stay far from 2**63
+_DRAW_BITS = 53
+_MASK64 = 2**64 - 1
+_HEAD, _HEAD_GROWTH = 1024, 16  # how many of the likeliest tokens to sort at first, and then
+_GAMMA = 0x9E3779B97F4A7C15  # splitmix64's increment, 2**64 / golden ratio
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """All that the choice of one row's next token depends on, next to its logits."""
+
+    params: SamplingParams
+    seed: int
+    prompt_ids: list[int]
+    output_ids: list[int]  # so far; their number keys the random draw together with the seed
+    stop_ids: frozenset[int]  # forbidden while there are fewer than min_tokens outputs
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The choice for one row."""
+
+    token: int
+    logprobs: TokenLogprobs | None
+    failed: bool  # logits held NaN or +inf, or no token was possible; token is then 0
+
+
+_FAILED = Sampled(0, None, True)
+
+
+def sample(
+    logits: Tensor,  # [>= len(rows), vocab], any float dtype
+    rows: Sequence[SampleRow],
+) -> list[Sampled]:
+    """One token for each row; rows of logits beyond `len(rows)` are ignored.
+
+    Log probabilities are of the model's own distribution: before bias, penalties and temperature.
+    Bias, allowed and stop ids must lie within the vocabulary.
+    """
+    if not rows:
+        return []
+    assert logits.shape[0] >= len(rows), f"{logits.shape[0]} rows of logits for {len(rows)} rows"
+    logits = logits[: len(rows)]
+    best = logits.argmax(-1, keepdim=True)
+    # argmax finds NaN first, then +inf, and -inf only where nothing is finite.
+    healthy = logits.gather(-1, best).isfinite()
+    choices: list[list[int]] = torch.cat((best, healthy.to(best.dtype)), -1).tolist()
+    return [
+        _finish(logits[i], row, token) if ok else _FAILED
+        for i, (row, (token, ok)) in enumerate(zip(rows, choices, strict=True))
+    ]
+
+
+def token_logprobs(
+    logits: Tensor,  # [>= len(targets), vocab], any float dtype
+    targets: Sequence[int],
+    top: int,
+) -> list[TokenLogprobs]:
+    """For each target its log probability and rank in its row, then those of the `top` likeliest.
+
+    Rank is 1 + the number of strictly larger logits; ties for the last place go to the lowest ids.
+    A row with NaN gives its target a NaN.
+    """
+    assert logits.shape[0] >= len(targets), f"{logits.shape[0]} rows for {len(targets)} targets"
+    return [_row_logprobs(_own(logits[i]), target, top) for i, target in enumerate(targets)]
+
+
+def _finish(logits: Tensor, row: SampleRow, best: int) -> Sampled:
+    """The choice for one healthy row (logits [vocab]) whose largest logit is at `best`."""
+    params = row.params
+    greedy = params.temperature < GREEDY_BELOW
+    token: int | None = best
+    if not greedy or _adjusts(row):
+        adjusted = _adjust(_own(logits), row)
+        token = _argmax(adjusted) if greedy else _draw(adjusted, row)
+    if token is None:
+        return _FAILED
+    if params.logprobs is None:
+        return Sampled(token, None, False)
+    return Sampled(token, _row_logprobs(_own(logits), token, params.logprobs), False)
+
+
+def _own(row: Tensor) -> Tensor:
+    """An fp32 copy of a [vocab] row: ours to change, and aligned alike whatever its index was."""
+    return row.to(torch.float32, copy=True)
+
+
+def _adjusts(row: SampleRow) -> bool:
+    """Whether anything but the temperature would change the row's logits."""
+    params = row.params
+    return (
+        params.allowed_token_ids is not None
+        or bool(params.logit_bias)
+        or _must_go_on(row)
+        or params.repetition_penalty != 1
+        or params.presence_penalty != 0
+        or params.frequency_penalty != 0
+    )
+
+
+def _must_go_on(row: SampleRow) -> bool:
+    return bool(row.stop_ids) and len(row.output_ids) < row.params.min_tokens
+
+
+def _adjust(logits: Tensor, row: SampleRow) -> Tensor:
+    """The fp32 [vocab] logits, changed in place, after masks, bias and penalties."""
+    params = row.params
+    if params.allowed_token_ids is not None:
+        allowed = _ids(params.allowed_token_ids, logits)
+        logits = torch.full_like(logits, -math.inf).index_copy_(0, allowed, logits[allowed])
+    if params.logit_bias:
+        biased = _ids(params.logit_bias, logits)
+        logits[biased] += logits.new_tensor(list(params.logit_bias.values()))
+    if _must_go_on(row):
+        logits[_ids(row.stop_ids, logits)] = -math.inf
+    if params.repetition_penalty != 1:
+        seen = _ids({*row.prompt_ids, *row.output_ids}, logits)
+        old, penalty = logits[seen], params.repetition_penalty
+        logits[seen] = torch.where(old > 0, old / penalty, old * penalty)
+    if row.output_ids and (params.presence_penalty or params.frequency_penalty):
+        counts = Counter(row.output_ids)
+        used, times = _ids(counts, logits), logits.new_tensor(list(counts.values()))
+        logits[used] -= params.frequency_penalty * times + params.presence_penalty
+    return logits
+
+
+def _ids(ids: Iterable[int], logits: Tensor) -> Tensor:
+    """Token ids as an index into [vocab] logits, int64 on their device."""
+    listed = list(ids)
+    assert not listed or 0 <= min(listed) <= max(listed) < logits.shape[-1], "id out of vocabulary"
+    return torch.tensor(listed, dtype=torch.int64, device=logits.device)
+
+
+def _argmax(logits: Tensor) -> int | None:
+    """The lowest id of the largest logit; None where that is not finite."""
+    best = int(logits.argmax())
+    return best if math.isfinite(float(logits[best])) else None
+
+
+def _draw(logits: Tensor, row: SampleRow) -> int | None:
+    """A random token of fp32 [vocab] logits; None where no token is possible."""
+    params = row.params
+    logits = logits / params.temperature
+    best = _argmax(logits)
+    if best is None:
+        return None
+    survivors = (logits >= _floor(logits, float(logits[best]), params)).nonzero().flatten()
+    logits = logits[survivors]
+    weights = (logits.double().softmax(-1) * _ONE).long()
+    total, draw = int(weights.sum()), uniform(row.seed, len(row.output_ids))
+    if params.top_p == 1:
+        threshold = total * draw >> _DRAW_BITS
+        ids, cumulative = _likeliest(logits, weights, threshold + 1)
+    else:
+        # A token stays while those before it have not yet reached top_p.
+        limit = math.ceil(params.top_p * total)
+        ids, cumulative = _likeliest(logits, weights, limit)
+        last = min(int(torch.searchsorted(cumulative, limit)), len(ids) - 1)
+        threshold = int(cumulative[last]) * draw >> _DRAW_BITS
+    return int(survivors[ids[torch.searchsorted(cumulative, threshold, right=True)]])
+
+
+def _floor(logits: Tensor, largest: float, params: SamplingParams) -> float:
+    """The logit under which min_p, top_k or a mask drops a token; ties with the top_k-th stay."""
+    # min_p drops the smallest, so both limits together are just the higher of the two.
+    floor = torch.finfo(logits.dtype).min
+    if params.min_p > 0:
+        floor = largest + math.log(params.min_p)
+    if 0 < params.top_k < logits.shape[-1]:
+        floor = max(floor, float(logits.topk(params.top_k).values[-1]))
+    return floor
+
+
+def _likeliest(
+    logits: Tensor,  # [survivors] fp32
+    weights: Tensor,  # [survivors] int64
+    enough: int,
+) -> tuple[Tensor, Tensor]:
+    """Indices, likeliest first, that weigh at least `enough`, and their cumulative weights.
+
+    Both int64 [some]. Equal logits keep the order of their ids. To sort a whole vocabulary would
+    take most of a draw's time, and the first few tokens nearly always do: it starts with those.
+    """
+    size = _HEAD
+    while True:
+        ids = _top(logits, size)
+        cumulative = weights[ids].cumsum(-1)
+        if len(ids) == len(logits) or int(cumulative[-1]) >= enough:
+            return ids, cumulative
+        size *= _HEAD_GROWTH
+
+
+def _top(logits: Tensor, size: int) -> Tensor:
+    """Ids of the `size` largest of [vocab] logits and of any equal to the last; ties by id."""
+    if size >= len(logits):
+        return logits.sort(descending=True, stable=True).indices
+    ids = (logits >= logits.topk(size).values[-1]).nonzero().flatten()
+    return ids[logits[ids].sort(descending=True, stable=True).indices]
+
+
+def _row_logprobs(logits: Tensor, target: int, top: int) -> TokenLogprobs:
+    """The target's entry, then the `top` likeliest, of fp32 [vocab] logits."""
+    logprobs = logits.log_softmax(-1)
+    rank = 1 + int((logits > logits[target]).sum())
+    found = {target: Logprob(float(logprobs[target]), rank)}
+    if top <= 0:
+        return found
+    ids = _top(logits, top)[:top]
+    values = logits[ids]
+    ranks = 1 + (values[None] > values[:, None]).sum(-1)
+    likeliest = zip(ids.tolist(), logprobs[ids].tolist(), ranks.tolist(), strict=True)
+    return found | {token: Logprob(logprob, place) for token, logprob, place in likeliest}
+
+
+def uniform(seed: int, position: int) -> int:
+    """A uniform integer in [0, 2**53): output `position` of the splitmix64 stream of a seed."""
+    # The seed is mixed first, so that streams of neighbouring seeds do not overlap.
+    return _mix(_mix(seed + _GAMMA) + (position + 1) * _GAMMA) >> (64 - _DRAW_BITS)
+
+
+def _mix(value: int) -> int:
+    """splitmix64's finalizer: a bijection of 64 bits that spreads every bit over all."""
+    value &= _MASK64
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _MASK64
+    value = (value ^ value >> 27) * 0x94D049BB133111EB & _MASK64
+    return value ^ value >> 31
