@@ -15,10 +15,26 @@ if wish not in CHOICES:
 
 cpu = Extension(
     "multilora_kernels._cpu",
-    sources=["csrc/abi.cpp", "csrc/token_mask.cpp"],
-    depends=["csrc/cpu_ops.h"],
+    sources=[
+        "csrc/abi.cpp",
+        "csrc/avx2.cpp",
+        "csrc/dispatch.cpp",
+        "csrc/generic.cpp",
+        "csrc/token_mask.cpp",
+    ],
+    depends=["csrc/args.h", "csrc/cpu_ops.h", "csrc/kernels.inc", "csrc/vec.h"],
     # No -ffast-math: results are bit-exact. No -march=native: a wheel serves every x86-64 or arm64.
-    extra_compile_args=["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"],
+    # -ffp-contract=fast: ISO mode would leave multiply-adds apart where the machine has FMA.
+    extra_compile_args=[
+        "-std=c++17",
+        "-O3",
+        "-ffp-contract=fast",
+        "-fopenmp",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wextra",
+        "-Wno-psabi",
+    ],
     extra_link_args=["-fopenmp"],
     py_limited_api=True,  # it uses no Python at all: one file serves every version
     optional=wish != "1",

@@ -12,7 +12,7 @@
 
 // Raised whenever a function below changes its meaning or its arguments. The loader ignores a
 // library that says another number than kernels/native.py.
-#define MULTILORA_ABI_VERSION 1
+#define MULTILORA_ABI_VERSION 2
 
 // Element types, by the `dtype` arguments below.
 enum { MULTILORA_F32 = 0, MULTILORA_BF16 = 1, MULTILORA_F16 = 2 };
@@ -28,3 +28,52 @@ MULTILORA_API void apply_token_mask(void* logits,            // dtype [rows, voc
                                     int64_t rows,            //
                                     int64_t vocab,           //
                                     int32_t num_threads);
+
+// Adds to each row of y the low-rank delta of its tile's slot: see lora_ in kernels/reference.py.
+// A page's own [slices, 8, in] or [8, out] is dense. Types: f32 or bf16. A tile has at most 64 rows.
+MULTILORA_API void lora(void* y,                      // dtype [tokens, out], changed in place
+                        int64_t y_stride,             //
+                        const void* x,                // dtype [tokens, in]
+                        int64_t x_stride,             //
+                        int32_t dtype,                //
+                        const void* a,                // page_dtype [pages, slices, 8, in]
+                        int64_t a_stride,             // from page to page
+                        const void* b,                // page_dtype [pages, 8, out]
+                        int64_t b_stride,             // from page to page
+                        int32_t page_dtype,           //
+                        const int32_t* page_ids,      // [slots, table_stride]
+                        const float* page_weights,    // [slots, table_stride]
+                        const int32_t* num_pages,     // [slots]
+                        int64_t table_stride,         //
+                        const int32_t* tile_slots,    // [num_tiles]
+                        const int32_t* tile_starts,   // [num_tiles]
+                        const int32_t* tile_lens,     // [num_tiles]
+                        int64_t num_tiles,            //
+                        float* planes,                // scratch [tokens, max_pages, slices, 8]
+                        int64_t max_pages,            // most pages of any slot in the tiles
+                        const int64_t* slice_starts,  // [slices + 1]
+                        int64_t slices,               //
+                        int64_t in,                   //
+                        int64_t out,                  //
+                        int32_t num_threads);
+
+// Causal attention over KV pages: see paged_attention in kernels/reference.py. Types: f32 or bf16.
+MULTILORA_API void paged_attention(void* out,                    // dtype [tokens, heads, head_dim]
+                                   const void* q,                // dtype [tokens, heads, head_dim]
+                                   int64_t q_stride,             // from token to token
+                                   int32_t dtype,                // of q, out, k and v
+                                   const void* k,                // [blocks, block_size, kv_heads, head_dim]
+                                   const void* v,                // laid out like k
+                                   int64_t block_stride,         //
+                                   int64_t token_stride,         // within a block
+                                   const int32_t* block_table,   // [seqs, table_stride]
+                                   int64_t table_stride,         //
+                                   const int32_t* seq_lens,      // [seqs]
+                                   const int32_t* query_starts,  // [seqs + 1]
+                                   int64_t seqs,                 //
+                                   int64_t heads,                //
+                                   int64_t kv_heads,             //
+                                   int64_t head_dim,             //
+                                   int64_t block_size,           //
+                                   float scale,                  //
+                                   int32_t num_threads);

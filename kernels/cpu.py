@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
-from .tiles import Table, Tiles
+from . import native, reference
+from .tiles import PREFILL_TILE, Table, Tiles
 
 ROWS = 16
 KV_TILE = 64
+_CPP_DTYPES = (torch.float32, torch.bfloat16)
 _SERIAL = 32_768  # elements below which torch's elementwise ops use one thread
 
 
@@ -81,7 +82,9 @@ def paged_attention(
     v_scale: Tensor | None,
 ) -> Tensor:
     """See `reference.paged_attention`: sequences with as many query rows are computed together."""
-    out = torch.zeros_like(q)
+    out = torch.zeros(q.shape, dtype=q.dtype)
+    if _cpp_attention(out, q, k_blocks, v_blocks, block_table, seq_lens, query_starts, scale, k_scale):
+        return out
     starts = query_starts.tolist()
     groups: dict[int, list[int]] = {}
     for i in range(len(seq_lens)):
@@ -106,6 +109,35 @@ def paged_attention(
             )
             out[rows] = found
     return out
+
+
+def _cpp_attention(
+    out: Tensor,
+    q: Tensor,
+    k_blocks: Tensor,
+    v_blocks: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_starts: Tensor,
+    scale: float,
+    k_scale: Tensor | None,
+) -> bool:
+    """Does it in C++ if the library can; whether it did."""
+    same = q.dtype == k_blocks.dtype == v_blocks.dtype and k_blocks.stride() == v_blocks.stride()
+    dense = q.stride()[1:] == (q.shape[2], 1) and k_blocks.stride()[2:] == (q.shape[2], 1)
+    ints = (block_table, seq_lens, query_starts)
+    fits = same and dense and k_scale is None and all(t.dtype == torch.int32 for t in ints)
+    if native.LIB is None or q.dtype not in _CPP_DTYPES or not fits:
+        return False
+    table, lens, starts = (t.contiguous() for t in ints)
+    native.LIB.paged_attention(
+        out.data_ptr(), q.data_ptr(), q.stride(0), native.DTYPE_CODES[q.dtype],
+        k_blocks.data_ptr(), v_blocks.data_ptr(), k_blocks.stride(0), k_blocks.stride(1),
+        table.data_ptr(), table.shape[1], lens.data_ptr(), starts.data_ptr(),
+        len(lens), q.shape[1], k_blocks.shape[2], q.shape[2], k_blocks.shape[1],
+        scale, torch.get_num_threads(),
+    )  # fmt: skip
+    return True
 
 
 def _attend(
@@ -213,7 +245,9 @@ def lora_(
     tiles: Tiles,
     slice_starts: Sequence[int],
 ) -> None:
-    """See `reference.lora_`: one pass for each page ordinal, all tiles that have such a page at once."""
+    """See `reference.lora_`: for each page ordinal, all tiles that have such a page at once."""
+    if _cpp_lora(y, x, a_pages, b_pages, table, tiles, slice_starts):
+        return
     batch = _Batch(tiles, table)
 
     def shrink(chosen: Tensor, page_ids: Tensor) -> Tensor:
@@ -221,6 +255,42 @@ def lora_(
         return torch.bmm(batch.spread(x, chosen).float(), a.transpose(1, 2))
 
     _expand(y, b_pages, table, batch, slice_starts, shrink)
+
+
+def _cpp_lora(
+    y: Tensor,
+    x: Tensor,
+    a_pages: Tensor,
+    b_pages: Tensor,
+    table: Table,
+    tiles: Tiles,
+    slice_starts: Sequence[int],
+) -> bool:
+    """Does it in C++ if the library can; whether it did."""
+    count = int(tiles.num_tiles)
+    types = y.dtype == x.dtype and {y.dtype, a_pages.dtype} <= set(_CPP_DTYPES)
+    dense = y.stride(1) == x.stride(1) == 1 and a_pages[0].is_contiguous() and b_pages[0].is_contiguous()
+    if native.LIB is None or not types or not dense or table.scale_row is not None:
+        return False
+    if count == 0:
+        return True
+    if int(tiles.lens[:count].max()) > PREFILL_TILE or table.page_ids.stride() != table.page_weights.stride():
+        return False
+    max_pages = int(table.num_pages[tiles.slots[:count].long()].max())
+    slices = len(slice_starts) - 1
+    planes = torch.empty(len(x) * max_pages * slices * reference.PAGE)
+    starts = torch.tensor(slice_starts)
+    native.LIB.lora(
+        y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0), native.DTYPE_CODES[y.dtype],
+        a_pages.data_ptr(), a_pages.stride(0), b_pages.data_ptr(), b_pages.stride(0),
+        native.DTYPE_CODES[a_pages.dtype],
+        table.page_ids.data_ptr(), table.page_weights.data_ptr(), table.num_pages.data_ptr(),
+        table.page_ids.stride(0),
+        tiles.slots.data_ptr(), tiles.starts.data_ptr(), tiles.lens.data_ptr(), count,
+        planes.data_ptr(), max_pages,
+        starts.data_ptr(), slices, x.shape[1], y.shape[1], torch.get_num_threads(),
+    )  # fmt: skip
+    return True
 
 
 def lora_embed_(
@@ -272,8 +342,6 @@ def _expand(
 
 def apply_token_mask_(logits: Tensor, mask: Tensor) -> None:
     """See `reference.apply_token_mask_`."""
-    from . import native
-
     code = native.DTYPE_CODES.get(logits.dtype)
     if native.LIB is None or code is None or logits.stride(-1) != 1 or mask.stride(-1) != 1:
         return reference.apply_token_mask_(logits, mask)

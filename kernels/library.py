@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 NAMESPACE = "multilora"
-_FRAGMENT = torch.library.Library(NAMESPACE, "FRAGMENT")
+_library: Any = torch.library  # torch gives its methods no types
+_FRAGMENT = _library.Library(NAMESPACE, "FRAGMENT")
 
 
 def define(schema: str) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-from ctypes import c_int32, c_int64, c_void_p
+from ctypes import c_float, c_int32, c_int64, c_void_p
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-ABI_VERSION = 1  # MULTILORA_ABI_VERSION of csrc/cpu_ops.h
+ABI_VERSION = 2  # MULTILORA_ABI_VERSION of csrc/cpu_ops.h
 
 # Argument types of every function in csrc/cpu_ops.h, in its order. All of them return nothing.
 SIGNATURES: dict[str, tuple[type, ...]] = {
@@ -32,6 +32,23 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
         c_int64,  # rows
         c_int64,  # vocab
         c_int32,  # num_threads
+    ),
+    "lora": (
+        *(c_void_p, c_int64, c_void_p, c_int64, c_int32),  # y, x and their strides, dtype
+        *(c_void_p, c_int64, c_void_p, c_int64, c_int32),  # a, b and their strides, page_dtype
+        *(c_void_p, c_void_p, c_void_p, c_int64),  # page_ids, page_weights, num_pages, stride
+        *(c_void_p, c_void_p, c_void_p, c_int64),  # tile slots, starts, lens, count
+        *(c_void_p, c_int64),  # planes, max_pages
+        *(c_void_p, c_int64, c_int64, c_int64),  # slice_starts, slices, in, out
+        c_int32,  # num_threads
+    ),
+    "paged_attention": (
+        *(c_void_p, c_void_p, c_int64, c_int32),  # out, q, q_stride, dtype
+        *(c_void_p, c_void_p, c_int64, c_int64),  # k, v, block_stride, token_stride
+        *(c_void_p, c_int64),  # block_table and its stride
+        *(c_void_p, c_void_p),  # seq_lens, query_starts
+        *(c_int64, c_int64, c_int64, c_int64, c_int64),  # seqs, heads, kv_heads, head_dim, size
+        *(c_float, c_int32),  # scale, num_threads
     ),
 }
 

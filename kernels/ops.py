@@ -1,8 +1,9 @@
-"""The public ops: schemas, checked wrappers, and what each device does. The dispatcher is torch's."""
+"""The public ops: schemas, checked wrappers, what each device does. The dispatcher is torch's."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,28 +12,34 @@ from . import cpu
 from .library import define, implement
 from .tiles import Table, Tiles
 
-_TABLE = "Tensor page_ids, Tensor page_weights, Tensor num_pages, Tensor? scale_row, Tensor? scale, Tensor? bias"
+_TABLE = (
+    "Tensor page_ids, Tensor page_weights, Tensor num_pages, "
+    "Tensor? scale_row, Tensor? scale, Tensor? bias"
+)
 _TILES = "Tensor tile_slots, Tensor tile_starts, Tensor tile_lens, Tensor num_tiles"
 _SHRINK = define(
     f"lora_shrink(Tensor x, Tensor a_pages, {_TABLE}, {_TILES}, int split_k) -> Tensor"
 )
 _EXPAND = define(
-    f"lora_expand_(Tensor(a!) y, Tensor planes, Tensor b_pages, {_TABLE}, {_TILES}, int[] slice_starts) -> ()"
+    f"lora_expand_(Tensor(a!) y, Tensor planes, Tensor b_pages, {_TABLE}, {_TILES}, "
+    "int[] slice_starts) -> ()"
 )
 _LORA = define(
-    f"lora_(Tensor(a!) y, Tensor x, Tensor a_pages, Tensor b_pages, {_TABLE}, {_TILES}, int[] slice_starts) -> ()"
+    f"lora_(Tensor(a!) y, Tensor x, Tensor a_pages, Tensor b_pages, {_TABLE}, {_TILES}, "
+    "int[] slice_starts) -> ()"
 )
 _EMBED = define(
-    f"lora_embed_(Tensor(a!) y, Tensor ids, Tensor a_pages, Tensor b_pages, {_TABLE}, {_TILES}) -> ()"
+    f"lora_embed_(Tensor(a!) y, Tensor ids, Tensor a_pages, Tensor b_pages, {_TABLE}, {_TILES}) "
+    "-> ()"
 )
 _ATTENTION = define(
-    "paged_attention(Tensor q, Tensor k_blocks, Tensor v_blocks, Tensor block_table, Tensor seq_lens, "
-    "Tensor query_starts, float scale, int max_query_len, int max_seq_len, Tensor? k_scale, Tensor? v_scale) "
-    "-> Tensor"
+    "paged_attention(Tensor q, Tensor k_blocks, Tensor v_blocks, Tensor block_table, "
+    "Tensor seq_lens, Tensor query_starts, float scale, int max_query_len, int max_seq_len, "
+    "Tensor? k_scale, Tensor? v_scale) -> Tensor"
 )
 _ROPE = define(
-    "rope_store_kv_(Tensor(a!) q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor positions, "
-    "Tensor kv_slots, Tensor(b!) k_blocks, Tensor(c!) v_blocks) -> ()"
+    "rope_store_kv_(Tensor(a!) q, Tensor k, Tensor v, Tensor cos, Tensor sin, "
+    "Tensor positions, Tensor kv_slots, Tensor(b!) k_blocks, Tensor(c!) v_blocks) -> ()"
 )
 _NORM = define("rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!)? residual) -> Tensor")
 _SILU = define("silu_mul(Tensor x) -> Tensor")
@@ -41,7 +48,7 @@ _LINEAR = define("linear(Tensor x, Tensor weight, Tensor? weight_scale, Tensor? 
 
 
 def lora_shrink(x: Tensor, a_pages: Tensor, table: Table, tiles: Tiles, split_k: int = 1) -> Tensor:
-    """The first stage of `lora_`, x into rank space: fp32 [split_k, tokens, slices * max_pages * 8].
+    """The first stage of `lora_`, into rank space: fp32 [split_k, tokens, slices * max_pages * 8].
 
     x [tokens, in]; a_pages [pages, slices, 8, in]. Entries beyond a row's own pages are undefined.
     """
@@ -53,7 +60,8 @@ def lora_shrink(x: Tensor, a_pages: Tensor, table: Table, tiles: Tiles, split_k:
         x.shape[1] == a_pages.shape[3], f"x has {x.shape[1]} columns, a_pages {a_pages.shape[3]}"
     )
     _check(1 <= split_k <= max(x.shape[1], 1), f"split_k {split_k} is not within 1..{x.shape[1]}")
-    return _SHRINK(x, a_pages, *table, *tiles, split_k)
+    planes: Tensor = _SHRINK(x, a_pages, *table, *tiles, split_k)
+    return planes
 
 
 def lora_expand_(
@@ -64,7 +72,7 @@ def lora_expand_(
     tiles: Tiles,
     slice_starts: Sequence[int],
 ) -> None:
-    """The second stage of `lora_`: planes summed in order, expanded, added to y with one rounding."""
+    """The second stage of `lora_`: sums the planes in order, adds B times them, rounds once."""
     _check_out(y, b_pages, slice_starts)
     _EXPAND(y, planes, b_pages, *table, *tiles, list(slice_starts))
 
@@ -80,8 +88,9 @@ def lora_(
 ) -> None:
     """Adds to each row of `y` the low-rank delta of that row's slot; base rows stay untouched.
 
-    `y[t] = round(c * y[t] + sum_p B[p]^T (w_p * A[p] x[t]) + bias)` over the pages p of t's slot, in
-    table order, in fp32. Pages may have any stride(0). Raises ValueError for shapes that disagree.
+    `y[t] = round(c * y[t] + sum_p B[p]^T (w_p * A[p] x[t]) + bias)` over the pages p of t's slot,
+    in table order, in fp32. Pages may have any stride(0). Raises ValueError for shapes that
+    disagree.
     """
     _check_out(y, b_pages, slice_starts)
     _check(x.dim() == 2 and len(x) == len(y), "x and y must have as many rows")
@@ -97,7 +106,7 @@ def lora_(
 def lora_embed_(
     y: Tensor, ids: Tensor, a_pages: Tensor, b_pages: Tensor, table: Table, tiles: Tiles
 ) -> None:
-    """`lora_` for an embedding: a_pages [pages, vocab, 8], ids int64 [tokens] choose the column of A."""
+    """`lora_` for an embedding: ids int64 [tokens] choose rows of a_pages [pages, vocab, 8]."""
     _check_out(y, b_pages, (0, y.shape[1]))
     _check(ids.shape == y.shape[:1], "ids and y must have as many rows")
     _EMBED(y, ids, a_pages, b_pages, *table, *tiles)
@@ -106,7 +115,7 @@ def lora_embed_(
 def lora_head_(
     y: Tensor, x: Tensor, a_pages: Tensor, b_pages: Tensor, table: Table, tiles: Tiles
 ) -> None:
-    """`lora_` on logits y [rows, vocab] of hidden rows x [rows, hidden], with tiles over those rows."""
+    """`lora_` on logits y [rows, vocab] of hidden x [rows, hidden], with tiles over those rows."""
     lora_(y, x, a_pages, b_pages, table, tiles, (0, y.shape[1]))
 
 
@@ -134,7 +143,7 @@ def paged_attention(
     )
     _check(k_blocks.shape == v_blocks.shape, "k_blocks and v_blocks must have one shape")
     _check(q.shape[1] % k_blocks.shape[2] == 0, "query heads must be a multiple of KV heads")
-    found = _ATTENTION(
+    found: Tensor = _ATTENTION(
         q, k_blocks, v_blocks, block_table, seq_lens, query_starts, scale,
         max_query_len, max_seq_len, k_scale, v_scale,
     )  # fmt: skip
@@ -158,19 +167,21 @@ def rope_store_kv_(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
-    """RMS norm of x [tokens, hidden]; with `residual`, of `residual += x`, which changes in place."""
+    """RMS norm of x [tokens, hidden]; with `residual`, of `residual += x`, done in place."""
     _check(x.shape[-1:] == weight.shape, "weight must have as many elements as x has columns")
-    return _NORM(x, weight, eps, residual)
+    y: Tensor = _NORM(x, weight, eps, residual)
+    return y
 
 
 def silu_mul(x: Tensor) -> Tensor:
     """`silu(gate) * up` of x = [gate | up], [tokens, 2 * inter] -> [tokens, inter]."""
     _check(x.shape[-1] % 2 == 0, "x must have an even number of columns")
-    return _SILU(x)
+    y: Tensor = _SILU(x)
+    return y
 
 
 def apply_token_mask_(logits: Tensor, mask: Tensor) -> None:
-    """Sets forbidden logits [rows, vocab] to -inf; mask int32 [rows, ceil(vocab / 32)], bit = allowed."""
+    """Sets logits [rows, vocab] to -inf where mask, int32 [rows, ceil(vocab / 32)], has bit 0."""
     _check(mask.dtype == torch.int32, "mask must be int32")
     _check(
         mask.shape == (len(logits), -(-logits.shape[1] // 32)),
@@ -184,7 +195,8 @@ def linear(
 ) -> Tensor:
     """`x @ weight.T + bias`; an int8 weight [out, in] has weight_scale [out, groups]."""
     _check(x.shape[-1] == weight.shape[1], f"x has {x.shape[-1]} columns, weight {weight.shape[1]}")
-    return _LINEAR(x, weight, weight_scale, bias)
+    y: Tensor = _LINEAR(x, weight, weight_scale, bias)
+    return y
 
 
 def _check(condition: bool, text: str) -> None:
@@ -236,7 +248,7 @@ for _name in ("rope_store_kv_", "rms_norm", "silu_mul", "apply_token_mask_", "li
     implement(_name, "CPU", getattr(cpu, _name))
 
 
-def _meta_shrink(x: Tensor, a_pages: Tensor, page_ids: Tensor, *rest: object) -> Tensor:
+def _meta_shrink(x: Tensor, a_pages: Tensor, page_ids: Tensor, *rest: Any) -> Tensor:
     columns = a_pages.shape[1] * page_ids.shape[1] * 8
     return x.new_empty((rest[-1], len(x), columns), dtype=torch.float32)
 

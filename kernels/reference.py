@@ -7,6 +7,7 @@ else in the package is the definition.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,7 @@ def lora_shrink(
     """`planes.sum(0)[t, s, p] = A[page p of t's slot, s] @ x[t]`: one plane for each part of K."""
     wide, max_pages, slices = _wide(x), table.page_ids.shape[1], a_pages.shape[1]
     planes = torch.full((split_k, len(x), slices, max_pages, PAGE), float("nan"), dtype=wide)
-    parts = [part for part in torch.arange(x.shape[1]).tensor_split(split_k)]
+    parts = torch.arange(x.shape[1]).tensor_split(split_k)
     for slot, rows in _tiles(tiles):
         for p in range(int(table.num_pages[slot])):
             a = a_pages[int(table.page_ids[slot, p])].to(wide)  # [slices, 8, in]
@@ -46,7 +47,7 @@ def lora_shrink(
                 planes[k, rows, :, p] = torch.einsum(
                     "ti,sri->tsr", x[rows][:, part].to(wide), a[..., part]
                 )
-    return planes.reshape(split_k, len(x), -1)
+    return planes.flatten(2)
 
 
 def lora_expand_(
@@ -69,9 +70,7 @@ def lora_expand_(
         for p in range(int(table.num_pages[slot])):
             b = b_pages[int(table.page_ids[slot, p])].to(wide)  # [8, out]
             scaled = (u[rows, :, p] * table.page_weights[slot, p]).to(b_pages.dtype).to(wide)
-            for s, (first, last) in enumerate(
-                zip(slice_starts[:-1], slice_starts[1:], strict=True)
-            ):
+            for s, (first, last) in enumerate(pairwise(slice_starts)):
                 total[:, first:last] += scaled[:, s] @ b[:, first:last]
         if row >= 0 and table.bias is not None:
             total = total + table.bias[row].to(wide)
@@ -105,7 +104,7 @@ def lora_embed_(
     for slot, rows in _tiles(tiles):
         for p in range(int(table.num_pages[slot])):
             planes[0, rows, p] = a_pages[int(table.page_ids[slot, p]), ids[rows]].to(wide)
-    lora_expand_(y, planes.reshape(1, len(y), -1), b_pages, table, tiles, (0, y.shape[1]))
+    lora_expand_(y, planes.flatten(2), b_pages, table, tiles, (0, y.shape[1]))
 
 
 def paged_attention(
@@ -151,7 +150,7 @@ def rope_store_kv_(
     k_blocks: Tensor,  # [blocks, block_size, kv_heads, head_dim], written in place
     v_blocks: Tensor,
 ) -> None:
-    """Rotates `q` and `k` by their positions (halves, as Hugging Face) and stores `k`, `v` in pages."""
+    """Rotates `q` and `k` by position (half against half) and stores `k` and `v` in pages."""
     wide, half, size = _wide(q), q.shape[-1] // 2, k_blocks.shape[1]
     c, s = cos[positions, None].to(wide), sin[positions, None].to(wide)
 
@@ -207,8 +206,7 @@ def linear(
     wide = _wide(x)
     w = weight.to(wide)
     if weight_scale is not None:
-        w = (
-            w.unflatten(1, (weight_scale.shape[1], -1)) * weight_scale[..., None].to(wide)
-        ).flatten(1)
+        groups = w.reshape(len(w), weight_scale.shape[1], -1)
+        w = (groups * weight_scale[..., None].to(wide)).flatten(1)
     y = x.to(wide) @ w.T
     return (y if bias is None else y + bias.to(wide)).to(x.dtype)

@@ -15,7 +15,8 @@ DECODE_TILE, PREFILL_TILE = 16, 64
 class Table(NamedTuple):
     """What each slot adds at one site: its rank pages and their weights, in order.
 
-    `scale_row`, `scale` and `bias` are DoRA's: `y = scale[row] * y + delta + bias[row]`, row -1 = none.
+    `scale_row`, `scale` and `bias` are DoRA's: `y = scale[row] * y + delta + bias[row]`, and a row
+    of -1 is none.
     """
 
     page_ids: Tensor  # int32 [slots, max_pages]
@@ -27,7 +28,7 @@ class Table(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Runs of consecutive tokens with one slot; capacity is fixed, `num_tiles` counts the real ones."""
+    """Runs of consecutive tokens with one slot; `num_tiles` of the capacity are real."""
 
     slots: Tensor  # int32 [capacity], -1 beyond the real ones
     starts: Tensor  # int32 [capacity], first token

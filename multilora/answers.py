@@ -1,4 +1,4 @@
-"""A request's answers as text: detokenised token by token, searched for stop strings, with logprobs."""
+"""A request's answers as text: detokenised step by step, cut at stop strings, with logprobs."""
 
 from __future__ import annotations
 

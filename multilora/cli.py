@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import suppress
 from importlib.util import find_spec
-from pathlib import Path  # noqa: TC003 - typer reads the annotations
+from pathlib import Path  # at run time too: typer reads the annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 from . import __version__

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from .request import RequestOutput
 
 EXPERTS = ("job-analysis", "profile-review", "proposal", "feedback")
-MEASURED_TOKENS = 48  # of each prompt, in the runs that are timed
-MEASURED_ROUNDS = 3  # of each kind, in turn, so that a busy machine slows both
+MEASURED_TOKENS = 24  # of each prompt, in the runs that are timed
+MEASURED_ROUNDS = 2  # of each kind, in turn, so that a busy machine slows both
 
 
 @dataclass(frozen=True, slots=True)

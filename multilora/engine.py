@@ -98,24 +98,9 @@ class Engine:
         mix = self.store.resolve(adapter)
         text = prompt if isinstance(prompt, str) else None
         state = RequestState(request_id, text, ids, params, adapter, mix)
-        seed = params.seed if params.seed is not None else _seed(self.config.seed, number)
-        limit = self.max_model_len
-        total = limit if params.max_tokens is None else min(limit, len(ids) + params.max_tokens)
         try:
             for index in range(params.n):
-                seq = Sequence(
-                    seq_id=next(self._seq_ids),
-                    request_id=request_id,
-                    index=index,
-                    params=params,
-                    prompt_ids=ids,
-                    mix=mix,
-                    identity=mix_identity(mix),
-                    seed=seed + index,
-                    arrival=number,
-                    max_total=total,
-                    stop_ids=self._stop_ids(params),
-                )
+                seq = self._sequence(state, index, number)
                 self.scheduler.add(seq)
                 self.store.hold(mix)
                 state.start(seq, self.tokenizer)
@@ -128,7 +113,7 @@ class Engine:
         return request_id
 
     def abort(self, request_id: str) -> bool:
-        """Ends a request; its blocks and slot are free at once. False if there is no such request."""
+        """Ends a request and frees its blocks and slot at once. False if there is none."""
         state = self._requests.pop(request_id, None)
         if state is None:
             return False
@@ -186,7 +171,7 @@ class Engine:
         return self.store.infos()
 
     def memory(self) -> dict[str, int]:
-        """Bytes in use: the base's weights, the adapters' rank pages, the KV blocks that hold tokens."""
+        """Bytes in use: the base's weights, the adapters' rank pages, the KV blocks with tokens."""
         used = self.pool.num_blocks - self.pool.num_free
         return {
             "base": self.model.num_bytes,
@@ -228,6 +213,25 @@ class Engine:
                 touched[state.request_id] = state
         return touched
 
+    def _sequence(self, state: RequestState, index: int, arrival: int) -> Sequence:
+        """Answer `index` of a request, as yet unknown to the scheduler."""
+        params, ids, limit = state.params, state.prompt_ids, self.max_model_len
+        seed = params.seed if params.seed is not None else _seed(self.config.seed, arrival)
+        total = limit if params.max_tokens is None else min(limit, len(ids) + params.max_tokens)
+        return Sequence(
+            seq_id=next(self._seq_ids),
+            request_id=state.request_id,
+            index=index,
+            params=params,
+            prompt_ids=ids,
+            mix=state.mix,
+            identity=mix_identity(state.mix),
+            seed=seed + index,
+            arrival=arrival,
+            max_total=total,
+            stop_ids=self._stop_ids(params),
+        )
+
     def _drop(self, seq: Sequence) -> None:
         self.scheduler.abort(seq)
         self._forget(seq)
@@ -263,8 +267,8 @@ class Engine:
                     )
         if len(ids) >= self.max_model_len:
             raise CapacityError(
-                f"the prompt has {len(ids)} tokens, max_model_len is {self.max_model_len} with the answer; "
-                "shorten the prompt or raise max_model_len"
+                f"the prompt has {len(ids)} tokens, max_model_len is {self.max_model_len} with the "
+                "answer; shorten the prompt or raise max_model_len"
             )
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer; use stop_token_ids")
@@ -297,6 +301,7 @@ def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
     limit = model.max_position_embeddings
     if config.max_model_len is not None and config.max_model_len > limit:
         raise ConfigError(
-            f"max_model_len {config.max_model_len} is beyond the {limit} positions that the model was made for"
+            f"max_model_len {config.max_model_len} is beyond the {limit} positions that the model "
+            "was made for"
         )
     return config.max_model_len or limit

@@ -8,7 +8,7 @@
     │   ├── AdapterNotFound    no adapter of that name is loaded
     │   ├── AdapterInvalid     its files are malformed, or use a feature that we refuse
     │   └── AdapterTooLarge    it needs more rank pages than the engine was started with
-    ├── RequestError           the request is wrong: a bad parameter, an empty prompt, an unknown field
+    ├── RequestError           the request is wrong: a bad parameter, no prompt, an unknown field
     └── CapacityError          the request is right but could never fit this engine
 
 The text of an error says what is wrong, which object, and how to cure it.

@@ -1,4 +1,4 @@
-"""The tensors that hold keys and values, in pages. Which page belongs to whom is `blocks.py`'s matter."""
+"""The tensors that hold keys and values, in pages. `blocks.py` says which page is whose."""
 
 from __future__ import annotations
 

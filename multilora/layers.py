@@ -1,4 +1,4 @@
-"""The parts of a Llama: fused linears that know their LoRA site, norm, rotary positions, attention."""
+"""The parts of a Llama: fused linears that know their LoRA site, norm, rotary, attention."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def _parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
 
 
 def _scale_frequencies(inv_freq: Tensor, config: ModelConfig) -> Tensor:
-    """Llama 3.1's rule: long wavelengths are stretched by `factor`, short ones kept, between blended."""
+    """Llama 3.1's rule: stretches long waves by `factor`, keeps short ones, blends between."""
     s = config.rope_scaling
     if s is None:
         return inv_freq

@@ -21,7 +21,7 @@ class NewRow:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens `start : start + count` of the sequence in `row`; never the value of an unsampled one."""
+    """Tokens `start : start + count` of the sequence in `row`, without their values."""
 
     row: int
     start: int

@@ -170,7 +170,7 @@ class RequestOutput:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One answer in the making: its tokens, where it stands, what it holds. Changed by the scheduler."""
+    """One answer in the making: tokens, progress, what it holds. The scheduler changes it."""
 
     seq_id: int
     request_id: str

@@ -1,4 +1,4 @@
-"""Carries out plans: builds the batch, runs the model, samples. `submit` starts, `collect` waits."""
+"""Carries out plans: builds batches, runs the model, samples. `submit` starts, `collect` waits."""
 
 from __future__ import annotations
 
@@ -131,7 +131,10 @@ class Runner:
 
     def _wanted(self, order: list[Chunk]) -> tuple[list[_Wanted], list[int], list[int]]:
         """For each chunk its logits rows; for each logits row its token and slot."""
-        found, tokens, slots, first = [], [], [], 0
+        found: list[_Wanted] = []
+        tokens: list[int] = []
+        slots: list[int] = []
+        first = 0
         for chunk in order:
             row, wanted = self.rows[chunk.row], _Wanted()
             if row.params.prompt_logprobs is not None:

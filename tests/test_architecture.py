@@ -62,10 +62,10 @@ FLOORS = {
     "multilora.engine": 6,
     # doors
     "multilora.llm": 7,
-    "multilora.cli": 7,
     "multilora.demo": 7,
-    # the public names
+    # the public names, and the command that tells their version
     "multilora": 8,
+    "multilora.cli": 8,
 }
 
 # Decisions are pure: these run in microseconds, in tests and in a simulator.

@@ -1,0 +1,56 @@
+// The arguments of the larger kernels, as structs: their meaning is in cpu_ops.h.
+
+#pragma once
+
+#include <cstdint>
+
+struct LoraArgs {
+    void* y;
+    int64_t y_stride;
+    const void* x;
+    int64_t x_stride;
+    int32_t dtype;
+    const void* a;
+    int64_t a_stride;
+    const void* b;
+    int64_t b_stride;
+    int32_t page_dtype;
+    const int32_t* page_ids;
+    const float* page_weights;
+    const int32_t* num_pages;
+    int64_t table_stride;
+    const int32_t *tile_slots, *tile_starts, *tile_lens;
+    int64_t num_tiles;
+    float* planes;
+    int64_t max_pages;
+    const int64_t* slice_starts;
+    int64_t slices, in, out;
+    int32_t num_threads;
+};
+
+struct AttentionArgs {
+    void* out;
+    const void* q;
+    int64_t q_stride;
+    int32_t dtype;
+    const void *k, *v;
+    int64_t block_stride, token_stride;
+    const int32_t* block_table;
+    int64_t table_stride;
+    const int32_t *seq_lens, *query_starts;
+    int64_t seqs, heads, kv_heads, head_dim, block_size;
+    float scale;
+    int32_t num_threads;
+};
+
+namespace generic {
+void lora(const LoraArgs& g);
+void attention(const AttentionArgs& g);
+}  // namespace generic
+
+#if defined(__x86_64__)
+namespace avx2 {
+void lora(const LoraArgs& g);
+void attention(const AttentionArgs& g);
+}  // namespace avx2
+#endif

@@ -1,0 +1,50 @@
+// The C entries of the larger kernels: the best instruction set that this machine has.
+
+#include "args.h"
+#include "cpu_ops.h"
+
+namespace {
+
+bool has_avx2() {
+#if defined(__x86_64__)
+    static const bool found = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    return found;
+#else
+    return false;
+#endif
+}
+
+}  // namespace
+
+void lora(void* y, int64_t y_stride, const void* x, int64_t x_stride, int32_t dtype, const void* a,
+          int64_t a_stride, const void* b, int64_t b_stride, int32_t page_dtype,
+          const int32_t* page_ids, const float* page_weights, const int32_t* num_pages,
+          int64_t table_stride, const int32_t* tile_slots, const int32_t* tile_starts,
+          const int32_t* tile_lens, int64_t num_tiles, float* planes, int64_t max_pages,
+          const int64_t* slice_starts, int64_t slices, int64_t in, int64_t out,
+          int32_t num_threads) {
+    const LoraArgs args{y,           y_stride,  x,        x_stride,     dtype,      a,
+                        a_stride,    b,         b_stride, page_dtype,   page_ids,   page_weights,
+                        num_pages,   table_stride, tile_slots, tile_starts, tile_lens, num_tiles,
+                        planes,      max_pages, slice_starts, slices,   in,         out,
+                        num_threads};
+#if defined(__x86_64__)
+    if (has_avx2()) return avx2::lora(args);
+#endif
+    generic::lora(args);
+}
+
+void paged_attention(void* out, const void* q, int64_t q_stride, int32_t dtype, const void* k,
+                     const void* v, int64_t block_stride, int64_t token_stride,
+                     const int32_t* block_table, int64_t table_stride, const int32_t* seq_lens,
+                     const int32_t* query_starts, int64_t seqs, int64_t heads, int64_t kv_heads,
+                     int64_t head_dim, int64_t block_size, float scale, int32_t num_threads) {
+    const AttentionArgs args{out,          q,        q_stride,     dtype, k,     v,
+                             block_stride, token_stride, block_table, table_stride, seq_lens,
+                             query_starts, seqs,     heads,        kv_heads, head_dim, block_size,
+                             scale,        num_threads};
+#if defined(__x86_64__)
+    if (has_avx2()) return avx2::attention(args);
+#endif
+    generic::attention(args);
+}
