@@ -1,14 +1,15 @@
 """The ops on CPU in vectorised torch, and in C++ where the library was built.
 
-Every row's bits depend on that row alone, for one machine, build and thread count. What breaks that
-in torch, as measured (AVX2, torch 2.13): GEMMs of few rows choose other kernels (so rows come padded
-to 16), `exp` and `silu` treat the tail of a flat buffer and the borders between threads by other
-code (so `_flat` feeds them whole vectors below the size at which torch splits work), and a product
-with 8 rank rows differs from the same rows inside 64 (so LoRA goes page by page).
+Every row's bits depend on that row alone, for one machine, build and thread count. What breaks
+that in torch, as measured (AVX2, torch 2.13): GEMMs of few rows choose other kernels (so rows come
+padded to 16), `exp` and `silu` treat the tail of a flat buffer and the borders between threads by
+other code (so `_flat` feeds them whole vectors below the size at which torch splits work), and a
+product with 8 rank rows differs from the same rows inside 64 (so LoRA goes page by page).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -34,7 +35,7 @@ def _flat(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     tail = -flat.numel() % ROWS
     if tail:
         flat = F.pad(flat, (0, tail))
-    parts = [function(part) for part in flat.split(_SERIAL)]
+    parts = [function(part) for part in torch.split(flat, _SERIAL)]
     joined = parts[0] if len(parts) == 1 else torch.cat(parts)
     return joined[: x.numel()].view(x.shape)
 
@@ -83,7 +84,8 @@ def paged_attention(
 ) -> Tensor:
     """See `reference.paged_attention`: sequences with as many query rows are computed together."""
     out = torch.zeros(q.shape, dtype=q.dtype)
-    if _cpp_attention(out, q, k_blocks, v_blocks, block_table, seq_lens, query_starts, scale, k_scale):
+    where = (block_table, seq_lens, query_starts)
+    if _cpp_attention(out, q, k_blocks, v_blocks, where, scale, k_scale):
         return out
     starts = query_starts.tolist()
     groups: dict[int, list[int]] = {}
@@ -116,20 +118,17 @@ def _cpp_attention(
     q: Tensor,
     k_blocks: Tensor,
     v_blocks: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    query_starts: Tensor,
+    where: tuple[Tensor, Tensor, Tensor],  # block_table, seq_lens, query_starts
     scale: float,
     k_scale: Tensor | None,
 ) -> bool:
     """Does it in C++ if the library can; whether it did."""
     same = q.dtype == k_blocks.dtype == v_blocks.dtype and k_blocks.stride() == v_blocks.stride()
     dense = q.stride()[1:] == (q.shape[2], 1) and k_blocks.stride()[2:] == (q.shape[2], 1)
-    ints = (block_table, seq_lens, query_starts)
-    fits = same and dense and k_scale is None and all(t.dtype == torch.int32 for t in ints)
+    fits = same and dense and k_scale is None and all(t.dtype == torch.int32 for t in where)
     if native.LIB is None or q.dtype not in _CPP_DTYPES or not fits:
         return False
-    table, lens, starts = (t.contiguous() for t in ints)
+    table, lens, starts = (t.contiguous() for t in where)
     native.LIB.paged_attention(
         out.data_ptr(), q.data_ptr(), q.stride(0), native.DTYPE_CODES[q.dtype],
         k_blocks.data_ptr(), v_blocks.data_ptr(), k_blocks.stride(0), k_blocks.stride(1),
@@ -232,7 +231,7 @@ class _Batch:
         self.pages = table.num_pages[self.slots]
 
     def spread(self, x: Tensor, chosen: Tensor) -> Tensor:
-        """Rows of x as [chosen tiles, width, ...]; padding rows repeat row 0 and are dropped later."""
+        """Rows of x as [chosen tiles, width, ...]; padding repeats row 0 and is dropped later."""
         return x[self.rows[chosen]]
 
 
@@ -269,12 +268,19 @@ def _cpp_lora(
     """Does it in C++ if the library can; whether it did."""
     count = int(tiles.num_tiles)
     types = y.dtype == x.dtype and {y.dtype, a_pages.dtype} <= set(_CPP_DTYPES)
-    dense = y.stride(1) == x.stride(1) == 1 and a_pages[0].is_contiguous() and b_pages[0].is_contiguous()
+    dense = (
+        y.stride(1) == x.stride(1) == 1
+        and a_pages[0].is_contiguous()
+        and b_pages[0].is_contiguous()
+    )
     if native.LIB is None or not types or not dense or table.scale_row is not None:
         return False
     if count == 0:
         return True
-    if int(tiles.lens[:count].max()) > PREFILL_TILE or table.page_ids.stride() != table.page_weights.stride():
+    if (
+        int(tiles.lens[:count].max()) > PREFILL_TILE
+        or table.page_ids.stride() != table.page_weights.stride()
+    ):
         return False
     max_pages = int(table.num_pages[tiles.slots[:count].long()].max())
     slices = len(slice_starts) - 1
@@ -325,11 +331,14 @@ def _expand(
         slots = batch.slots[chosen]
         page_ids = table.page_ids[slots, p].long()
         u = shrink(chosen, page_ids) * table.page_weights[slots, p][:, None, None]
-        u = u.to(b_pages.dtype).float().unflatten(-1, (-1, reference.PAGE))
+        u = u.to(b_pages.dtype).float()
+        u = u.reshape(*u.shape[:2], -1, reference.PAGE)
         b = b_pages[page_ids].float()
         everything = len(chosen) == len(total)
-        for s, (first, last) in enumerate(zip(slice_starts[:-1], slice_starts[1:], strict=True)):
-            delta = torch.bmm(u[:, :, s], b[:, :, first:last])
+        for s, (first, last) in enumerate(itertools.pairwise(slice_starts)):
+            # Products narrower than 12 columns were seen to treat rows of a tile differently.
+            columns = F.pad(b[:, :, first:last], (0, -(last - first) % ROWS))
+            delta = torch.bmm(u[:, :, s], columns)[..., : last - first]
             if everything:
                 total[..., first:last] += delta
             else:
@@ -355,8 +364,7 @@ def linear(x: Tensor, weight: Tensor, weight_scale: Tensor | None, bias: Tensor 
     """See `reference.linear`. The caller pads rows to a multiple of 16."""
     if weight_scale is not None:
         groups = weight_scale.shape[1]
-        weight = (
-            weight.to(x.dtype).unflatten(1, (groups, -1)) * weight_scale[..., None].to(x.dtype)
-        ).flatten(1)
+        scaled = weight.to(x.dtype).reshape(len(weight), groups, -1)
+        weight = (scaled * weight_scale[..., None].to(x.dtype)).flatten(1)
     y = F.linear(x, weight)
     return y if bias is None else y.add_(bias)

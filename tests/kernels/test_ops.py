@@ -402,7 +402,14 @@ def assert_tiles_independent(
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize(("in_", "starts"), [(33, STARTS), (256, (0, 128, 320))])
+@pytest.mark.parametrize(
+    ("in_", "starts"),
+    [
+        (33, (0, 15, 30, 47)),
+        (256, (0, 128, 320)),
+        (33, STARTS),
+    ],
+)
 @exact_dtypes
 def test_a_lora_rows_bits_are_its_own(
     dtype: torch.dtype, in_: int, starts: tuple[int, ...]

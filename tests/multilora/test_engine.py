@@ -1,4 +1,4 @@
-"""The engine from outside: requests in, outputs back, and nothing left behind by what is refused."""
+"""The engine from outside: requests in, outputs back, nothing left by what is refused."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_step_without_work_does_nothing(engine: Engine) -> None:
 
 
 def test_an_aborted_request_gives_all_back_and_its_neighbour_stays(engine: Engine) -> None:
-    alone = tokens(engine, "a")
+    alone, _ = tokens(engine, "a"), tokens(engine, "b")
     before = engine.memory()
     doomed = engine.add(prompt_of(50, seed=9), greedy(50, n=2), adapter="b")
     kept = engine.add(PROMPT, greedy(), adapter="a")
@@ -321,7 +321,9 @@ def test_an_adapter_too_large_or_badly_named_is_refused(root: Path, tmp_path: Pa
 # Adapters that come and go
 
 
-def test_a_replaced_adapter_serves_its_old_requests_to_their_end(engine: Engine, root: Path) -> None:
+def test_a_replaced_adapter_serves_its_old_requests_to_the_end(
+    engine: Engine, root: Path
+) -> None:
     old = tokens(engine, "a")
     first = engine.add(PROMPT, greedy(), adapter="a")
     engine.step()

@@ -116,9 +116,7 @@ def test_neighbours_change_no_bit_in_many_cases(world: World, case: int) -> None
 
 
 def spoken(length: int, spec: Any, count: int = 20, **fields: Any) -> Job:
-    params = SamplingParams(
-        temperature=0, max_tokens=count, ignore_eos=True, logprobs=5, **fields
-    )
+    params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, logprobs=5, **fields)
     return Job(prompt_of(length, seed=length), params, spec)
 
 

@@ -145,7 +145,7 @@ FEATURES: dict[str, dict[str, Any]] = {
         "alpha_pattern": {"q_proj": 7.0, "layers.2.self_attn.v_proj": 40.0},
     },
     "rslora with patterns": {"use_rslora": True, "rank_pattern": {"v_proj": 3, "up_proj": 32}},
-    "embedding and head": {"targets": (*LINEARS, "embed_tokens", "lm_head"), "scale": 0.3},
+    "embedding and head": {"targets": (*LINEARS, "embed_tokens", "lm_head"), "scale": 0.15},
     "embedding alone": {"targets": ("embed_tokens",), "scale": 0.5},
     "some layers": {"layers": (0, 2)},
     "one slice": {"targets": ("k_proj", "up_proj"), "rank": 5},

@@ -1,0 +1,184 @@
+"""Any order of requests, aborts and adapter changes: nothing leaks and no answer changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from multilora.errors import AdapterNotFound
+from multilora.request import SamplingParams
+from tests.adapters import write_adapter
+from tests.checkpoints import TINY, write_checkpoint
+from tests.engines import Job, add, drain, facts, make_engine, prompt_of, run
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from multilora.engine import Engine
+    from multilora.request import RequestOutput
+
+NAMES = ("x", "y", "z")
+RANKS = (4, 8, 16, 24)
+PROMPTS = [prompt_of(length, seed=1) for length in (1, 9, 17, 40)]  # each begins the next
+# Little of everything: blocks run out, slots and pages are fought over, prompts come in chunks.
+TIGHT = {
+    "num_kv_blocks": 10,
+    "block_size": 8,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 24,
+    "max_loras": 2,
+    "lora_pages": 6,
+}
+
+
+@dataclass
+class World:
+    """A checkpoint, four adapters by version, and what each job gives on an engine of its own."""
+
+    root: Path
+    solo: dict[str, Any] = field(default_factory=dict)
+
+    def alone(self, job: Job, loaded: dict[str, int]) -> Any:
+        """The job's answer with the versions that its names had when it came."""
+        names = [job.adapter] if isinstance(job.adapter, str) else list(job.adapter or ())
+        key = repr((job, [(name, loaded[name]) for name in names]))
+        if key not in self.solo:
+            folders = {name: self.root / str(loaded[name]) for name in names}
+            self.solo[key] = facts(run(make_engine(self.root / "base", folders), [job])[0])
+        return self.solo[key]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    root = tmp_path_factory.mktemp("fuzz")
+    write_checkpoint(root / "base", num_layers=1)
+    for version, rank in enumerate(RANKS):
+        targets = ("q_proj", "down_proj", *(("lm_head",) if version == 2 else ()))
+        config = replace(TINY, num_layers=1)
+        folder = root / str(version)
+        write_adapter(folder, config, rank=rank, seed=version, scale=0.4, targets=targets)
+    return World(root)
+
+
+SAMPLING = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from((0.0, 1.0)),
+    seed=st.integers(0, 1),
+    n=st.integers(1, 2),
+    max_tokens=st.sampled_from((1, 8, 24)),
+    ignore_eos=st.just(True),
+    logprobs=st.just(2),
+    prompt_logprobs=st.sampled_from((None, None, 1)),
+)
+WISH = st.tuples(st.sampled_from(PROMPTS), SAMPLING)
+WEIGHTS = st.sampled_from((-0.5, 1.0))
+
+
+class Life(RuleBasedStateMachine):
+    """An engine's life, and what each request must come to."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self.world = world
+        self.engine: Engine = make_engine(world.root / "base", **TIGHT)
+        self.loaded: dict[str, int] = {}
+        self.asked: dict[str, tuple[Job, dict[str, int]]] = {}
+        self.finished: dict[str, RequestOutput] = {}
+
+    @rule(name=st.sampled_from(NAMES), version=st.integers(0, len(RANKS) - 1))
+    def load_or_replace(self, name: str, version: int) -> None:
+        digest = self.engine.load_adapter(name, self.world.root / str(version))
+        assert self.engine.adapters[name].digest == digest
+        self.loaded[name] = version
+
+    @rule(name=st.sampled_from(NAMES))
+    def unload(self, name: str) -> None:
+        if name in self.loaded:
+            self.engine.unload_adapter(name)
+            del self.loaded[name]
+        else:
+            with pytest.raises(AdapterNotFound):
+                self.engine.unload_adapter(name)
+
+    @rule(data=st.data(), wishes=st.lists(WISH, min_size=1, max_size=4))
+    def requests(
+        self, data: st.DataObject, wishes: list[tuple[tuple[int, ...], SamplingParams]]
+    ) -> None:
+        names = sorted(self.loaded)
+        specs: list[Any] = [None, *names]
+        if len(names) > 1:
+            specs.append({names[0]: data.draw(WEIGHTS), names[1]: data.draw(WEIGHTS)})
+        for prompt, params in wishes:
+            job = Job(prompt, params, data.draw(st.sampled_from(specs)))
+            self.asked[add(self.engine, job)] = (job, dict(self.loaded))
+
+    @rule(name=st.sampled_from(NAMES))
+    def request_of_an_unknown_adapter(self, name: str) -> None:
+        if name not in self.loaded:
+            with pytest.raises(AdapterNotFound):
+                self.engine.add(PROMPTS[0], adapter=name)
+
+    @precondition(lambda self: self.engine.has_work)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        request = data.draw(st.sampled_from(sorted(self.asked.keys() - self.finished.keys())))
+        assert self.engine.abort(request)
+        del self.asked[request]
+
+    @precondition(lambda self: self.engine.has_work)
+    @rule(count=st.integers(1, 4))
+    def step(self, count: int) -> None:
+        for _ in range(count):
+            for output in self.engine.step():
+                assert output.request_id in self.asked
+                if output.finished:
+                    self.finished[output.request_id] = output
+            self.engine.check_integrity()
+
+    @invariant()
+    def all_adds_up(self) -> None:
+        self.engine.check_integrity()
+        assert set(self.engine.adapters) == set(self.loaded)
+        assert self.engine.has_work == (self.asked.keys() != self.finished.keys())
+
+    def teardown(self) -> None:
+        self.finished |= drain(self.engine)
+        assert self.finished.keys() == self.asked.keys()
+        for request, (job, loaded) in self.asked.items():
+            assert facts(self.finished[request]) == self.world.alone(job, loaded)
+        for name in self.loaded:
+            self.engine.unload_adapter(name)
+        self.engine.check_integrity()
+        assert self.engine.memory()["kv"] == 0
+
+
+def live(world: World, examples: int, steps: int) -> None:
+    run_state_machine_as_test(
+        lambda: Life(world),
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=steps,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+def test_a_short_life_leaks_nothing_and_changes_no_answer(world: World) -> None:
+    live(world, examples=30, steps=20)
+
+
+@pytest.mark.slow
+def test_a_long_life_leaks_nothing_and_changes_no_answer(world: World) -> None:
+    live(world, examples=300, steps=60)
