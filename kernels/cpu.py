@@ -29,6 +29,11 @@ def _pad(count: int) -> int:
     return -(-count // ROWS) * ROWS
 
 
+def _threads(work: int) -> int:
+    """Threads for so many multiply-adds: waking a second one costs more than a small job."""
+    return 1 if work < 1 << 17 else torch.get_num_threads()
+
+
 def _flat(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """An elementwise function, each element by the same vector code wherever it stands in `x`."""
     flat = x.reshape(-1)
@@ -134,7 +139,7 @@ def _cpp_attention(
         k_blocks.data_ptr(), v_blocks.data_ptr(), k_blocks.stride(0), k_blocks.stride(1),
         table.data_ptr(), table.shape[1], lens.data_ptr(), starts.data_ptr(),
         len(lens), q.shape[1], k_blocks.shape[2], q.shape[2], k_blocks.shape[1],
-        scale, torch.get_num_threads(),
+        scale, _threads(q.numel() * table.shape[1] * k_blocks.shape[1]),
     )  # fmt: skip
     return True
 
@@ -286,6 +291,7 @@ def _cpp_lora(
     slices = len(slice_starts) - 1
     planes = torch.empty(len(x) * max_pages * slices * reference.PAGE)
     starts = torch.tensor(slice_starts)
+    work = len(x) * max_pages * reference.PAGE * (slices * x.shape[1] + y.shape[1])
     native.LIB.lora(
         y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0), native.DTYPE_CODES[y.dtype],
         a_pages.data_ptr(), a_pages.stride(0), b_pages.data_ptr(), b_pages.stride(0),
@@ -294,7 +300,7 @@ def _cpp_lora(
         table.page_ids.stride(0),
         tiles.slots.data_ptr(), tiles.starts.data_ptr(), tiles.lens.data_ptr(), count,
         planes.data_ptr(), max_pages,
-        starts.data_ptr(), slices, x.shape[1], y.shape[1], torch.get_num_threads(),
+        starts.data_ptr(), slices, x.shape[1], y.shape[1], _threads(work),
     )  # fmt: skip
     return True
 

@@ -1,4 +1,4 @@
-"""The engine from outside: requests in, outputs back, nothing left by what is refused."""
+"""The engine from outside: requests in, outputs back, nothing left behind by what is refused."""
 
 from __future__ import annotations
 
@@ -321,9 +321,7 @@ def test_an_adapter_too_large_or_badly_named_is_refused(root: Path, tmp_path: Pa
 # Adapters that come and go
 
 
-def test_a_replaced_adapter_serves_its_old_requests_to_the_end(
-    engine: Engine, root: Path
-) -> None:
+def test_a_replaced_adapter_serves_its_old_requests_to_the_end(engine: Engine, root: Path) -> None:
     old = tokens(engine, "a")
     first = engine.add(PROMPT, greedy(), adapter="a")
     engine.step()

@@ -41,7 +41,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_scaling": None,
     },
     "attention bias": {"attention_bias": True, "num_layers": 3},
-    "wide heads": {"head_dim": 32, "num_heads": 2, "num_kv_heads": 1, "rms_norm_eps": 1e-3},
+    "wide heads": {"head_dim": 32, "num_heads": 4, "num_kv_heads": 1, "rms_norm_eps": 1e-3},
 }
 JOB_FIELDS = {"logprobs": 20, "prompt_logprobs": 20}
 
