@@ -43,14 +43,55 @@ struct AttentionArgs {
     int32_t num_threads;
 };
 
+struct SiluArgs {
+    void* out;
+    const void* x;
+    int64_t x_stride;
+    int32_t dtype;
+    int64_t tokens, inter;
+    int32_t num_threads;
+};
+
+struct NormArgs {
+    void* out;
+    const void* x;
+    int64_t x_stride;
+    void* residual;
+    int64_t residual_stride;
+    const void* weight;
+    int32_t dtype;
+    int64_t tokens, hidden;
+    float eps;
+    int32_t num_threads;
+};
+
+struct RopeArgs {
+    void* q;
+    const void *k, *v;
+    int64_t stride;
+    int32_t dtype;
+    const float *cos, *sin;
+    const int64_t *positions, *kv_slots;
+    void *k_blocks, *v_blocks;
+    int64_t block_stride, token_stride;
+    int64_t tokens, heads, kv_heads, head_dim, block_size;
+    int32_t num_threads;
+};
+
 namespace generic {
 void lora(const LoraArgs& g);
 void attention(const AttentionArgs& g);
+void silu(const SiluArgs& g);
+void norm(const NormArgs& g);
+void rope(const RopeArgs& g);
 }  // namespace generic
 
 #if defined(__x86_64__)
 namespace avx2 {
 void lora(const LoraArgs& g);
 void attention(const AttentionArgs& g);
+void silu(const SiluArgs& g);
+void norm(const NormArgs& g);
+void rope(const RopeArgs& g);
 }  // namespace avx2
 #endif

@@ -12,7 +12,7 @@
 
 // Raised whenever a function below changes its meaning or its arguments. The loader ignores a
 // library that says another number than kernels/native.py.
-#define MULTILORA_ABI_VERSION 2
+#define MULTILORA_ABI_VERSION 3
 
 // Element types, by the `dtype` arguments below.
 enum { MULTILORA_F32 = 0, MULTILORA_BF16 = 1, MULTILORA_F16 = 2 };
@@ -30,7 +30,8 @@ MULTILORA_API void apply_token_mask(void* logits,            // dtype [rows, voc
                                     int32_t num_threads);
 
 // Adds to each row of y the low-rank delta of its tile's slot: see lora_ in kernels/reference.py.
-// A page's own [slices, 8, in] or [8, out] is dense. Types: f32 or bf16. A tile has at most 64 rows.
+// A page's own [slices, 8, in] or [8, out] is dense. Types: f32 or bf16. A tile has at most 64
+// rows.
 MULTILORA_API void lora(void* y,                      // dtype [tokens, out], changed in place
                         int64_t y_stride,             //
                         const void* x,                // dtype [tokens, in]
@@ -58,12 +59,12 @@ MULTILORA_API void lora(void* y,                      // dtype [tokens, out], ch
                         int32_t num_threads);
 
 // Causal attention over KV pages: see paged_attention in kernels/reference.py. Types: f32 or bf16.
-MULTILORA_API void paged_attention(void* out,                    // dtype [tokens, heads, head_dim]
-                                   const void* q,                // dtype [tokens, heads, head_dim]
-                                   int64_t q_stride,             // from token to token
-                                   int32_t dtype,                // of q, out, k and v
-                                   const void* k,                // [blocks, block_size, kv_heads, head_dim]
-                                   const void* v,                // laid out like k
+MULTILORA_API void paged_attention(void* out,         // dtype [tokens, heads, head_dim]
+                                   const void* q,     // dtype [tokens, heads, head_dim]
+                                   int64_t q_stride,  // from token to token
+                                   int32_t dtype,     // of q, out, k and v
+                                   const void* k,     // [blocks, block_size, kv_heads, head_dim]
+                                   const void* v,     // laid out like k
                                    int64_t block_stride,         //
                                    int64_t token_stride,         // within a block
                                    const int32_t* block_table,   // [seqs, table_stride]
@@ -77,3 +78,46 @@ MULTILORA_API void paged_attention(void* out,                    // dtype [token
                                    int64_t block_size,           //
                                    float scale,                  //
                                    int32_t num_threads);
+
+// silu(gate) * up of x = [gate | up]; silu is rounded to the type before the product.
+MULTILORA_API void silu_mul(void* out,         // dtype [tokens, inter]
+                            const void* x,     // dtype [tokens, 2 * inter]
+                            int64_t x_stride,  //
+                            int32_t dtype,     // f32 or bf16
+                            int64_t tokens,    //
+                            int64_t inter,     //
+                            int32_t num_threads);
+
+// RMS norm; with a residual it becomes residual + x first and is what is normalised.
+MULTILORA_API void rms_norm(void* out,                // dtype [tokens, hidden]
+                            const void* x,            // dtype [tokens, hidden]
+                            int64_t x_stride,         //
+                            void* residual,           // dtype [tokens, hidden], or null
+                            int64_t residual_stride,  //
+                            const void* weight,       // dtype [hidden]
+                            int32_t dtype,            // f32 or bf16
+                            int64_t tokens,           //
+                            int64_t hidden,           //
+                            float eps,                //
+                            int32_t num_threads);
+
+// Rotates q in place, stores rotated k and plain v in their pages; slot -1 stores nothing.
+MULTILORA_API void rope_store_kv(void* q,                   // dtype [tokens, heads, head_dim]
+                                 const void* k,             // dtype [tokens, kv_heads, head_dim]
+                                 const void* v,             // laid out like k
+                                 int64_t stride,            // from token to token, of all three
+                                 int32_t dtype,             // f32 or bf16, of the pages too
+                                 const float* cos,          // [positions, head_dim / 2]
+                                 const float* sin,          // laid out like cos
+                                 const int64_t* positions,  // [tokens]
+                                 const int64_t* kv_slots,   // [tokens]
+                                 void* k_blocks,        // [blocks, block_size, kv_heads, head_dim]
+                                 void* v_blocks,        // laid out like k_blocks
+                                 int64_t block_stride,  //
+                                 int64_t token_stride,  //
+                                 int64_t tokens,        //
+                                 int64_t heads,         //
+                                 int64_t kv_heads,      //
+                                 int64_t head_dim,      //
+                                 int64_t block_size,    //
+                                 int32_t num_threads);

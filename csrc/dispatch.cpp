@@ -23,11 +23,11 @@ void lora(void* y, int64_t y_stride, const void* x, int64_t x_stride, int32_t dt
           const int32_t* tile_lens, int64_t num_tiles, float* planes, int64_t max_pages,
           const int64_t* slice_starts, int64_t slices, int64_t in, int64_t out,
           int32_t num_threads) {
-    const LoraArgs args{y,           y_stride,  x,        x_stride,     dtype,      a,
-                        a_stride,    b,         b_stride, page_dtype,   page_ids,   page_weights,
-                        num_pages,   table_stride, tile_slots, tile_starts, tile_lens, num_tiles,
-                        planes,      max_pages, slice_starts, slices,   in,         out,
-                        num_threads};
+    const LoraArgs args{
+        y,          y_stride,    x,          x_stride,   dtype,        a,         a_stride,
+        b,          b_stride,    page_dtype, page_ids,   page_weights, num_pages, table_stride,
+        tile_slots, tile_starts, tile_lens,  num_tiles,  planes,       max_pages, slice_starts,
+        slices,     in,          out,        num_threads};
 #if defined(__x86_64__)
     if (has_avx2()) return avx2::lora(args);
 #endif
@@ -39,12 +39,62 @@ void paged_attention(void* out, const void* q, int64_t q_stride, int32_t dtype, 
                      const int32_t* block_table, int64_t table_stride, const int32_t* seq_lens,
                      const int32_t* query_starts, int64_t seqs, int64_t heads, int64_t kv_heads,
                      int64_t head_dim, int64_t block_size, float scale, int32_t num_threads) {
-    const AttentionArgs args{out,          q,        q_stride,     dtype, k,     v,
-                             block_stride, token_stride, block_table, table_stride, seq_lens,
-                             query_starts, seqs,     heads,        kv_heads, head_dim, block_size,
-                             scale,        num_threads};
+    const AttentionArgs args{out,
+                             q,
+                             q_stride,
+                             dtype,
+                             k,
+                             v,
+                             block_stride,
+                             token_stride,
+                             block_table,
+                             table_stride,
+                             seq_lens,
+                             query_starts,
+                             seqs,
+                             heads,
+                             kv_heads,
+                             head_dim,
+                             block_size,
+                             scale,
+                             num_threads};
 #if defined(__x86_64__)
     if (has_avx2()) return avx2::attention(args);
 #endif
     generic::attention(args);
+}
+
+void silu_mul(void* out, const void* x, int64_t x_stride, int32_t dtype, int64_t tokens,
+              int64_t inter, int32_t num_threads) {
+    const SiluArgs args{out, x, x_stride, dtype, tokens, inter, num_threads};
+#if defined(__x86_64__)
+    if (has_avx2()) return avx2::silu(args);
+#endif
+    generic::silu(args);
+}
+
+void rms_norm(void* out, const void* x, int64_t x_stride, void* residual, int64_t residual_stride,
+              const void* weight, int32_t dtype, int64_t tokens, int64_t hidden, float eps,
+              int32_t num_threads) {
+    const NormArgs args{out,   x,      x_stride, residual, residual_stride, weight,
+                        dtype, tokens, hidden,   eps,      num_threads};
+#if defined(__x86_64__)
+    if (has_avx2()) return avx2::norm(args);
+#endif
+    generic::norm(args);
+}
+
+void rope_store_kv(void* q, const void* k, const void* v, int64_t stride, int32_t dtype,
+                   const float* cos, const float* sin, const int64_t* positions,
+                   const int64_t* kv_slots, void* k_blocks, void* v_blocks, int64_t block_stride,
+                   int64_t token_stride, int64_t tokens, int64_t heads, int64_t kv_heads,
+                   int64_t head_dim, int64_t block_size, int32_t num_threads) {
+    const RopeArgs args{
+        q,         k,        v,        stride,     dtype,        cos,          sin,
+        positions, kv_slots, k_blocks, v_blocks,   block_stride, token_stride, tokens,
+        heads,     kv_heads, head_dim, block_size, num_threads};
+#if defined(__x86_64__)
+    if (has_avx2()) return avx2::rope(args);
+#endif
+    generic::rope(args);
 }

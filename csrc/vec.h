@@ -57,7 +57,9 @@ inline void store8(float* p, v8f x) { std::memcpy(p, &x, sizeof x); }
 inline v8f splat(float x) { return v8f{x, x, x, x, x, x, x, x}; }
 
 // The lanes in one fixed order, so that a sum's bits depend on its terms alone.
-inline float sum8(v8f x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
+inline float sum8(v8f x) {
+    return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+}
 
 // e^x for x <= 0, to about 2 ulp (Cephes' polynomial); below -87 it is 0, of NaN it is NaN.
 inline v8f exp8(v8f x) {

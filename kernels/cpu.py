@@ -9,27 +9,25 @@ product with 8 rank rows differs from the same rows inside 64 (so LoRA goes page
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import native, reference
-from .tiles import PREFILL_TILE, Table, Tiles
 
 ROWS = 16
 KV_TILE = 64
-_CPP_DTYPES = (torch.float32, torch.bfloat16)
+CPP_DTYPES = (torch.float32, torch.bfloat16)
 _SERIAL = 32_768  # elements below which torch's elementwise ops use one thread
 
 
-def _pad(count: int) -> int:
+def padded(count: int) -> int:
     return -(-count // ROWS) * ROWS
 
 
-def _threads(work: int) -> int:
+def threads_for(work: int) -> int:
     """Threads for so many multiply-adds: waking a second one costs more than a small job."""
     return 1 if work < 1 << 17 else torch.get_num_threads()
 
@@ -47,12 +45,30 @@ def _flat(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 def silu_mul(x: Tensor) -> Tensor:
     """See `reference.silu_mul`."""
+    if native.LIB is not None and x.dtype in CPP_DTYPES and x.dim() == 2 and x.stride(1) == 1:
+        out = x.new_empty(len(x), x.shape[1] // 2)
+        native.LIB.silu_mul(
+            out.data_ptr(), x.data_ptr(), x.stride(0), native.DTYPE_CODES[x.dtype],
+            *out.shape, threads_for(4 * x.numel()),
+        )  # fmt: skip
+        return out
     gate, up = x.chunk(2, -1)
     return _flat(F.silu, gate.float()).to(x.dtype).mul_(up)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor:
     """See `reference.rms_norm`. Square roots and quotients are exact in any code path."""
+    like = x if residual is None else residual
+    rows = x.dim() == like.dim() == 2 and x.stride(1) == like.stride(1) == weight.stride(0) == 1
+    types = {x.dtype, weight.dtype, like.dtype}
+    if native.LIB is not None and len(types) == 1 and x.dtype in CPP_DTYPES and rows:
+        out = x.new_empty(x.shape)
+        native.LIB.rms_norm(
+            out.data_ptr(), x.data_ptr(), x.stride(0),
+            None if residual is None else residual.data_ptr(), like.stride(0), weight.data_ptr(),
+            native.DTYPE_CODES[x.dtype], *x.shape, eps, threads_for(x.numel()),
+        )  # fmt: skip
+        return out
     if residual is not None:
         residual.add_(x)
         x = residual
@@ -73,6 +89,28 @@ def rope_store_kv_(
     v_blocks: Tensor,
 ) -> None:
     """See `reference.rope_store_kv_`: sums and products only, exact in any code path."""
+    tokens, heads, dim = q.shape
+    types = {q.dtype, k.dtype, v.dtype, k_blocks.dtype, v_blocks.dtype}
+    same = q.stride(0) == k.stride(0) == v.stride(0) and k_blocks.stride() == v_blocks.stride()
+    dense = all(t.stride()[-2:] == (dim, 1) for t in (q, k, v, k_blocks))
+    tables = all(t.is_contiguous() for t in (cos, sin, positions, kv_slots))
+    tables = tables and cos.dtype == sin.dtype == torch.float32
+    tables = tables and positions.dtype == kv_slots.dtype == torch.int64
+    if (
+        native.LIB is not None
+        and len(types) == 1
+        and q.dtype in CPP_DTYPES
+        and same
+        and dense
+        and tables
+    ):
+        native.LIB.rope_store_kv(
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(0), native.DTYPE_CODES[q.dtype],
+            cos.data_ptr(), sin.data_ptr(), positions.data_ptr(), kv_slots.data_ptr(),
+            k_blocks.data_ptr(), v_blocks.data_ptr(), k_blocks.stride(0), k_blocks.stride(1),
+            tokens, heads, k.shape[1], dim, k_blocks.shape[1], threads_for(q.numel()),
+        )  # fmt: skip
+        return
     reference.rope_store_kv_(q, k, v, cos, sin, positions, kv_slots, k_blocks, v_blocks)
 
 
@@ -131,7 +169,7 @@ def _cpp_attention(
     same = q.dtype == k_blocks.dtype == v_blocks.dtype and k_blocks.stride() == v_blocks.stride()
     dense = q.stride()[1:] == (q.shape[2], 1) and k_blocks.stride()[2:] == (q.shape[2], 1)
     fits = same and dense and k_scale is None and all(t.dtype == torch.int32 for t in where)
-    if native.LIB is None or q.dtype not in _CPP_DTYPES or not fits:
+    if native.LIB is None or q.dtype not in CPP_DTYPES or not fits:
         return False
     table, lens, starts = (t.contiguous() for t in where)
     native.LIB.paged_attention(
@@ -139,7 +177,7 @@ def _cpp_attention(
         k_blocks.data_ptr(), v_blocks.data_ptr(), k_blocks.stride(0), k_blocks.stride(1),
         table.data_ptr(), table.shape[1], lens.data_ptr(), starts.data_ptr(),
         len(lens), q.shape[1], k_blocks.shape[2], q.shape[2], k_blocks.shape[1],
-        scale, _threads(q.numel() * table.shape[1] * k_blocks.shape[1]),
+        scale, threads_for(q.numel() * table.shape[1] * k_blocks.shape[1]),
     )  # fmt: skip
     return True
 
@@ -165,9 +203,9 @@ def _attend(
         .permute(0, 2, 1, 3, 4)
         .reshape(seqs, kv_heads, rows, dim)
     )
-    x = F.pad(x.float() * scale, (0, 0, 0, _pad(rows) - rows)).reshape(seqs * kv_heads, -1, dim)
+    x = F.pad(x.float() * scale, (0, 0, 0, padded(rows) - rows)).reshape(seqs * kv_heads, -1, dim)
     last = (seq_lens.long()[:, None] - queries + torch.arange(queries)).repeat_interleave(group, 1)
-    last = F.pad(last, (0, _pad(rows) - rows))[
+    last = F.pad(last, (0, padded(rows) - rows))[
         :, None, :, None
     ]  # last visible position of each row
     shape = (seqs, kv_heads, x.shape[1], 1)
@@ -203,156 +241,6 @@ def _tile(
         tile = tile * scale[:, None]
     tile = torch.where(live[..., None, None], tile, 0.0)
     return tile.transpose(1, 2).flatten(0, 1)
-
-
-def lora_shrink(x: Tensor, a_pages: Tensor, table: Table, tiles: Tiles, split_k: int) -> Tensor:
-    """See `reference.lora_shrink`; the stages apart are for tests and benches."""
-    return reference.lora_shrink(x, a_pages, table, tiles, split_k)
-
-
-def lora_expand_(
-    y: Tensor,
-    planes: Tensor,
-    b_pages: Tensor,
-    table: Table,
-    tiles: Tiles,
-    slice_starts: Sequence[int],
-) -> None:
-    """See `reference.lora_expand_`."""
-    reference.lora_expand_(y, planes, b_pages, table, tiles, slice_starts)
-
-
-class _Batch:
-    """The tiles of a call as padded row blocks: tile i is rows[i], 16 or a multiple of it."""
-
-    def __init__(self, tiles: Tiles, table: Table) -> None:
-        count = int(tiles.num_tiles)
-        lens = tiles.lens[:count].long()
-        width = _pad(int(lens.max())) if count else ROWS
-        lane = torch.arange(width)
-        self.real = lane < lens[:, None]  # [tiles, width]
-        self.rows = torch.where(self.real, tiles.starts[:count].long()[:, None] + lane, 0)
-        self.slots = tiles.slots[:count].long()
-        self.pages = table.num_pages[self.slots]
-
-    def spread(self, x: Tensor, chosen: Tensor) -> Tensor:
-        """Rows of x as [chosen tiles, width, ...]; padding repeats row 0 and is dropped later."""
-        return x[self.rows[chosen]]
-
-
-def lora_(
-    y: Tensor,
-    x: Tensor,
-    a_pages: Tensor,
-    b_pages: Tensor,
-    table: Table,
-    tiles: Tiles,
-    slice_starts: Sequence[int],
-) -> None:
-    """See `reference.lora_`: for each page ordinal, all tiles that have such a page at once."""
-    if _cpp_lora(y, x, a_pages, b_pages, table, tiles, slice_starts):
-        return
-    batch = _Batch(tiles, table)
-
-    def shrink(chosen: Tensor, page_ids: Tensor) -> Tensor:
-        a = a_pages[page_ids].flatten(1, 2).float()  # [tiles, slices * 8, in]
-        return torch.bmm(batch.spread(x, chosen).float(), a.transpose(1, 2))
-
-    _expand(y, b_pages, table, batch, slice_starts, shrink)
-
-
-def _cpp_lora(
-    y: Tensor,
-    x: Tensor,
-    a_pages: Tensor,
-    b_pages: Tensor,
-    table: Table,
-    tiles: Tiles,
-    slice_starts: Sequence[int],
-) -> bool:
-    """Does it in C++ if the library can; whether it did."""
-    count = int(tiles.num_tiles)
-    types = y.dtype == x.dtype and {y.dtype, a_pages.dtype} <= set(_CPP_DTYPES)
-    dense = (
-        y.stride(1) == x.stride(1) == 1
-        and a_pages[0].is_contiguous()
-        and b_pages[0].is_contiguous()
-    )
-    if native.LIB is None or not types or not dense or table.scale_row is not None:
-        return False
-    if count == 0:
-        return True
-    if (
-        int(tiles.lens[:count].max()) > PREFILL_TILE
-        or table.page_ids.stride() != table.page_weights.stride()
-    ):
-        return False
-    max_pages = int(table.num_pages[tiles.slots[:count].long()].max())
-    slices = len(slice_starts) - 1
-    planes = torch.empty(len(x) * max_pages * slices * reference.PAGE)
-    starts = torch.tensor(slice_starts)
-    work = len(x) * max_pages * reference.PAGE * (slices * x.shape[1] + y.shape[1])
-    native.LIB.lora(
-        y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0), native.DTYPE_CODES[y.dtype],
-        a_pages.data_ptr(), a_pages.stride(0), b_pages.data_ptr(), b_pages.stride(0),
-        native.DTYPE_CODES[a_pages.dtype],
-        table.page_ids.data_ptr(), table.page_weights.data_ptr(), table.num_pages.data_ptr(),
-        table.page_ids.stride(0),
-        tiles.slots.data_ptr(), tiles.starts.data_ptr(), tiles.lens.data_ptr(), count,
-        planes.data_ptr(), max_pages,
-        starts.data_ptr(), slices, x.shape[1], y.shape[1], _threads(work),
-    )  # fmt: skip
-    return True
-
-
-def lora_embed_(
-    y: Tensor, ids: Tensor, a_pages: Tensor, b_pages: Tensor, table: Table, tiles: Tiles
-) -> None:
-    """See `reference.lora_embed_`."""
-    batch = _Batch(tiles, table)
-
-    def shrink(chosen: Tensor, page_ids: Tensor) -> Tensor:
-        return a_pages[page_ids[:, None], ids[batch.rows[chosen]]].float()
-
-    _expand(y, b_pages, table, batch, (0, y.shape[1]), shrink)
-
-
-def _expand(
-    y: Tensor,
-    b_pages: Tensor,
-    table: Table,
-    batch: _Batch,
-    slice_starts: Sequence[int],
-    shrink: Callable[[Tensor, Tensor], Tensor],
-) -> None:
-    if not len(batch.slots):
-        return
-    total = y[batch.rows].float()  # [tiles, width, out]
-    scale_rows = None if table.scale_row is None else table.scale_row[batch.slots]
-    if scale_rows is not None and table.scale is not None:
-        scale = table.scale[scale_rows.clamp(min=0).long()].float()
-        total = torch.where((scale_rows >= 0)[:, None, None], total * scale[:, None], total)
-    for p in range(int(batch.pages.max())):
-        chosen = (batch.pages > p).nonzero()[:, 0]
-        slots = batch.slots[chosen]
-        page_ids = table.page_ids[slots, p].long()
-        u = shrink(chosen, page_ids) * table.page_weights[slots, p][:, None, None]
-        u = u.to(b_pages.dtype).float()
-        u = u.reshape(*u.shape[:2], -1, reference.PAGE)
-        b = b_pages[page_ids].float()
-        everything = len(chosen) == len(total)
-        for s, (first, last) in enumerate(itertools.pairwise(slice_starts)):
-            # Products narrower than 12 columns were seen to treat rows of a tile differently.
-            columns = F.pad(b[:, :, first:last], (0, -(last - first) % ROWS))
-            delta = torch.bmm(u[:, :, s], columns)[..., : last - first]
-            if everything:
-                total[..., first:last] += delta
-            else:
-                total[chosen, :, first:last] += delta
-    if scale_rows is not None and table.bias is not None:
-        bias = table.bias[scale_rows.clamp(min=0).long()].float()
-        total = torch.where((scale_rows >= 0)[:, None, None], total + bias[:, None], total)
-    y[batch.rows[batch.real]] = total[batch.real].to(y.dtype)
 
 
 def apply_token_mask_(logits: Tensor, mask: Tensor) -> None:

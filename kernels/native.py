@@ -19,7 +19,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-ABI_VERSION = 2  # MULTILORA_ABI_VERSION of csrc/cpu_ops.h
+ABI_VERSION = 3  # MULTILORA_ABI_VERSION of csrc/cpu_ops.h
 
 # Argument types of every function in csrc/cpu_ops.h, in its order. All of them return nothing.
 SIGNATURES: dict[str, tuple[type, ...]] = {
@@ -49,6 +49,17 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
         *(c_void_p, c_void_p),  # seq_lens, query_starts
         *(c_int64, c_int64, c_int64, c_int64, c_int64),  # seqs, heads, kv_heads, head_dim, size
         *(c_float, c_int32),  # scale, num_threads
+    ),
+    "silu_mul": (c_void_p, c_void_p, c_int64, c_int32, c_int64, c_int64, c_int32),
+    "rms_norm": (
+        *(c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p),  # out, x, residual, weight
+        *(c_int32, c_int64, c_int64, c_float, c_int32),  # dtype, tokens, hidden, eps, num_threads
+    ),
+    "rope_store_kv": (
+        *(c_void_p, c_void_p, c_void_p, c_int64, c_int32),  # q, k, v, stride, dtype
+        *(c_void_p, c_void_p, c_void_p, c_void_p),  # cos, sin, positions, kv_slots
+        *(c_void_p, c_void_p, c_int64, c_int64),  # k_blocks, v_blocks and their strides
+        *(c_int64, c_int64, c_int64, c_int64, c_int64, c_int32),  # sizes, num_threads
     ),
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpu
+from . import cpu, cpu_lora
 from .library import define, implement
 from .tiles import Table, Tiles
 
@@ -220,22 +220,24 @@ def _check_out(y: Tensor, b_pages: Tensor, slice_starts: Sequence[int]) -> None:
 implement(
     "lora_shrink",
     "CPU",
-    lambda x, a, *r: cpu.lora_shrink(x, a, Table(*r[:6]), Tiles(*r[6:10]), r[10]),
+    lambda x, a, *r: cpu_lora.lora_shrink(x, a, Table(*r[:6]), Tiles(*r[6:10]), r[10]),
 )
 implement(
     "lora_expand_",
     "CPU",
-    lambda y, planes, b, *r: cpu.lora_expand_(y, planes, b, Table(*r[:6]), Tiles(*r[6:10]), r[10]),
+    lambda y, planes, b, *r: cpu_lora.lora_expand_(
+        y, planes, b, Table(*r[:6]), Tiles(*r[6:10]), r[10]
+    ),
 )
 implement(
     "lora_",
     "CPU",
-    lambda y, x, a, b, *r: cpu.lora_(y, x, a, b, Table(*r[:6]), Tiles(*r[6:10]), r[10]),
+    lambda y, x, a, b, *r: cpu_lora.lora_(y, x, a, b, Table(*r[:6]), Tiles(*r[6:10]), r[10]),
 )
 implement(
     "lora_embed_",
     "CPU",
-    lambda y, ids, a, b, *r: cpu.lora_embed_(y, ids, a, b, Table(*r[:6]), Tiles(*r[6:10])),
+    lambda y, ids, a, b, *r: cpu_lora.lora_embed_(y, ids, a, b, Table(*r[:6]), Tiles(*r[6:10])),
 )
 implement(
     "paged_attention",
