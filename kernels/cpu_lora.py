@@ -40,13 +40,10 @@ class _Batch:
         width = padded(int(lens.max())) if count else ROWS
         lane = torch.arange(width)
         self.real = lane < lens[:, None]  # [tiles, width]
+        # Padding repeats row 0 and is dropped at the end.
         self.rows = torch.where(self.real, tiles.starts[:count].long()[:, None] + lane, 0)
         self.slots = tiles.slots[:count].long()
         self.pages = table.num_pages[self.slots]
-
-    def spread(self, x: Tensor, chosen: Tensor) -> Tensor:
-        """Rows of x as [chosen tiles, width, ...]; padding repeats row 0 and is dropped later."""
-        return x[self.rows[chosen]]
 
 
 def lora_(
@@ -65,7 +62,7 @@ def lora_(
 
     def shrink(chosen: Tensor, page_ids: Tensor) -> Tensor:
         a = a_pages[page_ids].flatten(1, 2).float()  # [tiles, slices * 8, in]
-        return torch.bmm(batch.spread(x, chosen).float(), a.transpose(1, 2))
+        return torch.bmm(x[batch.rows[chosen]].float(), a.transpose(1, 2))
 
     _expand(y, b_pages, table, batch, slice_starts, shrink)
 

@@ -197,11 +197,6 @@ class Sequence:
         """Prompt and output tokens known so far."""
         return len(self.prompt_ids) + len(self.output_ids)
 
-    def token(self, position: int) -> int:
-        """The token at a position of prompt + output."""
-        cut = len(self.prompt_ids)
-        return self.prompt_ids[position] if position < cut else self.output_ids[position - cut]
-
     def tokens(self, start: int, end: int) -> list[int]:
         """Tokens `start:end` of prompt + output."""
         cut = len(self.prompt_ids)
