@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from .vocabulary import Specials
 
-TIME_LIMIT = 2.0  # seconds for one rendering
+TIME_LIMIT = 2.0  # seconds of processor time for one rendering
 MAX_CHARS = 1 << 21  # of the rendered text, and of any string on the way; messages: half of it
 SENTINELS = tuple(map(chr, range(0xFDD0, 0xFDF0)))  # code points that Unicode keeps out of text
 
