@@ -9,6 +9,7 @@ product with 8 rank rows differs from the same rows inside 64 (so LoRA goes page
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -16,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native, reference
+
+logger = logging.getLogger(__name__)
 
 ROWS = 16
 KV_TILE = 64
@@ -260,5 +263,32 @@ def linear(x: Tensor, weight: Tensor, weight_scale: Tensor | None, bias: Tensor 
         groups = weight_scale.shape[1]
         scaled = weight.to(x.dtype).reshape(len(weight), groups, -1)
         weight = (scaled * weight_scale[..., None].to(x.dtype)).flatten(1)
-    y = F.linear(x, weight)
+    y = _gemm(x, weight)
     return y if bias is None else y.add_(bias)
+
+
+# What `_rows_stay_apart` said of (dtype, rows, in, out, threads): a fact of the machine.
+_APART: dict[tuple[torch.dtype, int, int, int, int], bool] = {}
+
+
+def _gemm(x: Tensor, weight: Tensor) -> Tensor:
+    """x [rows, in] @ weight.T [in, out]: each row's bits are those it has in a block of 16 rows."""
+    if len(x) <= ROWS:
+        return F.linear(x, weight)
+    shape = (x.dtype, len(x), weight.shape[1], len(weight), torch.get_num_threads())
+    if shape not in _APART:
+        _APART[shape] = _rows_stay_apart(len(x), weight)
+        if not _APART[shape]:
+            logger.warning("torch's GEMM %s mixes rows on this CPU: it runs 16 at a time", shape)
+    return F.linear(x, weight) if _APART[shape] else _by_blocks(x, weight)
+
+
+def _rows_stay_apart(rows: int, weight: Tensor) -> bool:
+    """Whether torch's GEMM of this shape gives what blocks of 16 rows give; tried on noise."""
+    noise = torch.randn(rows, weight.shape[1], generator=torch.Generator().manual_seed(rows))
+    noise = noise.to(weight.dtype)
+    return torch.equal(F.linear(noise, weight), _by_blocks(noise, weight))
+
+
+def _by_blocks(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.cat([F.linear(block, weight) for block in torch.split(x, ROWS)])
