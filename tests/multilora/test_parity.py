@@ -88,6 +88,67 @@ def test_the_base_is_transformers_llama(shape: str, tmp_path: Path) -> None:
     assert generated[0, 90:].tolist() == output.outputs[0].token_ids
 
 
+# In half precision the yardstick is transformers' own error against itself in float64: ours may be
+# half as large again in the root mean square over all positions, and twice as large at the worst.
+HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+
+@HALF
+@pytest.mark.parametrize("shape", SHAPES)
+def test_half_precision_is_as_near_to_float64_as_transformers(
+    shape: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = write_checkpoint(tmp_path, seed=len(shape), dtype=dtype, **SHAPES[shape])
+    job = Job(prompt_of(90, seed=1, vocab=config.vocab_size), greedy(24, **JOB_FIELDS))
+
+    def load(dtype: torch.dtype) -> Any:
+        return transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
+
+    check_half(run(make_engine(tmp_path), [job])[0], load, dtype)
+
+
+@HALF
+def test_an_adapter_in_half_precision_is_as_near_to_float64_as_peft(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    base = tmp_path / "base"
+    write_checkpoint(base, num_layers=3, dtype=dtype)
+    folder = adapter_in(tmp_path / "a", rank=16, alpha=16, dtype=dtype)
+
+    def load(dtype: torch.dtype) -> Any:
+        model = transformers.LlamaForCausalLM.from_pretrained(base, dtype=dtype)
+        return peft.PeftModel.from_pretrained(model, folder).to(dtype).eval()
+
+    check_half(outputs_of(base, {"a": folder}, ["a"])[0], load, dtype)
+
+
+def check_half(
+    output: RequestOutput, load: Callable[[torch.dtype], Any], dtype: torch.dtype
+) -> None:
+    """The error of the log-probabilities next to that of the model that `load` gives."""
+    answer = output.outputs[0]
+    assert output.prompt_logprobs is not None
+    assert answer.logprobs is not None
+    found = [row for row in (*output.prompt_logprobs[1:], *answer.logprobs) if row is not None]
+    ids = torch.tensor([output.prompt_token_ids + answer.token_ids])
+    at = [(i, token) for i, row in enumerate(found) for token in row]
+    where = tuple(torch.tensor(at).T)
+
+    def logprobs(dtype: torch.dtype) -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = load(dtype)(input_ids=ids).logits[0, :-1]
+        return logits.double().log_softmax(-1)[where]
+
+    exact = logprobs(torch.float64)
+    theirs = (logprobs(dtype) - exact).abs()
+    ours = (torch.tensor([found[i][token].logprob for i, token in at]).double() - exact).abs()
+    assert theirs.max() > TOLERANCE, "the yardstick is not in half precision"
+    assert ours.square().mean().sqrt() <= 1.5 * theirs.square().mean().sqrt()
+    assert ours.max() <= 2 * theirs.max()
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("parity")
