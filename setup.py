@@ -4,6 +4,7 @@ MULTILORA_BUILD_CPP: "" builds it if a compiler works, "0" leaves it out, "1" fa
 """
 
 import os
+from glob import glob
 
 from setuptools import Extension, setup
 
@@ -18,11 +19,12 @@ cpu = Extension(
     sources=[
         "csrc/abi.cpp",
         "csrc/avx2.cpp",
+        "csrc/avx512.cpp",
         "csrc/dispatch.cpp",
         "csrc/generic.cpp",
         "csrc/token_mask.cpp",
     ],
-    depends=["csrc/args.h", "csrc/cpu_ops.h", "csrc/kernels.inc", "csrc/vec.h"],
+    depends=sorted(glob("csrc/*.h") + glob("csrc/*.inc")),
     # No -ffast-math: results are bit-exact. No -march=native: a wheel serves every x86-64 or arm64.
     # -ffp-contract=fast: ISO mode would leave multiply-adds apart where the machine has FMA.
     extra_compile_args=[

@@ -78,20 +78,21 @@ struct RopeArgs {
     int32_t num_threads;
 };
 
-namespace generic {
-void lora(const LoraArgs& g);
-void attention(const AttentionArgs& g);
-void silu(const SiluArgs& g);
-void norm(const NormArgs& g);
-void rope(const RopeArgs& g);
-}  // namespace generic
+// One table for each instruction set; dispatch.cpp takes the best that the machine has.
+struct Kernels {
+    void (*lora)(const LoraArgs&);
+    void (*attention)(const AttentionArgs&);
+    void (*silu)(const SiluArgs&);
+    void (*norm)(const NormArgs&);
+    void (*rope)(const RopeArgs&);
+};
 
-#if defined(__x86_64__)
+namespace generic {
+extern const Kernels kKernels;
+}
 namespace avx2 {
-void lora(const LoraArgs& g);
-void attention(const AttentionArgs& g);
-void silu(const SiluArgs& g);
-void norm(const NormArgs& g);
-void rope(const RopeArgs& g);
-}  // namespace avx2
-#endif
+extern const Kernels kKernels;
+}
+namespace avx512 {
+extern const Kernels kKernels;
+}

@@ -1,18 +1,19 @@
-// The kernels for AVX2 with FMA, chosen at run time (dispatch.cpp).
-
-#include <cmath>
-#include <vector>
+// The kernels for AVX2 with FMA and F16C, chosen at run time (dispatch.cpp).
 
 #include "args.h"
 #include "cpu_ops.h"
 
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #endif
 
+#define MULTILORA_LANES 8
+#define MULTILORA_F16C
 #include "vec.h"
 
 namespace avx2 {

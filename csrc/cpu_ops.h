@@ -12,12 +12,19 @@
 
 // Raised whenever a function below changes its meaning or its arguments. The loader ignores a
 // library that says another number than kernels/native.py.
-#define MULTILORA_ABI_VERSION 3
+#define MULTILORA_ABI_VERSION 4
 
 // Element types, by the `dtype` arguments below.
 enum { MULTILORA_F32 = 0, MULTILORA_BF16 = 1, MULTILORA_F16 = 2 };
 
+// Instruction sets, from the least to the most capable.
+enum { MULTILORA_GENERIC = 0, MULTILORA_AVX2 = 1, MULTILORA_AVX512 = 2 };
+
 MULTILORA_API int32_t multilora_abi_version(void);
+
+// Uses the best instruction set of this machine that is not above `most`; says which. Results have
+// the same bits only within one instruction set. Not to be called while a kernel runs.
+MULTILORA_API void select_isa(int32_t most, int32_t* chosen);
 
 // Sets logits[row, token] to -inf where bit `token % 32` of bitmask[row, token / 32] is 0.
 MULTILORA_API void apply_token_mask(void* logits,            // dtype [rows, vocab]

@@ -1,20 +1,41 @@
-// The C entries of the larger kernels: the best instruction set that this machine has.
+// The C entries of the kernels: each goes to the best instruction set that this machine has.
 
 #include "args.h"
 #include "cpu_ops.h"
 
 namespace {
 
-bool has_avx2() {
+int32_t best_isa() {
 #if defined(__x86_64__)
-    static const bool found = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    return found;
-#else
-    return false;
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                      __builtin_cpu_supports("f16c");
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+        return MULTILORA_AVX512;
+    }
+    if (avx2) return MULTILORA_AVX2;
 #endif
+    return MULTILORA_GENERIC;
 }
 
+const Kernels* table_of(int32_t isa) {
+#if defined(__x86_64__)
+    if (isa == MULTILORA_AVX512) return &avx512::kKernels;
+    if (isa == MULTILORA_AVX2) return &avx2::kKernels;
+#endif
+    (void)isa;
+    return &generic::kKernels;
+}
+
+const Kernels* kernels = table_of(best_isa());
+
 }  // namespace
+
+void select_isa(int32_t most, int32_t* chosen) {
+    const int32_t best = best_isa();
+    *chosen = most < best ? most : best;
+    kernels = table_of(*chosen);
+}
 
 void lora(void* y, int64_t y_stride, const void* x, int64_t x_stride, int32_t dtype, const void* a,
           int64_t a_stride, const void* b, int64_t b_stride, int32_t page_dtype,
@@ -28,10 +49,7 @@ void lora(void* y, int64_t y_stride, const void* x, int64_t x_stride, int32_t dt
         b,          b_stride,    page_dtype, page_ids,   page_weights, num_pages, table_stride,
         tile_slots, tile_starts, tile_lens,  num_tiles,  planes,       max_pages, slice_starts,
         slices,     in,          out,        num_threads};
-#if defined(__x86_64__)
-    if (has_avx2()) return avx2::lora(args);
-#endif
-    generic::lora(args);
+kernels->lora(args);
 }
 
 void paged_attention(void* out, const void* q, int64_t q_stride, int32_t dtype, const void* k,
@@ -58,19 +76,13 @@ void paged_attention(void* out, const void* q, int64_t q_stride, int32_t dtype, 
                              block_size,
                              scale,
                              num_threads};
-#if defined(__x86_64__)
-    if (has_avx2()) return avx2::attention(args);
-#endif
-    generic::attention(args);
+kernels->attention(args);
 }
 
 void silu_mul(void* out, const void* x, int64_t x_stride, int32_t dtype, int64_t tokens,
               int64_t inter, int32_t num_threads) {
     const SiluArgs args{out, x, x_stride, dtype, tokens, inter, num_threads};
-#if defined(__x86_64__)
-    if (has_avx2()) return avx2::silu(args);
-#endif
-    generic::silu(args);
+kernels->silu(args);
 }
 
 void rms_norm(void* out, const void* x, int64_t x_stride, void* residual, int64_t residual_stride,
@@ -78,10 +90,7 @@ void rms_norm(void* out, const void* x, int64_t x_stride, void* residual, int64_
               int32_t num_threads) {
     const NormArgs args{out,   x,      x_stride, residual, residual_stride, weight,
                         dtype, tokens, hidden,   eps,      num_threads};
-#if defined(__x86_64__)
-    if (has_avx2()) return avx2::norm(args);
-#endif
-    generic::norm(args);
+kernels->norm(args);
 }
 
 void rope_store_kv(void* q, const void* k, const void* v, int64_t stride, int32_t dtype,
@@ -93,8 +102,5 @@ void rope_store_kv(void* q, const void* k, const void* v, int64_t stride, int32_
         q,         k,        v,        stride,     dtype,        cos,          sin,
         positions, kv_slots, k_blocks, v_blocks,   block_stride, token_stride, tokens,
         heads,     kv_heads, head_dim, block_size, num_threads};
-#if defined(__x86_64__)
-    if (has_avx2()) return avx2::rope(args);
-#endif
-    generic::rope(args);
+kernels->rope(args);
 }

@@ -1,10 +1,9 @@
 // The kernels for whatever the compiler's default instruction set is.
 
-#include <cmath>
-#include <vector>
-
 #include "args.h"
 #include "cpu_ops.h"
+
+#define MULTILORA_LANES 8
 #include "vec.h"
 
 namespace generic {

@@ -1,35 +1,58 @@
-// Eight floats at a time, in the compiler's own vector type: one source for every instruction set.
+// MULTILORA_LANES floats at a time, in the compiler's own vector type: one source for every
+// instruction set. Each of generic.cpp, avx2.cpp and avx512.cpp sets the number of lanes (and
+// MULTILORA_F16C where the machine converts half floats) and includes this once, after it has
+// turned its instruction set on.
 
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 namespace {
 
-typedef float v8f __attribute__((vector_size(32)));
-typedef uint32_t v8u __attribute__((vector_size(32)));
-typedef int32_t v8i __attribute__((vector_size(32)));
-typedef uint16_t v8h __attribute__((vector_size(16)));
+constexpr int kLanes = MULTILORA_LANES;
+
+typedef float vf __attribute__((vector_size(4 * MULTILORA_LANES)));
+typedef uint32_t vu __attribute__((vector_size(4 * MULTILORA_LANES)));
+typedef int32_t vi __attribute__((vector_size(4 * MULTILORA_LANES)));
+typedef uint16_t vh __attribute__((vector_size(2 * MULTILORA_LANES)));
+typedef int8_t vb __attribute__((vector_size(MULTILORA_LANES)));
 
 struct bf16 {
     uint16_t bits;
 };
+struct f16 {
+    uint16_t bits;
+};
+
+template <typename To, typename From>
+inline To bits_of(From x) {
+    static_assert(sizeof(To) == sizeof(From), "same size");
+    To out;
+    std::memcpy(&out, &x, sizeof out);
+    return out;
+}
+
+inline vf splat(float x) { return vf{} + x; }
+
+// One number -----------------------------------------------------------------------------------
 
 inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) { return bits_of<float>(static_cast<uint32_t>(x.bits) << 16); }
 
-inline float to_float(bf16 x) {
-    const uint32_t wide = static_cast<uint32_t>(x.bits) << 16;
-    float out;
-    std::memcpy(&out, &wide, sizeof out);
-    return out;
+inline float to_float(f16 x) {
+    const uint32_t sign = (x.bits & 0x8000u) << 16, rest = x.bits & 0x7FFFu;
+    if (rest >= 0x7C00u) return bits_of<float>(sign | 0x7F800000u | (rest & 0x3FFu) << 13);
+    // Scaling by 2^112 moves the exponent, and makes normal numbers of subnormal ones.
+    const float scaled = bits_of<float>(rest << 13) * bits_of<float>(0x77800000u);
+    return bits_of<float>(sign | bits_of<uint32_t>(scaled));
 }
 
 inline void store(float* p, float x) { *p = x; }
 
 inline void store(bf16* p, float x) {  // to nearest, ties to even; NaN stays NaN
-    uint32_t wide;
-    std::memcpy(&wide, &x, sizeof wide);
+    const uint32_t wide = bits_of<uint32_t>(x);
     if ((wide & 0x7FFFFFFFu) > 0x7F800000u) {
         p->bits = static_cast<uint16_t>(wide >> 16 | 64);
     } else {
@@ -37,51 +60,134 @@ inline void store(bf16* p, float x) {  // to nearest, ties to even; NaN stays Na
     }
 }
 
-inline v8f load8(const float* p) {
-    v8f out;
+inline void store(f16* p, float x) {  // to nearest, ties to even; NaN stays NaN
+    const uint32_t wide = bits_of<uint32_t>(x), sign = wide >> 16 & 0x8000u;
+    uint32_t rest = wide & 0x7FFFFFFFu;
+    if (rest > 0x7F800000u) {
+        rest = 0x7E00u;
+    } else if (rest >= 0x477FF000u) {  // rounds to 65536 or more
+        rest = 0x7C00u;
+    } else if (rest < 0x38800000u) {  // subnormal: adding 1/2 lines the bits up and rounds them
+        rest = bits_of<uint32_t>(bits_of<float>(rest) + 0.5f) - 0x3F000000u;
+    } else {
+        rest = (rest - 0x38000000u + 0xFFFu + (rest >> 13 & 1)) >> 13;
+    }
+    p->bits = static_cast<uint16_t>(sign | rest);
+}
+
+template <typename T>
+inline float rounded(float x) {
+    T out;
+    store(&out, x);
+    return to_float(out);
+}
+
+// One vector -----------------------------------------------------------------------------------
+
+inline vf load(const float* p) {
+    vf out;
     std::memcpy(&out, p, sizeof out);
     return out;
 }
 
-inline v8f load8(const bf16* p) {
-    v8h half;
+inline vf load(const bf16* p) {
+    vh half;
     std::memcpy(&half, p, sizeof half);
-    const v8u wide = __builtin_convertvector(half, v8u) << 16;
-    v8f out;
-    std::memcpy(&out, &wide, sizeof out);
-    return out;
+    return bits_of<vf>(__builtin_convertvector(half, vu) << 16);
 }
 
-inline void store8(float* p, v8f x) { std::memcpy(p, &x, sizeof x); }
+inline void store(float* p, vf x) { std::memcpy(p, &x, sizeof x); }
 
-inline v8f splat(float x) { return v8f{x, x, x, x, x, x, x, x}; }
+inline void store(bf16* p, vf x) {
+    const vu wide = bits_of<vu>(x);
+    const vu nearest = (wide + 0x7FFFu + (wide >> 16 & 1)) >> 16;
+    const vu out = (wide & 0x7FFFFFFFu) > 0x7F800000u ? wide >> 16 | 64 : nearest;
+    const vh half = __builtin_convertvector(out, vh);
+    std::memcpy(p, &half, sizeof half);
+}
+
+#if defined(MULTILORA_F16C) && MULTILORA_LANES == 16
+inline vf load(const f16* p) {
+    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline void store(f16* p, vf x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif defined(MULTILORA_F16C)
+inline vf load(const f16* p) {
+    return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline void store(f16* p, vf x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#else
+inline vf load(const f16* p) {
+    vf out;
+    for (int i = 0; i < kLanes; ++i) out[i] = to_float(p[i]);
+    return out;
+}
+inline void store(f16* p, vf x) {
+    for (int i = 0; i < kLanes; ++i) store(p + i, x[i]);
+}
+#endif
+
+// Scratch memory, aligned for any vector. Not std::vector: what that instantiates here could be
+// linked into code that must run on an older machine.
+class Floats {
+   public:
+    explicit Floats(int64_t count)
+        : data_(static_cast<float*>(std::aligned_alloc(64, (count * 4 + 64) / 64 * 64))) {}
+    ~Floats() { std::free(data_); }
+    Floats(const Floats&) = delete;
+    Floats& operator=(const Floats&) = delete;
+    float* data() { return data_; }
+
+   private:
+    float* data_;
+};
+
+// Every lane to the nearest value of type T.
+template <typename T>
+inline vf rounded(vf x) {
+    T out[kLanes];
+    store(out, x);
+    return load(out);
+}
+template <>
+inline vf rounded<float>(vf x) {
+    return x;
+}
 
 // The lanes in one fixed order, so that a sum's bits depend on its terms alone.
-inline float sum8(v8f x) {
-    return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+inline float lane_sum(vf x) {
+    float part[kLanes];
+    std::memcpy(part, &x, sizeof part);
+    for (int width = kLanes / 2; width > 0; width /= 2) {
+        for (int i = 0; i < width; ++i) part[i] += part[i + width];
+    }
+    return part[0];
 }
 
 // e^x for x <= 0, to about 2 ulp (Cephes' polynomial); below -87 it is 0, of NaN it is NaN.
-inline v8f exp8(v8f x) {
-    const v8f low = splat(-87.0f);
-    const v8f small = x == x ? splat(0.0f) : x;
-    const v8i keep = x > low;
+inline vf exp_neg(vf x) {
+    const vf low = splat(-87.0f);
+    const vf small = x == x ? splat(0.0f) : x;
+    const vi keep = x > low;
     x = keep ? x : low;
-    const v8f scaled = x * splat(1.44269504088896341f);
-    const v8i n = __builtin_convertvector(scaled - splat(0.5f), v8i);  // x <= 0: rounds to nearest
-    const v8f whole = __builtin_convertvector(n, v8f);
-    const v8f r = (x - whole * splat(0.693359375f)) - whole * splat(-2.12194440e-4f);
-    v8f p = splat(1.9875691500e-4f);
+    const vf scaled = x * splat(1.44269504088896341f);
+    const vi n = __builtin_convertvector(scaled - splat(0.5f), vi);  // x <= 0: rounds to nearest
+    const vf whole = __builtin_convertvector(n, vf);
+    const vf r = (x - whole * splat(0.693359375f)) - whole * splat(-2.12194440e-4f);
+    vf p = splat(1.9875691500e-4f);
     p = p * r + splat(1.3981999507e-3f);
     p = p * r + splat(8.3334519073e-3f);
     p = p * r + splat(4.1665795894e-2f);
     p = p * r + splat(1.6666665459e-1f);
     p = p * r + splat(5.0000001201e-1f);
     p = p * r * r + r + splat(1.0f);
-    const v8i bits = (n + 127) << 23;
-    v8f power;
-    std::memcpy(&power, &bits, sizeof power);
-    return keep ? p * power : small;
+    return keep ? p * bits_of<vf>((n + 127) << 23) : small;
 }
 
 }  // namespace

@@ -19,10 +19,11 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-ABI_VERSION = 3  # MULTILORA_ABI_VERSION of csrc/cpu_ops.h
+ABI_VERSION = 4  # MULTILORA_ABI_VERSION of csrc/cpu_ops.h
 
 # Argument types of every function in csrc/cpu_ops.h, in its order. All of them return nothing.
 SIGNATURES: dict[str, tuple[type, ...]] = {
+    "select_isa": (c_int32, c_void_p),  # most, chosen
     "apply_token_mask": (
         c_void_p,  # logits
         c_int64,  # logits_stride
@@ -63,6 +64,9 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     ),
 }
 
+# What `select_isa` takes and says; every entry is a step up from the one before.
+ISAS = ("generic", "avx2", "avx512")
+
 # What the `dtype` arguments mean.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -100,6 +104,21 @@ def load(path: Path) -> ctypes.CDLL | None:
     return lib
 
 
+def select_isa(most: str) -> str:
+    """Uses the best instruction set up to `most` and returns its name: see csrc/cpu_ops.h.
+
+    Process-wide, for tests and for measuring; MULTILORA_CPU_ISA sets it at start-up. Raises
+    ValueError for a name that is not in ISAS, RuntimeError without the library.
+    """
+    if most not in ISAS:
+        raise ValueError(f"{most!r} is no instruction set; there are {', '.join(ISAS)}")
+    if LIB is None:
+        raise RuntimeError("the C++ library is not built or is switched off")
+    chosen = c_int32()
+    LIB.select_isa(ISAS.index(most), ctypes.byref(chosen))
+    return ISAS[chosen.value]
+
+
 def _wanted() -> Path | None:
     if os.environ.get("MULTILORA_DISABLE_CPP", "") not in ("", "0"):
         return None
@@ -109,3 +128,5 @@ def _wanted() -> Path | None:
 PATH = _wanted()
 LIB: ctypes.CDLL | None = load(PATH) if PATH else None
 HAS_CPP: bool = LIB is not None
+if HAS_CPP:
+    select_isa(os.environ.get("MULTILORA_CPU_ISA") or ISAS[-1])

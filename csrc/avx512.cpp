@@ -1,0 +1,26 @@
+// The kernels for AVX-512 (F, BW, VL, DQ), chosen at run time (dispatch.cpp).
+
+#include "args.h"
+#include "cpu_ops.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+#endif
+
+#define MULTILORA_LANES 16
+#define MULTILORA_F16C
+#include "vec.h"
+
+namespace avx512 {
+#include "kernels.inc"
+}
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif
