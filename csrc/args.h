@@ -78,6 +78,21 @@ struct RopeArgs {
     int32_t num_threads;
 };
 
+struct GemmArgs {
+    void* y;
+    int64_t y_stride;
+    const void* x;
+    int64_t x_stride;
+    int32_t dtype;
+    const void* packed;
+    int32_t kind;
+    const float* scales;
+    int64_t group;
+    const void* bias;
+    int64_t rows, in, out;
+    int32_t num_threads;
+};
+
 // One table for each instruction set; dispatch.cpp takes the best that the machine has.
 struct Kernels {
     void (*lora)(const LoraArgs&);
@@ -85,6 +100,7 @@ struct Kernels {
     void (*silu)(const SiluArgs&);
     void (*norm)(const NormArgs&);
     void (*rope)(const RopeArgs&);
+    void (*gemm)(const GemmArgs&);
 };
 
 namespace generic {

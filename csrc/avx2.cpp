@@ -13,7 +13,7 @@
 #endif
 
 #define MULTILORA_LANES 8
-#define MULTILORA_F16C
+#define MULTILORA_INTRINSICS
 #include "vec.h"
 
 namespace avx2 {

@@ -6,6 +6,9 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+// g++ 12 says this of its own intrinsics (its bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), apply_to = function)
 #else
@@ -13,7 +16,7 @@
 #endif
 
 #define MULTILORA_LANES 16
-#define MULTILORA_F16C
+#define MULTILORA_INTRINSICS
 #include "vec.h"
 
 namespace avx512 {

@@ -12,10 +12,16 @@
 
 // Raised whenever a function below changes its meaning or its arguments. The loader ignores a
 // library that says another number than kernels/native.py.
-#define MULTILORA_ABI_VERSION 4
+#define MULTILORA_ABI_VERSION 5
 
-// Element types, by the `dtype` arguments below.
-enum { MULTILORA_F32 = 0, MULTILORA_BF16 = 1, MULTILORA_F16 = 2 };
+// Element types, by the `dtype` arguments below; int8 and int4 only of packed weights.
+enum {
+    MULTILORA_F32 = 0,
+    MULTILORA_BF16 = 1,
+    MULTILORA_F16 = 2,
+    MULTILORA_INT8 = 3,
+    MULTILORA_INT4 = 4
+};
 
 // Instruction sets, from the least to the most capable.
 enum { MULTILORA_GENERIC = 0, MULTILORA_AVX2 = 1, MULTILORA_AVX512 = 2 };
@@ -128,3 +134,20 @@ MULTILORA_API void rope_store_kv(void* q,                   // dtype [tokens, he
                                  int64_t head_dim,      //
                                  int64_t block_size,    //
                                  int32_t num_threads);
+
+// y = x W^T + bias with W packed as csrc/gemm.inc and kernels/packed.py say. Sums are f32; a row's
+// bits do not depend on the other rows.
+MULTILORA_API void gemm(void* y,              // dtype [rows, out]
+                        int64_t y_stride,     //
+                        const void* x,        // dtype [rows, in]
+                        int64_t x_stride,     //
+                        int32_t dtype,        // f32, bf16 or f16
+                        const void* packed,   // of `kind`
+                        int32_t kind,         // f32, bf16, f16, int8 or int4
+                        const float* scales,  // [ceil(in / group), panels * 32], or null
+                        int64_t group,        // inputs that share a scale: 32, 64, 128 or in
+                        const void* bias,     // dtype [out], or null
+                        int64_t rows,         //
+                        int64_t in,           //
+                        int64_t out,          //
+                        int32_t num_threads);

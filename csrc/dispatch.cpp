@@ -104,3 +104,11 @@ void rope_store_kv(void* q, const void* k, const void* v, int64_t stride, int32_
         heads,     kv_heads, head_dim, block_size, num_threads};
 kernels->rope(args);
 }
+
+void gemm(void* y, int64_t y_stride, const void* x, int64_t x_stride, int32_t dtype,
+          const void* packed, int32_t kind, const float* scales, int64_t group, const void* bias,
+          int64_t rows, int64_t in, int64_t out, int32_t num_threads) {
+    const GemmArgs args{y,      y_stride, x,    x_stride, dtype, packed, kind,
+                        scales, group,    bias, rows,     in,    out,    num_threads};
+    kernels->gemm(args);
+}

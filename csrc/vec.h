@@ -1,6 +1,6 @@
 // MULTILORA_LANES floats at a time, in the compiler's own vector type: one source for every
 // instruction set. Each of generic.cpp, avx2.cpp and avx512.cpp sets the number of lanes (and
-// MULTILORA_F16C where the machine converts half floats) and includes this once, after it has
+// MULTILORA_INTRINSICS where x86 intrinsics may be used) and includes this once, after it has
 // turned its instruction set on.
 
 #pragma once
@@ -17,7 +17,6 @@ typedef float vf __attribute__((vector_size(4 * MULTILORA_LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * MULTILORA_LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * MULTILORA_LANES)));
 typedef uint16_t vh __attribute__((vector_size(2 * MULTILORA_LANES)));
-typedef int8_t vb __attribute__((vector_size(MULTILORA_LANES)));
 
 struct bf16 {
     uint16_t bits;
@@ -34,7 +33,7 @@ inline To bits_of(From x) {
     return out;
 }
 
-inline vf splat(float x) { return vf{} + x; }
+inline vf splat(float x) { return x - vf{}; }  // x + 0 would cost an addition: -0 + 0 is +0
 
 // One number -----------------------------------------------------------------------------------
 
@@ -106,7 +105,14 @@ inline void store(bf16* p, vf x) {
     std::memcpy(p, &half, sizeof half);
 }
 
-#if defined(MULTILORA_F16C) && MULTILORA_LANES == 16
+// What the compiler's own vector conversions make slow code of.
+#if defined(MULTILORA_INTRINSICS) && MULTILORA_LANES == 16
+inline vi load_wide(const int8_t* p) {
+    return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline vi load_wide(const uint8_t* p) {
+    return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 inline vf load(const f16* p) {
     return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
@@ -114,7 +120,13 @@ inline void store(f16* p, vf x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                         _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-#elif defined(MULTILORA_F16C)
+#elif defined(MULTILORA_INTRINSICS)
+inline vi load_wide(const int8_t* p) {
+    return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+inline vi load_wide(const uint8_t* p) {
+    return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
 inline vf load(const f16* p) {
     return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
@@ -123,6 +135,12 @@ inline void store(f16* p, vf x) {
                      _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 #else
+template <typename T>
+inline vi load_wide(const T* p) {  // int8_t or uint8_t
+    vi out;
+    for (int i = 0; i < kLanes; ++i) out[i] = p[i];
+    return out;
+}
 inline vf load(const f16* p) {
     vf out;
     for (int i = 0; i < kLanes; ++i) out[i] = to_float(p[i]);

@@ -19,7 +19,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-ABI_VERSION = 4  # MULTILORA_ABI_VERSION of csrc/cpu_ops.h
+ABI_VERSION = 5  # MULTILORA_ABI_VERSION of csrc/cpu_ops.h
 
 # Argument types of every function in csrc/cpu_ops.h, in its order. All of them return nothing.
 SIGNATURES: dict[str, tuple[type, ...]] = {
@@ -62,7 +62,15 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
         *(c_void_p, c_void_p, c_int64, c_int64),  # k_blocks, v_blocks and their strides
         *(c_int64, c_int64, c_int64, c_int64, c_int64, c_int32),  # sizes, num_threads
     ),
+    "gemm": (
+        *(c_void_p, c_int64, c_void_p, c_int64, c_int32),  # y, x and their strides, dtype
+        *(c_void_p, c_int32, c_void_p, c_int64, c_void_p),  # packed, kind, scales, group, bias
+        *(c_int64, c_int64, c_int64, c_int32),  # rows, in, out, num_threads
+    ),
 }
+
+# What the `kind` argument of `gemm` means, beside those of DTYPE_CODES.
+INT8, INT4 = 3, 4
 
 # What `select_isa` takes and says; every entry is a step up from the one before.
 ISAS = ("generic", "avx2", "avx512")
