@@ -20,12 +20,22 @@ from .ops import (
     rope_store_kv_,
     silu_mul,
 )
+from .packed import (
+    PackedWeight,
+    pack,
+    pack_quantized,
+    quantize,
+    unpack,
+    unpack_rows,
+    worth_packing,
+)
 from .tiles import DECODE_TILE, PREFILL_TILE, Table, Tiles, make_tiles
 
 __all__ = [
     "DECODE_TILE",
     "HAS_CPP",
     "PREFILL_TILE",
+    "PackedWeight",
     "Table",
     "Tiles",
     "apply_token_mask_",
@@ -36,9 +46,15 @@ __all__ = [
     "lora_head_",
     "lora_shrink",
     "make_tiles",
+    "pack",
+    "pack_quantized",
     "paged_attention",
+    "quantize",
     "reference",
     "rms_norm",
     "rope_store_kv_",
     "silu_mul",
+    "unpack",
+    "unpack_rows",
+    "worth_packing",
 ]

@@ -257,12 +257,8 @@ def apply_token_mask_(logits: Tensor, mask: Tensor) -> None:
     )  # fmt: skip
 
 
-def linear(x: Tensor, weight: Tensor, weight_scale: Tensor | None, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """See `reference.linear`. The caller pads rows to a multiple of 16."""
-    if weight_scale is not None:
-        groups = weight_scale.shape[1]
-        scaled = weight.to(x.dtype).reshape(len(weight), groups, -1)
-        weight = (scaled * weight_scale[..., None].to(x.dtype)).flatten(1)
     y = _gemm(x, weight)
     return y if bias is None else y.add_(bias)
 

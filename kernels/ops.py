@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpu, cpu_lora
+from . import cpu, cpu_lora, packed
 from .library import define, implement
+from .packed import PackedWeight
 from .tiles import Table, Tiles
 
 _TABLE = (
@@ -44,7 +45,11 @@ _ROPE = define(
 _NORM = define("rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!)? residual) -> Tensor")
 _SILU = define("silu_mul(Tensor x) -> Tensor")
 _MASK = define("apply_token_mask_(Tensor(a!) logits, Tensor mask) -> ()")
-_LINEAR = define("linear(Tensor x, Tensor weight, Tensor? weight_scale, Tensor? bias) -> Tensor")
+_LINEAR = define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_PACKED = define(
+    "linear_packed(Tensor x, Tensor data, Tensor? scales, str kind, int out, int in_, int group, "
+    "Tensor? bias) -> Tensor"
+)
 
 
 def lora_shrink(x: Tensor, a_pages: Tensor, table: Table, tiles: Tiles, split_k: int = 1) -> Tensor:
@@ -190,12 +195,12 @@ def apply_token_mask_(logits: Tensor, mask: Tensor) -> None:
     _MASK(logits, mask)
 
 
-def linear(
-    x: Tensor, weight: Tensor, weight_scale: Tensor | None = None, bias: Tensor | None = None
-) -> Tensor:
-    """`x @ weight.T + bias`; an int8 weight [out, in] has weight_scale [out, groups]."""
-    _check(x.shape[-1] == weight.shape[1], f"x has {x.shape[-1]} columns, weight {weight.shape[1]}")
-    y: Tensor = _LINEAR(x, weight, weight_scale, bias)
+def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias` of x [tokens, in] and a weight [out, in], packed or not."""
+    is_packed = isinstance(weight, PackedWeight)
+    columns = weight.in_ if isinstance(weight, PackedWeight) else weight.shape[1]
+    _check(x.shape[-1] == columns, f"x has {x.shape[-1]} columns, weight {columns}")
+    y: Tensor = _PACKED(x, *weight, bias) if is_packed else _LINEAR(x, weight, bias)
     return y
 
 
@@ -246,6 +251,7 @@ implement(
         q, k, v, table, lens, starts, scale, ks, vs
     ),
 )
+implement("linear_packed", "CPU", lambda x, *r: packed.linear(x, PackedWeight(*r[:6]), r[6]))
 for _name in ("rope_store_kv_", "rms_norm", "silu_mul", "apply_token_mask_", "linear"):
     implement(_name, "CPU", getattr(cpu, _name))
 
@@ -259,6 +265,9 @@ implement("lora_shrink", "Meta", _meta_shrink)
 implement("paged_attention", "Meta", lambda q, *_: torch.empty_like(q))
 implement("rms_norm", "Meta", lambda x, *_: torch.empty_like(x))
 implement("silu_mul", "Meta", lambda x: x.new_empty((*x.shape[:-1], x.shape[-1] // 2)))
-implement("linear", "Meta", lambda x, weight, *_: x.new_empty((*x.shape[:-1], len(weight))))
+implement("linear", "Meta", lambda x, weight, _: x.new_empty((*x.shape[:-1], len(weight))))
+implement(
+    "linear_packed", "Meta", lambda x, _data, _scales, _kind, out, *_: x.new_empty((len(x), out))
+)
 for _name in ("lora_expand_", "lora_", "lora_embed_", "rope_store_kv_", "apply_token_mask_"):
     implement(_name, "Meta", lambda *_: None)

@@ -198,15 +198,20 @@ def apply_token_mask_(
 
 def linear(
     x: Tensor,  # [tokens, in]
-    weight: Tensor,  # [out, in]; floating, or int8 with weight_scale
-    weight_scale: Tensor | None = None,  # [out, groups], in / groups columns share a scale
+    weight: Tensor,  # [out, in]; a quantised one is dequantised first
     bias: Tensor | None = None,  # [out]
 ) -> Tensor:  # [tokens, out]
-    """`x @ weight.T + bias`, the weight dequantised first."""
+    """`x @ weight.T + bias`."""
     wide = _wide(x)
-    w = weight.to(wide)
-    if weight_scale is not None:
-        groups = w.reshape(len(w), weight_scale.shape[1], -1)
-        w = (groups * weight_scale[..., None].to(wide)).flatten(1)
-    y = x.to(wide) @ w.T
+    y = x.to(wide) @ weight.to(wide).T
     return (y if bias is None else y + bias.to(wide)).to(x.dtype)
+
+
+def dequantize(
+    codes: Tensor,  # int8 [out, in]
+    scales: Tensor,  # [out, ceil(in / group)]
+    group: int,  # columns that share a scale
+) -> Tensor:  # [out, in], of the scales' dtype
+    """`weight = code * scale`; the last group may have fewer columns."""
+    columns = codes.shape[1]
+    return codes.to(scales.dtype) * scales.repeat_interleave(group, 1)[:, :columns]

@@ -323,16 +323,11 @@ def test_apply_token_mask(dtype: torch.dtype, vocab: int) -> None:
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("groups", [0, 1, 3])
 @dtypes
-def test_linear(dtype: torch.dtype, groups: int, with_bias: bool) -> None:
+def test_linear(dtype: torch.dtype, with_bias: bool) -> None:
     x, weight = torch.randn(17, 33).to(dtype), (torch.randn(47, 33) / 6).to(dtype)
-    scale = None
-    if groups:
-        weight = torch.randint(-127, 128, (47, 33)).to(torch.int8)
-        scale = ((1 + torch.rand(47, groups)) / 600).to(dtype)
     bias = torch.randn(47).to(dtype) if with_bias else None
-    args = [x, weight, scale, bias]
+    args = [x, weight, bias]
     assert_close(ops.linear(*args), reference.linear(*up(*args)))
 
 
@@ -357,7 +352,8 @@ def op_calls() -> dict[str, list[Any]]:
         "rms_norm": [x, torch.randn(6), 1e-5, torch.randn(4, 6)],
         "silu_mul": [x],
         "apply_token_mask_": [x, torch.tensor([[5]] * 4, dtype=torch.int32)],
-        "linear": [x, torch.randn(3, 6), None, torch.randn(3)],
+        "linear": [x, torch.randn(3, 6), torch.randn(3)],
+        "linear_packed": [x, *ops.pack(torch.randn(3, 6)), torch.randn(3)],
     }
 
 
