@@ -1,8 +1,8 @@
 """Weights in the form in which a linear reads them: packed once, when loaded, maybe quantised.
 
 Quantising is symmetric, in groups of input columns that share one float32 scale:
-`weight = code * scale`. What `PackedWeight.data` looks like inside is this file's own business:
-the functions here make it, and the op `linear_packed` reads it.
+`weight = code * scale`. With the C++ library, data lies in panels (panels.py), else in rows; that
+is decided when packing. What `PackedWeight.data` looks like inside is nobody else's business.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpu, reference
+from . import cpu, native, panels, reference
 
 BITS = {"int8": 8, "int4": 4}
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -24,11 +24,16 @@ class PackedWeight(NamedTuple):
     """A weight [out, in_]. `data` is the weight, int8 codes, or int4 codes, two in a byte."""
 
     data: Tensor
-    scales: Tensor | None  # fp32 [out, ceil(in_ / group)]; None for float kinds
+    scales: Tensor | None  # fp32, one for each output and group; None for float kinds
     kind: str  # "float32", "bfloat16", "float16", "int8" or "int4"
     out: int
     in_: int
     group: int  # input columns that share a scale; in_ = one scale for each output
+
+    @property
+    def in_panels(self) -> bool:
+        """Whether the C++ GEMM reads it; rows have two dimensions."""
+        return self.data.dim() > 2
 
     @property
     def num_bytes(self) -> int:
@@ -39,7 +44,8 @@ class PackedWeight(NamedTuple):
 
 def worth_packing(weight: Tensor) -> bool:
     """Whether a linear reads this floating weight faster when it is packed."""
-    return False
+    floats = weight.dtype in FLOATS.values() and weight.device.type == "cpu"
+    return floats and panels.usable(weight.shape[1], weight.shape[1])
 
 
 def pack(weight: Tensor) -> PackedWeight:
@@ -48,7 +54,8 @@ def pack(weight: Tensor) -> PackedWeight:
     if kind not in FLOATS or weight.dim() != 2:
         raise ValueError(f"a weight must be a matrix of {', '.join(FLOATS)}, not {kind}")
     out, in_ = weight.shape
-    return PackedWeight(weight, None, kind, out, in_, in_)
+    data = panels.make(weight, kind) if panels.usable(in_, in_) else weight
+    return PackedWeight(data, None, kind, out, in_, in_)
 
 
 def quantize(weight: Tensor, bits: int, group: int | None) -> tuple[Tensor, Tensor]:
@@ -112,17 +119,21 @@ def pack_quantized(
         group = in_ // max(scales.shape[1], 1)
     if scales.shape != (out, -(-in_ // max(group, 1))):
         raise ValueError(f"{list(scales.shape)} scales do not fit {out} x {in_} in groups {group}")
-    if bits == 8:
-        return PackedWeight(codes, scales, "int8", out, in_, group)
-    if bits != 4:
+    if bits not in BITS.values():
         raise ValueError(f"bits must be 8 or 4, not {bits}")
+    kind = f"int{bits}"
+    if panels.usable(in_, group):
+        data, scales = panels.make(codes, kind), panels.make_scales(scales)
+        return PackedWeight(data, scales, kind, out, in_, group)
+    if bits == 8:
+        return PackedWeight(codes, scales, kind, out, in_, group)
     nibbles = F.pad(codes, (0, in_ % 2)).view(torch.uint8) & 15  # two's complement
-    return PackedWeight(nibbles[:, ::2] | nibbles[:, 1::2] << 4, scales, "int4", out, in_, group)
+    return PackedWeight(nibbles[:, ::2] | nibbles[:, 1::2] << 4, scales, kind, out, in_, group)
 
 
 def unpack(packed: PackedWeight) -> Tensor:
     """The weight, fp32 [out, in], that `linear` multiplies by."""
-    return _unpack(packed, slice(None))
+    return _unpack(packed, torch.arange(packed.out))
 
 
 def unpack_rows(packed: PackedWeight, rows: Tensor) -> Tensor:
@@ -130,24 +141,34 @@ def unpack_rows(packed: PackedWeight, rows: Tensor) -> Tensor:
     return _unpack(packed, rows)
 
 
-def _unpack(packed: PackedWeight, rows: Tensor | slice) -> Tensor:
-    data = packed.data[rows]
-    if packed.scales is None:
+def _unpack(packed: PackedWeight, rows: Tensor) -> Tensor:
+    scales = packed.scales
+    if packed.in_panels:
+        data = panels.rows_of(packed.data, packed.kind, packed.in_, rows)
+        scales = None if scales is None else scales[:, rows].T
+    else:
+        data = packed.data[rows]
+        scales = None if scales is None else scales[rows]
+    if scales is None:
         return data.float()
-    if packed.kind == "int4":
+    if packed.kind == "int4" and not packed.in_panels:
         pairs = torch.stack((data << 4, data), -1).view(torch.int8) >> 4  # extends the sign
         data = pairs.flatten(1)[:, : packed.in_]
-    return reference.dequantize(data, packed.scales[rows], packed.group)
+    return reference.dequantize(data, scales, packed.group)
 
 
 def linear(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> Tensor:
-    """See `reference.linear`: a quantised weight is dequantised in parts, in fp32."""
-    if packed.kind in FLOATS and packed.data.dtype == x.dtype:
+    """See `reference.linear`: in C++, or with the weight dequantised in parts, in fp32."""
+    if packed.in_panels and x.dtype in native.DTYPE_CODES:
+        return panels.linear(
+            x, packed.data, packed.scales, packed.kind, packed.out, packed.group, bias
+        )
+    if packed.kind in FLOATS and packed.data.dtype == x.dtype and not packed.in_panels:
         return cpu.linear(x, packed.data, bias)
     wide = x.float()
     y = x.new_empty(len(x), packed.out)
     rows = max(_CHUNK // max(packed.in_, 1), 1)
     for first in range(0, packed.out, rows):
-        part = slice(first, first + rows)
-        y[:, part] = cpu.linear(wide, _unpack(packed, part), None)
+        part = torch.arange(first, min(first + rows, packed.out))
+        y[:, part] = cpu.linear(wide, _unpack(packed, part), None).to(x.dtype)
     return y if bias is None else y.add_(bias)

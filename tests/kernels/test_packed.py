@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2.5e-2}
 KINDS = ["float32", "bfloat16", "float16", "int8", "int8/32", "int4/32", "int4/128", "int4"]
-SHAPES = [(47, 128), (16, 40), (3, 33), (130, 1), (256, 320)]  # out, in: whole groups and tails
+SHAPES = [(47, 128), (3, 33), (130, 1)]  # out, in: whole groups and tails
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)

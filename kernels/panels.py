@@ -1,0 +1,75 @@
+"""Weights in panels of 32 outputs, as the C++ GEMM reads them: csrc/gemm.inc says why.
+
+A panel holds its 32 outputs input by input: [panels, in, 32]. Two inputs of a column lie together
+for bf16, [panels, in / 2, 32, 2], and in one byte for int4, [panels, in / 2, 32], the even input in
+the low half, both plus 8. Scales are [groups, panels * 32]. Inputs are padded to an even number and
+outputs to whole panels, with zeros.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import native
+from .cpu import threads_for
+
+OUTPUTS = 32
+KINDS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": native.INT8, "int4": native.INT4}
+
+
+def usable(in_: int, group: int) -> bool:
+    """Whether the C++ GEMM is there and can read groups of that many inputs."""
+    return native.LIB is not None and (group >= in_ or group in (32, 64, 128))
+
+
+def make(weight: Tensor, kind: str) -> Tensor:
+    """Panels of a weight or of codes, [out, in], for a kind of KINDS."""
+    weight = F.pad(weight, (0, weight.shape[1] % 2, 0, -len(weight) % OUTPUTS))
+    panels: Tensor = weight.view(-1, OUTPUTS, weight.shape[1])
+    if kind not in ("bfloat16", "int4"):
+        return panels.transpose(1, 2).contiguous()
+    pairs: Tensor = panels.view(len(panels), OUTPUTS, -1, 2).transpose(
+        1, 2
+    )  # [panels, in / 2, 32, 2]
+    if kind == "bfloat16":
+        return pairs.contiguous()
+    codes: Tensor = (pairs + 8).to(torch.uint8)
+    return (codes[..., 0] | codes[..., 1] << 4).contiguous()
+
+
+def make_scales(scales: Tensor) -> Tensor:
+    """[out, groups] -> [groups, panels * 32]."""
+    return F.pad(scales, (0, 0, 0, -len(scales) % OUTPUTS)).T.contiguous()
+
+
+def rows_of(panels: Tensor, kind: str, in_: int, rows: Tensor) -> Tensor:
+    """What `make` was given, of some outputs, int64 [n]: [n, in]."""
+    panel, column = rows // OUTPUTS, rows % OUTPUTS
+    found = panels[panel, :, column]  # [n, in], or [n, in / 2] and 2 for bf16
+    if kind == "int4":
+        found = torch.stack((found & 15, found >> 4), -1).to(torch.int8) - 8
+    return found.flatten(1)[:, :in_]
+
+
+def linear(
+    x: Tensor,  # [tokens, in], f32, bf16 or f16
+    panels: Tensor,
+    scales: Tensor | None,  # [groups, panels * 32]
+    kind: str,
+    out: int,
+    group: int,
+    bias: Tensor | None,
+) -> Tensor:  # [tokens, out]
+    """`x @ weight.T + bias`, summed in f32; a row's bits do not depend on the other rows."""
+    assert native.LIB is not None
+    x = x if x.stride(1) == 1 else x.contiguous()
+    y = x.new_empty(len(x), out)
+    native.LIB.gemm(
+        y.data_ptr(), out, x.data_ptr(), x.stride(0), native.DTYPE_CODES[x.dtype],
+        panels.data_ptr(), KINDS[kind], None if scales is None else scales.data_ptr(), group,
+        None if bias is None else bias.data_ptr(),
+        len(x), x.shape[1], out, threads_for(len(x) * x.shape[1] * out),
+    )  # fmt: skip
+    return y
