@@ -17,7 +17,7 @@ from . import cpu, native, panels, reference
 
 BITS = {"int8": 8, "int4": 4}
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_CHUNK = 1 << 22  # weights that are dequantised, or quantised, at a time
+_CHUNK = 1 << 20  # weights that are quantised or dequantised at a time
 
 
 class PackedWeight(NamedTuple):

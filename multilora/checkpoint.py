@@ -2,8 +2,8 @@
 
 Two layouts are known: Hugging Face's (`model.safetensors`, or shards with an index) and Meta's
 (`consolidated.*.pth`). Both become a table of weights that are not read yet, so that names, shapes
-and dtypes are checked before the first byte of a weight is copied, and at most one weight is held
-beside the model.
+and dtypes are checked before the first byte of a weight is copied. The model says in which parts it
+is loaded; what a part needs beside the model itself is gone before the next one begins.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ from .config import MetaFacts, ModelConfig, read_json
 from .errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
 MAX_HEADER_BYTES = 64 << 20  # a header of a 405B model is under 1 MiB
 DTYPES = ("F32", "F16", "BF16")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 # Tables of rotary frequencies that old files carry; they follow from the config.
 _IGNORED = ("*.rotary_emb.inv_freq", "rope.freqs")
 
 _META_TOP = {
-    "tok_embeddings.weight": "model.embed_tokens.weight",
+    "tok_embeddings.weight": EMBEDDING,
     "norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
+    "output.weight": HEAD,
 }
 _META_LAYER = {
     "attention.wq.weight": "self_attn.q_proj.weight",
@@ -47,6 +48,26 @@ _META_LAYER = {
     "attention_norm.weight": "input_layernorm.weight",
     "ffn_norm.weight": "post_attention_layernorm.weight",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What is loaded at one go, such as a fused linear."""
+
+    shapes: Mapping[str, tuple[int, ...]]  # of its weights, by Hugging Face's names
+    # Takes a function that reads one of these weights, in the checkpoint's dtype; what it returns
+    # may be a view of a mapped file: to be copied, never written to.
+    load: Callable[[Callable[[str], Tensor]], None]
+
+
+def fill(targets: Mapping[str, Tensor]) -> Part:
+    """The part that copies each weight into its target, cast once to the target's dtype."""
+
+    def load(read: Callable[[str], Tensor]) -> None:
+        for name, target in targets.items():
+            target.copy_(read(name))
+
+    return Part({name: tuple(target.shape) for name, target in targets.items()}, load)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,33 +89,31 @@ def read_config(folder: str | Path) -> ModelConfig:
     return ModelConfig.from_meta(raw, _meta_facts(folder, raw))
 
 
-def load_checkpoint(folder: str | Path, targets: Mapping[str, Tensor], config: ModelConfig) -> None:
-    """Copies every weight of the checkpoint into its target, casting once to the target's dtype.
+def load_checkpoint(folder: str | Path, parts: Iterable[Part], config: ModelConfig) -> None:
+    """Loads the parts of a model, one after another.
 
-    `targets` maps Hugging Face names to the tensors to fill, which may be views of fused weights.
-    All names, shapes and dtypes are checked first: a CheckpointError leaves the targets untouched,
-    except where a tied `lm_head.weight` turns out to differ from the embedding.
+    Names, shapes and dtypes are checked before any part is loaded, and that a stored head of a
+    model with tied embeddings repeats the embedding.
     """
-    folder = Path(folder)
+    folder, parts = Path(folder), list(parts)
+    shapes = dict(item for part in parts for item in part.shapes.items())
     weights = _weights(folder, config)
-    head = weights.pop("lm_head.weight", None) if config.tie_word_embeddings else None
-    _check_names(folder, weights, targets)
+    head = weights.pop(HEAD, None) if config.tie_word_embeddings else None
+    _check_names(folder, weights, shapes)
     for name, weight in weights.items():
-        _check_weight(name, weight, tuple(targets[name].shape))
+        _check_weight(name, weight, shapes[name])
+    if head is not None:
+        _check_weight(HEAD, head, shapes[EMBEDDING])
+        _check_tied(head, weights[EMBEDDING])
     with torch.no_grad():
-        for name, weight in weights.items():
-            targets[name].copy_(weight.read())
-        if head is not None:
-            _check_tied(head, targets["model.embed_tokens.weight"])
+        for part in parts:
+            part.load(lambda name: weights[name].read())
 
 
-def stream_weights(folder: str | Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Yields each weight of the checkpoint with its Hugging Face name, in the order of the files.
-
-    A tensor may be a view of a mapped file: copy what you keep, never write to it.
-    """
-    for name, weight in _weights(Path(folder), config).items():
-        yield name, weight.read()
+def read_base_weight(folder: str | Path, site: str, config: ModelConfig) -> Tensor:
+    """The checkpoint's own matrix of site "embed" or "lm_head", in its dtype."""
+    own_head = site == "lm_head" and not config.tie_word_embeddings
+    return _weights(Path(folder), config)[HEAD if own_head else EMBEDDING].read()
 
 
 def _weights(folder: Path, config: ModelConfig) -> dict[str, _Weight]:
@@ -117,17 +136,15 @@ def _weights(folder: Path, config: ModelConfig) -> dict[str, _Weight]:
 # ---- checks
 
 
-def _check_names(
-    folder: Path, weights: Mapping[str, _Weight], targets: Mapping[str, Tensor]
-) -> None:
-    missing = [name for name in targets if name not in weights]
+def _check_names(folder: Path, weights: Mapping[str, _Weight], wanted: Collection[str]) -> None:
+    missing = [name for name in wanted if name not in weights]
     if missing:
         raise CheckpointError(
-            f"{folder} lacks {len(missing)} of the model's {len(targets)} weights: "
+            f"{folder} lacks {len(missing)} of the model's {len(wanted)} weights: "
             f"{_some(missing)}; "
             "the download is incomplete, or the config is of another model"
         )
-    extra = [name for name in weights if name not in targets]
+    extra = [name for name in weights if name not in wanted]
     if extra:
         raise CheckpointError(
             f"{folder} holds {len(extra)} weights that the model does not have: {_some(extra)}; "
@@ -147,18 +164,17 @@ def _check_weight(name: str, weight: _Weight, want: tuple[int, ...]) -> None:
         )
 
 
-def _check_tied(
-    head: _Weight,
-    embedding: Tensor,  # [vocab, hidden]
-) -> None:
-    """Accepts the head of a model with tied embeddings if it repeats the embedding."""
-    _check_weight("lm_head.weight", head, tuple(embedding.shape))
+def _check_tied(head: _Weight, embedding: _Weight) -> None:
+    """Accepts the head of a model with tied embeddings if it repeats the embedding.
+
+    One of the two may be stored as a rounding of the other.
+    """
     rows = 1024  # at a time, so that no second cast copy of the whole matrix is made
-    pairs = zip(torch.split(head.read(), rows), torch.split(embedding, rows), strict=True)
-    if not all(torch.equal(h.to(e.device, e.dtype), e) for h, e in pairs):
+    pairs = zip(torch.split(head.read(), rows), torch.split(embedding.read(), rows), strict=True)
+    if not all(torch.equal(h.to(e.dtype), e) or torch.equal(h, e.to(h.dtype)) for h, e in pairs):
         raise CheckpointError(
-            f"{head.file}: the config ties lm_head.weight to the embedding, but they differ; "
-            'set "tie_word_embeddings": false in config.json, or remove lm_head.weight'
+            f"{head.file}: the config ties {HEAD} to the embedding, but they differ; "
+            f'set "tie_word_embeddings": false in config.json, or remove {HEAD}'
         )
 
 
@@ -375,8 +391,7 @@ def _read_meta(pieces: list[Tensor], dim: int | None, head_dim: int | None) -> T
     whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim or 0)
     if head_dim is None:
         return whole
-    rows, features = whole.shape
-    return whole.view(-1, head_dim // 2, 2, features).transpose(1, 2).reshape(rows, features)
+    return whole.view(-1, head_dim // 2, 2, whole.shape[1]).transpose(1, 2).reshape(whole.shape)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

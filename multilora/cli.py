@@ -73,6 +73,12 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Of the sampling.")] = None,
     chat: Annotated[bool, typer.Option(help="Prompts are user messages.")] = True,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    quantization: Annotated[
+        str | None, typer.Option(help="int8 or int4, of the base when it is loaded.")
+    ] = None,
+    quantization_group_size: Annotated[
+        int | None, typer.Option(help="Input columns that share a scale: 32, 64 or 128.")
+    ] = None,
 ) -> None:
     """Answers prompts; a single answer is streamed."""
     from .llm import LLM
@@ -80,7 +86,13 @@ def generate(
 
     params = SamplingParams(temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_tokens)
     spec = _parse_use(use or [])
-    llm = LLM(model, adapters=_parse_adapters(adapter or []), dtype=dtype)
+    llm = LLM(
+        model,
+        adapters=_parse_adapters(adapter or []),
+        dtype=dtype,
+        quantization=quantization,
+        quantization_group_size=quantization_group_size,
+    )
     prompts: list[Any] = [_encode(llm, one) for one in prompt] if chat else list(prompt)
     if len(prompts) == 1:
         _stream(llm, prompts[0], params, spec)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZATIONS = ("int8", "int4")
+GROUP_SIZES = (32, 64, 128)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,10 +125,7 @@ class ModelConfig:
             raise CheckpointError(
                 f"hidden_act {raw['hidden_act']!r} is not supported; Llama uses silu"
             )
-        if raw.get("quantization_config"):
-            raise CheckpointError(
-                "quantized checkpoints are not supported; give the fp16/bf16/fp32 one"
-            )
+        _refuse_quantized(raw.get("quantization_config"))
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         if not isinstance(rope, dict):
             raise CheckpointError(f"model config: rope_parameters must be an object, not {rope!r}")
@@ -207,6 +206,8 @@ class EngineConfig:
     skip_tokenizer_init: bool = False  # serve token ids only
     device: str = "cpu"
     dtype: str = "auto"  # "auto" = the checkpoint's own
+    quantization: str | None = None  # of the base's linears, when loaded: "int8" or "int4"
+    quantization_group_size: int | None = None  # columns that share a scale; None: all, int4: 32
     seed: int = 0  # of requests that set none
 
     max_model_len: int | None = None  # prompt + output tokens; None = the model's own limit
@@ -239,12 +240,30 @@ class EngineConfig:
                 raise ConfigError(
                     f"{name} must be one of auto, {', '.join(DTYPES)}, not {getattr(self, name)!r}"
                 )
+        self._check_quantization()
         if self.max_lora_rank % 8:
             raise ConfigError(f"max_lora_rank must be a multiple of 8, not {self.max_lora_rank}")
         if self.device != "cpu":
             raise ConfigError(f"device {self.device!r} is not supported yet; use device='cpu'")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise ConfigError(f"seed must be an integer, not {self.seed!r}")
+
+    def _check_quantization(self) -> None:
+        kind, group = self.quantization, self.quantization_group_size
+        if kind is not None and kind not in QUANTIZATIONS:
+            raise ConfigError(
+                f"quantization must be None, {' or '.join(QUANTIZATIONS)}, not {kind!r}"
+            )
+        if group is None:
+            return
+        if isinstance(group, bool) or group not in GROUP_SIZES:
+            raise ConfigError(
+                f"quantization_group_size must be None or one of {GROUP_SIZES}, not {group!r}"
+            )
+        if kind is None:
+            raise ConfigError(
+                f"quantization_group_size={group} needs quantization='int8' or 'int4'"
+            )
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> EngineConfig:
@@ -265,6 +284,18 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")
     return value
+
+
+def _refuse_quantized(found: object) -> None:
+    """Raises for the `quantization_config` of GPTQ, AWQ, bitsandbytes and their like."""
+    if not found:
+        return
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    raise CheckpointError(
+        f"the checkpoint is quantised already (quant_method {method!r}), which is not supported; "
+        "give the fp32, bf16 or fp16 checkpoint that it was made from: quantization='int8' or "
+        "'int4' quantises it while it is loaded"
+    )
 
 
 def _meta_rope_scaling(raw: Mapping[str, Any]) -> RopeScaling:

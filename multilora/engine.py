@@ -15,12 +15,13 @@ from .adapters.format import read_adapter
 from .adapters.store import AdapterInfo, AdapterStore, mix_identity
 from .answers import RequestState
 from .blocks import BlockPool
-from .checkpoint import load_checkpoint, read_config
+from .checkpoint import load_checkpoint, read_base_weight, read_config
 from .config import EngineConfig, ModelConfig
 from .errors import CapacityError, ConfigError, RequestError
 from .kv_cache import KVCache
 from .models import MODELS
 from .plan import Plan, StepResult
+from .quant import schemes_of
 from .request import FinishReason, RequestOutput, SamplingParams, Sequence
 from .runner import Runner
 from .scheduler import Scheduler
@@ -60,8 +61,8 @@ class Engine:
         if not config.skip_tokenizer_init:
             self.tokenizer = load_tokenizer(config.tokenizer or config.model)
         self._sites = sites_of(self.model_config)
-        self.model = MODELS["LlamaForCausalLM"](self.model_config, dtype)
-        load_checkpoint(config.model, self.model.targets(), self.model_config)
+        self.model = MODELS["LlamaForCausalLM"](self.model_config, dtype, schemes_of(config))
+        load_checkpoint(config.model, self.model.parts(), self.model_config)
         lora_dtype = dtype if config.lora_dtype == "auto" else getattr(torch, config.lora_dtype)
         self.store = AdapterStore(self._sites, config, dtype=lora_dtype)
         blocks = config.num_kv_blocks or self._default_blocks(dtype)
@@ -155,10 +156,14 @@ class Engine:
         """Reads a PEFT folder and serves it as `name`; returns its digest.
 
         A loaded name is replaced: requests in flight finish on the version they began with. Raises
-        AdapterInvalid or AdapterTooLarge; then nothing has changed.
+        AdapterInvalid or AdapterTooLarge; then nothing has changed. An adapter that brings weights
+        of the base is compared with the base's checkpoint, or CheckpointError if that is gone.
         """
         adapter = read_adapter(path, self.model_config, max_rank=self.config.max_lora_rank)
-        base = {"embed": self.model.embed, "lm_head": self.model.head.weight}
+        base = {
+            site: read_base_weight(self.config.model, site, self.model_config)
+            for site in adapter.base_weights
+        }
         return self.store.load(name, adapter, base=base)
 
     def unload_adapter(self, name: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -10,19 +12,38 @@ from torch import Tensor, nn
 import multilora_kernels as mk
 
 from .batch import ForwardBatch
+from .checkpoint import Part
 from .config import ModelConfig
+from .errors import CheckpointError, ConfigError
 from .kv_cache import KVCache
+from .quant import Scheme
 from .sites import Site
 
 
 class Linear(nn.Module):
-    """A fused linear and, for each row of the batch, that row's own LoRA delta."""
+    """A fused linear and, for each row of the batch, that row's own LoRA delta.
 
-    def __init__(self, site: Site, layer: int, dtype: torch.dtype, *, bias: bool = False) -> None:
+    Its weight is [0, in] until its part is loaded. Then it is a plain tensor, or packed where that
+    is faster, or quantised.
+    """
+
+    weight: Tensor | mk.PackedWeight
+
+    def __init__(
+        self,
+        site: Site,
+        layer: int,
+        dtype: torch.dtype,
+        *,
+        bias: bool = False,
+        scheme: Scheme | None = None,
+    ) -> None:
         super().__init__()
-        self.site, self.layer = site, layer
-        self.weight = _parameter(site.out, site.in_, dtype=dtype)
+        self.site, self.layer, self.scheme = site, layer, scheme
+        self.weight = torch.empty(0, site.in_, dtype=dtype)
         self.bias = _parameter(site.out, dtype=dtype) if bias else None
+        if scheme is not None and self.weight.device.type != "cpu":
+            raise ConfigError("quantization works on device='cpu' only; leave one of them out")
 
     def forward(self, x: Tensor, batch: ForwardBatch) -> Tensor:
         """x [tokens, in] -> [tokens, out]. The bias comes last, outside of DoRA's scale."""
@@ -30,16 +51,62 @@ class Linear(nn.Module):
         batch.add_lora_(self.site.name, self.layer, y, x)
         return y if self.bias is None else y.add_(self.bias)
 
-    def targets(self) -> dict[str, Tensor]:
-        """Checkpoint name -> the rows of the fused weight (and bias) that it fills."""
-        found = {}
-        starts = self.site.slice_starts
-        for i in range(len(self.site.slices)):
-            path, rows = self.site.module_path(self.layer, i), slice(starts[i], starts[i + 1])
-            found[f"{path}.weight"] = self.weight[rows]
+    def part(self, *paths: str) -> Part:
+        """What loads it; `paths` are those of its slices in the checkpoint, if not the site's."""
+        site, slices = self.site, range(len(self.site.slices))
+        modules = paths or tuple(site.module_path(self.layer, i) for i in slices)
+        shapes: dict[str, tuple[int, ...]] = {}
+        for path, part in zip(modules, site.slices, strict=True):
+            shapes[f"{path}.weight"] = (part.out, site.in_)
             if self.bias is not None:
-                found[f"{path}.bias"] = self.bias[rows]
-        return found
+                shapes[f"{path}.bias"] = (part.out,)
+        return Part(shapes, lambda read: self._load(modules, read))
+
+    def _load(self, paths: Sequence[str], read: Callable[[str], Tensor]) -> None:
+        names, starts = [f"{path}.weight" for path in paths], self.site.slice_starts
+        if self.scheme is not None:
+            self.weight = self._quantized(names, self.scheme, read)
+        else:
+            weight = self._empty()
+            for name, (first, last) in zip(names, pairwise(starts), strict=True):
+                weight[first:last].copy_(read(name))
+            self.weight = mk.pack(weight) if mk.worth_packing(weight) else weight
+        if self.bias is not None:
+            for path, (first, last) in zip(paths, pairwise(starts), strict=True):
+                self.bias[first:last].copy_(read(f"{path}.bias"))
+
+    def _empty(self) -> Tensor:
+        assert isinstance(self.weight, Tensor)
+        like, shape = self.weight, (self.site.out, self.site.in_)
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+
+    def _quantized(
+        self, names: Sequence[str], scheme: Scheme, read: Callable[[str], Tensor]
+    ) -> mk.PackedWeight:
+        """Slice by slice, from the checkpoint's dtype: no row depends on another."""
+        codes, scales = [], []
+        for name in names:
+            try:
+                found = mk.quantize(read(name), scheme.bits, scheme.group)
+            except ValueError as error:
+                raise CheckpointError(f"{name}: {error}; leave out quantization") from error
+            codes.append(found[0])
+            scales.append(found[1])
+        group = scheme.group or self.site.in_
+        return mk.pack_quantized(torch.cat(codes), torch.cat(scales), scheme.bits, group)
+
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of the weight, [tokens, in], by ids int64 [tokens]: the embedding tied to a head."""
+        if isinstance(self.weight, mk.PackedWeight):
+            return mk.unpack_rows(self.weight, ids).to(dtype)
+        return self.weight[ids]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the weight; the bias is a parameter."""
+        if isinstance(self.weight, mk.PackedWeight):
+            return self.weight.num_bytes
+        return self.weight.numel() * self.weight.element_size()
 
 
 class RMSNorm(nn.Module):
@@ -82,12 +149,19 @@ class Attention(nn.Module):
     """Grouped-query attention over the paged cache."""
 
     def __init__(
-        self, config: ModelConfig, sites: dict[str, Site], layer: int, dtype: torch.dtype
+        self,
+        config: ModelConfig,
+        sites: dict[str, Site],
+        layer: int,
+        dtype: torch.dtype,
+        schemes: Mapping[str, Scheme],
     ) -> None:
         super().__init__()
         self.layer, self.config = layer, config
-        self.qkv = Linear(sites["qkv"], layer, dtype, bias=config.attention_bias)
-        self.o = Linear(sites["o"], layer, dtype, bias=config.attention_bias)
+        self.qkv, self.o = (
+            Linear(sites[n], layer, dtype, bias=config.attention_bias, scheme=schemes.get(n))
+            for n in ("qkv", "o")
+        )
         self.scale = 1.0 / math.sqrt(config.head_dim)
 
     def forward(self, x: Tensor, batch: ForwardBatch, cache: KVCache, rope: Rope) -> Tensor:
@@ -118,11 +192,18 @@ class MLP(nn.Module):
     """SwiGLU."""
 
     def __init__(
-        self, config: ModelConfig, sites: dict[str, Site], layer: int, dtype: torch.dtype
+        self,
+        config: ModelConfig,
+        sites: dict[str, Site],
+        layer: int,
+        dtype: torch.dtype,
+        schemes: Mapping[str, Scheme],
     ) -> None:
         super().__init__()
-        self.gate_up = Linear(sites["gate_up"], layer, dtype, bias=config.mlp_bias)
-        self.down = Linear(sites["down"], layer, dtype, bias=config.mlp_bias)
+        self.gate_up, self.down = (
+            Linear(sites[n], layer, dtype, bias=config.mlp_bias, scheme=schemes.get(n))
+            for n in ("gate_up", "down")
+        )
 
     def forward(self, x: Tensor, batch: ForwardBatch) -> Tensor:
         """x [tokens, hidden] -> [tokens, hidden]."""

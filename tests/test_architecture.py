@@ -25,6 +25,7 @@ FLOORS = {
     "multilora.errors": 1,
     "multilora.config": 1,
     "multilora.sites": 1,
+    "multilora.quant": 1,
     "multilora.request": 1,
     # at rest
     "multilora.adapters": 2,
@@ -73,6 +74,7 @@ WITHOUT_TORCH = (
     "multilora.errors",
     "multilora.config",
     "multilora.sites",
+    "multilora.quant",
     "multilora.request",
     "multilora.blocks",
     "multilora.policies",

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+
 import torch
 from torch import Tensor, nn
 
 from ..batch import ForwardBatch
+from ..checkpoint import Part, fill
 from ..config import ModelConfig
 from ..kv_cache import KVCache
 from ..layers import MLP, Attention, Linear, RMSNorm, Rope
+from ..quant import Scheme
 from ..sites import Site, sites_of
 
 
@@ -16,11 +21,16 @@ class Block(nn.Module):
     """One decoder layer."""
 
     def __init__(
-        self, config: ModelConfig, sites: dict[str, Site], layer: int, dtype: torch.dtype
+        self,
+        config: ModelConfig,
+        sites: dict[str, Site],
+        layer: int,
+        dtype: torch.dtype,
+        schemes: Mapping[str, Scheme],
     ) -> None:
         super().__init__()
-        self.attention = Attention(config, sites, layer, dtype)
-        self.mlp = MLP(config, sites, layer, dtype)
+        self.attention = Attention(config, sites, layer, dtype, schemes)
+        self.mlp = MLP(config, sites, layer, dtype, schemes)
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
 
@@ -34,27 +44,36 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """A Llama for causal language modelling, with LoRA per row of the batch."""
+    """A Llama for causal language modelling, with LoRA per row of the batch.
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    Its weights are there when all of its `parts` are loaded.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        schemes: Mapping[str, Scheme] = MappingProxyType({}),  # of the sites that are quantised
+    ) -> None:
         super().__init__()
         sites = sites_of(config)
-        self.config = config
-        self.embed = nn.Parameter(
-            torch.empty(config.vocab_size, config.hidden_size, dtype=dtype), requires_grad=False
-        )
+        self.config, self.dtype = config, dtype
+        self.head = Linear(sites["lm_head"], 0, dtype, scheme=schemes.get("lm_head"))
+        self.embed: nn.Parameter | None = None  # None = tied: the head has the rows
+        if not config.tie_word_embeddings:
+            self.embed = nn.Parameter(
+                torch.empty(config.vocab_size, config.hidden_size, dtype=dtype), requires_grad=False
+            )
         self.blocks = nn.ModuleList(
-            Block(config, sites, i, dtype) for i in range(config.num_layers)
+            Block(config, sites, i, dtype, schemes) for i in range(config.num_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.head = Linear(sites["lm_head"], 0, dtype)
-        if config.tie_word_embeddings:
-            self.head.weight = self.embed
         self.rope = Rope(config)
 
     def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
         """Logits [logits_rows, vocab] of the tokens that `batch.logits_rows` names."""
-        x = self.embed[batch.ids]
+        ids = batch.ids
+        x = self.head.rows(ids, self.dtype) if self.embed is None else self.embed[ids]
         batch.add_embed_lora_(x)
         residual = torch.zeros_like(x)
         for block in self.blocks:
@@ -63,26 +82,26 @@ class Llama(nn.Module):
         logits: Tensor = self.head(x, batch)
         return logits
 
-    def targets(self) -> dict[str, Tensor]:
-        """Checkpoint name (Hugging Face's) -> the tensor that it fills."""
-        found: dict[str, Tensor] = {"model.embed_tokens.weight": self.embed}
-        found["model.norm.weight"] = self.norm.weight
-        if not self.config.tie_word_embeddings:
-            found |= self.head.targets()
+    def parts(self) -> Iterator[Part]:
+        """What is to be loaded, under Hugging Face's names."""
+        norms = {"model.norm.weight": self.norm.weight}
+        if self.embed is None:
+            yield self.head.part("model.embed_tokens")
+        else:
+            yield fill({"model.embed_tokens.weight": self.embed})
+            yield self.head.part()
         for i, block in enumerate(self.blocks):
             assert isinstance(block, Block)
-            found[f"model.layers.{i}.input_layernorm.weight"] = block.attention_norm.weight
-            found[f"model.layers.{i}.post_attention_layernorm.weight"] = block.mlp_norm.weight
-            for linear in (
-                block.attention.qkv,
-                block.attention.o,
-                block.mlp.gate_up,
-                block.mlp.down,
-            ):
-                found |= linear.targets()
-        return found
+            norms[f"model.layers.{i}.input_layernorm.weight"] = block.attention_norm.weight
+            norms[f"model.layers.{i}.post_attention_layernorm.weight"] = block.mlp_norm.weight
+            yield block.attention.qkv.part()
+            yield block.attention.o.part()
+            yield block.mlp.gate_up.part()
+            yield block.mlp.down.part()
+        yield fill(norms)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the weights, a tied head counted once."""
-        return sum(p.numel() * p.element_size() for p in self.parameters())
+        linears = sum(m.num_bytes for m in self.modules() if isinstance(m, Linear))
+        return linears + sum(p.numel() * p.element_size() for p in self.parameters())

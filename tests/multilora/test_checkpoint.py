@@ -14,7 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from multilora.checkpoint import MAX_HEADER_BYTES, load_checkpoint, read_config, stream_weights
+from multilora.checkpoint import (
+    MAX_HEADER_BYTES,
+    fill,
+    load_checkpoint,
+    read_base_weight,
+    read_config,
+)
 from multilora.errors import CheckpointError
 
 from .. import checkpoints as make
@@ -40,7 +46,7 @@ def empty_targets(config: ModelConfig, dtype: torch.dtype = torch.float32) -> di
 
 def loaded(folder: Path, config: ModelConfig, **kwargs: Any) -> dict[str, Tensor]:
     targets = empty_targets(config, **kwargs)
-    load_checkpoint(folder, targets, config)
+    load_checkpoint(folder, [fill(targets)], config)
     return targets
 
 
@@ -61,7 +67,7 @@ def refused(folder: Path, config: ModelConfig) -> str:
     """The text of the error, after a check that no target was touched."""
     targets = empty_targets(config)
     with pytest.raises(CheckpointError) as caught:
-        load_checkpoint(folder, targets, config)
+        load_checkpoint(folder, [fill(targets)], config)
     assert all(t.isnan().all() for t in targets.values())
     return str(caught.value)
 
@@ -91,7 +97,6 @@ def test_loads_every_dtype_bit_for_bit(tmp_path: Path, dtype: torch.dtype, shard
     config = make.write_checkpoint(tmp_path, dtype=dtype, shards=shards)
     want = make.random_weights(config, dtype=dtype)
     assert_same(loaded(tmp_path, config, dtype=dtype), want)
-    assert_same({name: t.clone() for name, t in stream_weights(tmp_path, config)}, want)
 
 
 @pytest.mark.parametrize(
@@ -118,8 +123,20 @@ def test_fills_row_slices_of_a_fused_parameter(tmp_path: Path) -> None:
     rows = [weights[name].shape[0] for name in names]
     fused = torch.nn.Parameter(torch.zeros(sum(rows), config.hidden_size))
     targets |= dict(zip(names, fused.split(rows), strict=True))
-    load_checkpoint(tmp_path, targets, config)
+    load_checkpoint(tmp_path, [fill(targets)], config)
     assert torch.equal(fused, torch.cat([weights[name] for name in names]))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("write", [make.write_checkpoint, make.write_meta_checkpoint])
+def test_reads_the_matrices_of_the_base_alone(
+    tmp_path: Path, write: Callable[..., ModelConfig], tied: bool
+) -> None:
+    config = write(tmp_path, dtype=torch.bfloat16, tie_word_embeddings=tied)
+    want = make.random_weights(config, dtype=torch.bfloat16)
+    assert torch.equal(read_base_weight(tmp_path, "embed", config), want[EMBED])
+    head = read_base_weight(tmp_path, "lm_head", config)
+    assert torch.equal(head, want[EMBED if tied else HEAD])
 
 
 def test_ignores_stored_rotary_frequencies(tmp_path: Path) -> None:
@@ -172,8 +189,13 @@ def test_accepts_a_stored_head_that_repeats_the_tied_embedding(tmp_path: Path) -
 def test_refuses_a_stored_head_that_differs_from_the_tied_embedding(tmp_path: Path) -> None:
     config = make.write_checkpoint(tmp_path, tie_word_embeddings=True)
     edit_weights(tmp_path, lambda w: w.update({HEAD: w[EMBED].flip(0)}))
-    with pytest.raises(CheckpointError, match="to the embedding, but they differ"):
-        loaded(tmp_path, config)
+    assert "to the embedding, but they differ" in refused(tmp_path, config)
+
+
+def test_a_stored_head_may_be_a_rounding_of_the_tied_embedding(tmp_path: Path) -> None:
+    config = make.write_checkpoint(tmp_path, tie_word_embeddings=True)
+    edit_weights(tmp_path, lambda w: w.update({HEAD: w[EMBED].bfloat16()}))
+    assert HEAD not in loaded(tmp_path, config)
 
 
 def test_names_the_head_that_an_untied_model_lacks(tmp_path: Path) -> None:
@@ -270,7 +292,6 @@ def test_meta_weights_are_those_of_hugging_face(
     )
     want = make.random_weights(config, dtype=torch.bfloat16)
     assert_same(loaded(tmp_path, config, dtype=torch.bfloat16), want)
-    assert_same({name: t.clone() for name, t in stream_weights(tmp_path, config)}, want)
     assert read_config(tmp_path) == config
 
 
@@ -418,7 +439,7 @@ BIG = {
 # The targets are filled first, so that growth is what loading itself needs.
 MEASURE = """
 import json, os, threading, torch
-from multilora.checkpoint import load_checkpoint, read_config
+from multilora.checkpoint import Part, load_checkpoint, read_config
 torch.set_num_threads(1)
 config = read_config(os.environ["FOLDER"])
 shapes = json.loads(os.environ["SHAPES"])
@@ -430,15 +451,16 @@ def memory(field):
             return int(line.split()[1]) * 1024
     raise SystemExit(field + " is unknown")
 
-class Watched(dict):
-    # Every look-up of a target comes with at most one weight in memory: a sample of the peak.
-    def __getitem__(self, name):
-        samples.append(memory(os.environ["FIELD"]))
-        return super().__getitem__(name)
+def watched(name, target):
+    def load(read):
+        weight = read(name)
+        target.copy_(weight)
+        samples.append(memory(os.environ["FIELD"]))  # both are in memory: the peak
+    return Part({name: tuple(target.shape)}, load)
 
 samples = []
 before = memory(os.environ["FIELD"])
-load_checkpoint(os.environ["FOLDER"], Watched(targets), config)
+load_checkpoint(os.environ["FOLDER"], [watched(*item) for item in targets.items()], config)
 samples.append(memory("VmHWM") if os.environ["FIELD"] == "VmRSS" else before)
 print(max(samples) - before)
 """
@@ -461,4 +483,4 @@ def test_peak_memory_is_the_model_and_one_tensor(
     field = "VmRSS" if layout == "hf" else "RssAnon"
     env = {"FOLDER": str(tmp_path), "SHAPES": json.dumps(shapes), "FIELD": field}
     grown = int(run_python(MEASURE, OMP_NUM_THREADS="1", **env))
-    assert grown <= max(sizes) + 6e6, f"{grown / 1e6:.1f} MB"
+    assert grown <= max(sizes) + 8e6, f"{grown / 1e6:.1f} MB"

@@ -61,6 +61,14 @@ def test_generate_streams_an_adapters_answer(capsys: pytest.CaptureFixture[str])
     assert ANSWER.startswith(out.rstrip("\n"))
 
 
+def test_generate_quantizes_the_base(capsys: pytest.CaptureFixture[str]) -> None:
+    args = generate_args("--prompt", PROMPT, "--use", "feedback", "--max-tokens", 12)
+    options = ("--quantization", "int4", "--quantization-group-size", "128")
+    code, out, err = run(capsys, *args, *options)
+    assert (code, err) == (0, "")
+    assert len(out) > 20
+
+
 def test_generate_answers_several_prompts_under_their_headings(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -80,6 +88,8 @@ def test_generate_answers_several_prompts_under_their_headings(
         (("--adapter", "feedback=x"), "twice"),
         (("--max-tokens", "0"), "max_tokens"),
         (("--dtype", "int4"), "dtype"),
+        (("--quantization", "int2"), "quantization"),
+        (("--quantization", "int8", "--quantization-group-size", "7"), "group_size"),
     ],
 )
 def test_a_mistake_is_one_line_on_stderr(

@@ -141,7 +141,7 @@ def test_one_end_token_may_be_a_number_or_a_list(given: object) -> None:
         ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
         ({"model_type": "mllama"}, "mllama"),
         ({"hidden_act": "gelu"}, "gelu"),
-        ({"quantization_config": {"bits": 4}}, "quantized"),
+        ({"quantization_config": {"bits": 4}}, "quantised already .quant_method None"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "factor is missing"),
         ({"rope_scaling": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
@@ -244,11 +244,23 @@ def test_an_unknown_setting_lists_the_known_ones() -> None:
         {"max_lora_rank": 12},
         {"device": "cuda"},
         {"seed": 1.5},
+        {"quantization": "int2"},
+        {"quantization": 8},
+        {"quantization_group_size": 48, "quantization": "int4"},
+        {"quantization_group_size": True, "quantization": "int4"},
+        {"quantization_group_size": 32},
     ],
 )
 def test_a_wrong_setting_is_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         EngineConfig.from_kwargs(model="x", **wrong)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors", "bitsandbytes", "fp8"])
+def test_a_checkpoint_that_is_quantized_already_is_refused_with_a_cure(method: str) -> None:
+    raw = LLAMA_31_8B | {"quantization_config": {"quant_method": method, "bits": 4}}
+    with pytest.raises(CheckpointError, match=f"'{method}'.*quantization='int8'"):
+        ModelConfig.from_hf(raw)
 
 
 def test_a_config_cannot_be_changed() -> None:

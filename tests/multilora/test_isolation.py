@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    from multilora.engine import Engine
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int4": torch.float32}
 RANKS = {"a": 4, "b": 8, "c": 16, "d": 64}
 SPECS: tuple[Any, ...] = (None, *RANKS, {"a": 0.5, "d": -0.75}, {"b": 1.0, "c": 0.25})
 CASES, MANY_CASES = 5, 125  # in each of the tests below, for each dtype
@@ -32,6 +34,10 @@ class World:
     base: Path
     adapters: dict[str, Path]
     alone: Callable[[int], Any]
+    quantization: str | None = None
+
+    def engine(self, **settings: Any) -> Engine:
+        return make_engine(self.base, self.adapters, quantization=self.quantization, **settings)
 
 
 @pytest.fixture(scope="module", params=DTYPES)
@@ -46,13 +52,15 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     write_adapter(
         root / "b", TINY, rank=8, seed=8, scale=0.3, targets=("q_proj", "embed_tokens", "lm_head")
     )
-    engine = make_engine(root / "base", adapters, enable_prefix_caching=False, **ONE_SHOT)
 
     @cache
     def alone(seed: int) -> Any:
         return facts(run(engine, [job_of(seed)])[0])
 
-    return World(root / "base", adapters, alone)
+    kind = request.param if request.param.startswith("int") else None
+    made = World(root / "base", adapters, alone, kind)
+    engine = made.engine(enable_prefix_caching=False, **ONE_SHOT)
+    return made
 
 
 ONE_SHOT = {"max_num_batched_tokens": 256, "max_num_seqs": 1}
@@ -78,9 +86,7 @@ def check_case(world: World, seed: int) -> None:
     """Random neighbours, order, chunks, rows, slots and blocks against each request alone."""
     draw = random.Random(seed)
     size = draw.choice((8, 16))
-    engine = make_engine(
-        world.base,
-        world.adapters,
+    engine = world.engine(
         max_num_seqs=draw.randint(1, 8),
         max_num_batched_tokens=draw.choice((5, 16, 33, 64, 100, 256)),
         max_loras=draw.choice((1, 2, 4)),
@@ -123,12 +129,10 @@ def spoken(length: int, spec: Any, count: int = 20, **fields: Any) -> Job:
 @pytest.mark.parametrize("scored", [None, 5])
 def test_preemption_changes_no_bit(world: World, scored: int | None) -> None:
     jobs = [spoken(30 + i, spec, 20, prompt_logprobs=scored) for i, spec in enumerate(SPECS[2:6])]
-    whole = make_engine(world.base, world.adapters, **ONE_SHOT)
+    whole = world.engine(**ONE_SHOT)
     alone = [facts(run(whole, [job])[0]) for job in jobs]
     for caching in (False, True):
-        tight = make_engine(
-            world.base, world.adapters, num_kv_blocks=7, enable_prefix_caching=caching
-        )
+        tight = world.engine(num_kv_blocks=7, enable_prefix_caching=caching)
         together = [facts(output) for output in run(tight, jobs)]
         assert tight.stats.preemptions > 0
         assert together == alone
@@ -136,7 +140,7 @@ def test_preemption_changes_no_bit(world: World, scored: int | None) -> None:
 
 def test_a_hit_in_the_prefix_cache_changes_no_bit(world: World) -> None:
     for spec in ("a", None, SPECS[5]):
-        engine = make_engine(world.base, world.adapters)
+        engine = world.engine()
         job = spoken(60, spec)
         cold, warm = run(engine, [job])[0], run(engine, [job])[0]
         assert (cold.num_cached_tokens, warm.num_cached_tokens) == (0, 48)
@@ -145,9 +149,7 @@ def test_a_hit_in_the_prefix_cache_changes_no_bit(world: World) -> None:
 
 @pytest.mark.parametrize("slots", [1, 2])
 def test_eviction_and_return_of_an_adapter_change_no_bit(world: World, slots: int) -> None:
-    engine = make_engine(
-        world.base, world.adapters, max_loras=slots, lora_pages=10, enable_prefix_caching=False
-    )
+    engine = world.engine(max_loras=slots, lora_pages=10, enable_prefix_caching=False)
     jobs = [spoken(20, spec, 6) for spec in SPECS]
     first = [facts(run(engine, [job])[0]) for job in jobs]
     again = [facts(run(engine, [job])[0]) for job in reversed(jobs)]
@@ -156,7 +158,7 @@ def test_eviction_and_return_of_an_adapter_change_no_bit(world: World, slots: in
 
 
 def test_unloading_and_loading_again_changes_no_bit(world: World) -> None:
-    engine = make_engine(world.base, world.adapters)
+    engine = world.engine()
     job = spoken(40, "d")
     first = facts(run(engine, [job])[0])
     engine.unload_adapter("d")
@@ -169,7 +171,7 @@ def check_long_prompt(world: World, length: int, chunk: int) -> None:
     common = {"max_model_len": None, "num_kv_blocks": length // 16 + 2, "max_num_seqs": 2}
     results = []
     for tokens in (length, chunk):
-        engine = make_engine(world.base, world.adapters, max_num_batched_tokens=tokens, **common)
+        engine = world.engine(max_num_batched_tokens=tokens, **common)
         ids = add(engine, job)
         results.append(facts(drain(engine)[ids]))
         assert engine.stats.steps == -(-length // tokens) + 3
