@@ -91,7 +91,10 @@ def _eight_bits(groups: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _four_bits(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Like `_eight_bits`, the largest value always on code -8: then both signs of a scale occur."""
+    """Like `_eight_bits`; the largest value has code -8, so that scales have both signs.
+
+    Scales that clip it have a smaller squared error, but gave a larger perplexity: outliers matter.
+    """
     at = groups.abs().argmax(-1, keepdim=True)
     scale = _normal(groups.gather(-1, at)[..., 0] / -8)
     return _codes(groups, scale, -8, 7), scale

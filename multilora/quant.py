@@ -22,8 +22,8 @@ class Scheme(NamedTuple):
 def schemes_of(config: EngineConfig) -> Mapping[str, Scheme]:
     """The scheme of each site that is quantised.
 
-    With int4 the head stays at int8: it is also the embedding where the two are tied, and at four
-    bits it alone cost more accuracy than all layers together (docs/quantization.md).
+    With int4 the head stays at int8, one scale for each token: it is also the embedding where the
+    two are tied, int8 costs it nothing that can be measured, and int4 does (docs/quantization.md).
     """
     group = config.quantization_group_size
     if config.quantization is None:
