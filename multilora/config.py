@@ -159,7 +159,7 @@ class ModelConfig:
         Without `facts` the weights are taken to be untied bfloat16, and a `vocab_size` of -1, which
         Llama 2 has, is an error.
         """
-        for key in ("lora_args", "quantization_args", "vision_model"):
+        for key in ("lora_args", "quantization_args", "vision_model", "vision_chunk_size"):
             if raw.get(key):
                 raise CheckpointError(
                     f"params.json: {key} is not supported; give the plain text model"
@@ -299,8 +299,9 @@ def _refuse_quantized(found: object) -> None:
 
 
 def _meta_rope_scaling(raw: Mapping[str, Any]) -> RopeScaling:
-    # params.json does not give the factor. Llama 3.2's 1B and 3B, the only ones narrower than
-    # 4096, were published with 32, the others with 8.
+    # params.json says use_scaled_rope but not the factor. It is 32 for Llama 3.2's 1B and 3B, the
+    # only ones narrower than 4096, and 8 for 3.1, 3.3 and 3.2's text parts of 11B and 90B: Meta's
+    # answer in github.com/meta-llama/llama-models, issues 166 and 241 (its own code had 8 for all).
     usual = 32.0 if raw["dim"] < 4096 else 8.0
     return RopeScaling(
         factor=_number(raw, "rope_scaling_factor", usual),

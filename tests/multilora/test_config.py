@@ -198,7 +198,9 @@ def test_llama_2_takes_its_vocabulary_from_the_weights() -> None:
         ModelConfig.from_meta(META_LLAMA_2_7B)
 
 
-@pytest.mark.parametrize("key", ["lora_args", "quantization_args", "vision_model"])
+@pytest.mark.parametrize(
+    "key", ["lora_args", "quantization_args", "vision_model", "vision_chunk_size"]
+)
 def test_refuses_meta_models_that_are_not_plain(key: str) -> None:
     with pytest.raises(CheckpointError, match=key):
         ModelConfig.from_meta(META_LLAMA_31_8B | {key: {"rank": 16}})
