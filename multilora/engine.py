@@ -129,8 +129,7 @@ class Engine:
         if plan is None:
             return []
         result = self.runner.collect(self.runner.submit(plan))
-        rows = {seq.row: seq for seq in self.scheduler.running}
-        touched = self._record(plan, result, rows)
+        touched = self._record(plan, result)
         for seq in self.scheduler.commit(plan, result):
             state = self._by_seq[seq.seq_id]
             touched[state.request_id] = state
@@ -203,16 +202,14 @@ class Engine:
         alive = {seq.seq_id for seq in (*self.scheduler.running, *self.scheduler.waiting)}
         assert alive == set(self._by_seq), "sequences of the scheduler and the engine differ"
 
-    def _record(
-        self, plan: Plan, result: StepResult, rows: Mapping[int | None, Sequence]
-    ) -> dict[str, RequestState]:
+    def _record(self, plan: Plan, result: StepResult) -> dict[str, RequestState]:
         """Keeps the logprobs of a step; returns the requests that got prompt logprobs."""
         self._steps += 1
         touched = {}
         for chunk, row in zip(plan.chunks, result.rows, strict=True):
             self._generated += row.token is not None
             self._prompt_tokens += chunk.count - (row.token is not None)
-            seq = rows[chunk.row]
+            seq = self.scheduler.sequence(chunk.row)
             state = self._by_seq[seq.seq_id]
             if state.keep_logprobs(seq, row):
                 touched[state.request_id] = state
@@ -270,11 +267,6 @@ class Engine:
                     raise RequestError(
                         f"{name}: {token!r} is not a token id of this model (0..{vocab - 1})"
                     )
-        if len(ids) >= self.max_model_len:
-            raise CapacityError(
-                f"the prompt has {len(ids)} tokens, max_model_len is {self.max_model_len} with the "
-                "answer; shorten the prompt or raise max_model_len"
-            )
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer; use stop_token_ids")
 

@@ -187,6 +187,7 @@ class Sequence:
     num_scheduled: int = 0  # tokens whose KV is computed or being computed
     num_computed: int = 0  # tokens whose KV is known to be in the cache
     num_cached: int = 0  # of those, taken from the prefix cache at the first admission
+    num_overtaken: int = 0  # later ones that got an adapter slot when there was none for it
     blocks: list[int] = field(default_factory=list)
     row: int | None = None  # the runner's row while it runs
     finish_reason: FinishReason | None = None

@@ -134,8 +134,8 @@ class Scheduler:
         return advanced
 
     def sequence(self, row: int) -> Sequence:
-        """The sequence in a row; ask before `commit`, which takes the row from those that end."""
-        return next(seq for seq in self.running if seq.row == row)
+        """The sequence that the plan in flight computes in a row; ask before `commit`."""
+        return self._in_flight[row]
 
     def check_integrity(self) -> None:
         """Asserts that what the sequences hold is what the pool and the tables say."""
@@ -176,13 +176,13 @@ class Scheduler:
     def _plan_waiting(self, chunks: list[Chunk], budget: int) -> list[NewRow]:
         """Admits waiting sequences and appends their first chunks."""
         new_rows: list[NewRow] = []
+        without_slot: list[Sequence] = []
+        leading = {seq.arrival for seq in self.running if self._leads(seq)}
         view = View(tuple(self.running), self._pool.num_free)
         for seq in self._policy.order(tuple(self.waiting), view):
             if not budget or not self._free_rows:
                 break
-            if not self._adapters.ready(seq.mix):
-                continue
-            slot = self._adapters.pin(seq.mix)
+            slot = self._slot_for(seq, without_slot, leading)
             if slot is None:
                 continue
             count = self._take_blocks(seq, budget)
@@ -192,7 +192,40 @@ class Scheduler:
             new_rows.append(self._admit(seq, slot))
             chunks.append(self._schedule(seq, count))
             budget -= count
+            if self._leads(seq):
+                leading.add(seq.arrival)
+            for other in without_slot if seq.mix else ():
+                other.num_overtaken += 1
         return new_rows
+
+    def _slot_for(
+        self, seq: Sequence, without_slot: list[Sequence], leading: set[int]
+    ) -> int | None:
+        """The pinned slot of a waiting sequence, or None if it must wait on.
+
+        `without_slot` gathers those that found none. Once as many as can run have overtaken one of
+        them, no other takes a slot before it, so that slots fall free.
+        """
+        if seq.index and seq.arrival in leading:  # the first answer computes what it will share
+            return None
+        if not self._adapters.ready(seq.mix):
+            return None
+        patient = all(other.num_overtaken < self._max_num_seqs for other in without_slot)
+        slot = self._adapters.pin(seq.mix) if patient or not seq.mix else None
+        if slot is None:
+            without_slot.append(seq)
+        return slot
+
+    def _leads(self, seq: Sequence) -> bool:
+        """Whether it still computes prompt blocks that the other answers to its request can use."""
+        size = self._pool.block_size
+        return (
+            self._pool.enable_prefix_caching
+            and seq.index == 0
+            and seq.params.n > 1
+            and seq.params.prompt_logprobs is None
+            and seq.num_computed < (len(seq.prompt_ids) - 1) // size * size
+        )
 
     def _make_room(self, seq: Sequence, count: int) -> None:
         """Preempts from the last arrival on until `seq` can grow, itself if it is the last."""

@@ -357,6 +357,57 @@ def test_a_sequence_without_its_adapter_is_skipped(why: str) -> None:
     assert house.step() == [blocked]
 
 
+def test_a_sequence_without_a_slot_is_overtaken_only_so_often() -> None:
+    house = House(num_slots=1, max_num_seqs=3)
+    house.seq([1], mix="a", max_tokens=4)
+    house.step()
+    blocked = house.seq([1], mix="b", max_tokens=1)
+    for _ in range(
+        40
+    ):  # some "a" always runs or waits, so that its slot never falls free by itself
+        house.seq([1], mix="a", max_tokens=4)
+        house.step()
+        if blocked not in house.scheduler.waiting:
+            break
+    assert blocked.num_overtaken == 3
+    assert blocked.finish_reason is FinishReason.LENGTH
+
+
+def test_the_base_needs_no_slot_and_may_pass_a_sequence_that_waits_for_one() -> None:
+    house = House(num_slots=1, max_num_seqs=3)
+    house.seq([1], mix="a", max_tokens=40)
+    house.step()
+    blocked = house.seq([1], mix="b", max_tokens=1)
+    for _ in range(6):
+        base = house.seq([1], max_tokens=1)
+        assert house.step() != []
+        assert base.finish_reason is FinishReason.LENGTH
+    assert blocked.num_overtaken == 0
+    assert blocked in house.scheduler.waiting
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_later_answers_to_a_request_share_the_prompt_blocks_of_the_first(caching: bool) -> None:
+    house = House(max_num_batched_tokens=8, enable_prefix_caching=caching)
+    answers = [house.seq([1] * 14, n=3, max_tokens=2) for _ in range(3)]
+    for index, answer in enumerate(answers):
+        answer.index, answer.arrival = index, answers[0].arrival
+    prompt_tokens = 0
+    while (plan := house.plan()) is not None:
+        prompt_tokens += sum(min(c.count, max(14 - c.start, 0)) for c in plan.chunks)
+        house.scheduler.commit(plan, house.run(plan))
+    assert prompt_tokens == (14 + 2 + 2 if caching else 3 * 14)
+    assert all(len(answer.output_ids) == 2 for answer in answers)
+    house.check_empty()
+
+
+def test_answers_whose_whole_prompt_is_scored_wait_for_none() -> None:
+    house = House(max_num_batched_tokens=64)
+    answers = [house.seq([1] * 14, n=2, prompt_logprobs=0, max_tokens=1) for _ in range(2)]
+    answers[1].index, answers[1].arrival = 1, answers[0].arrival
+    assert house.step() == answers
+
+
 def test_nothing_is_planned_while_every_adapter_is_cold() -> None:
     house = House()
     house.slots.cold.add((("a", 1.0),))
