@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,7 +17,7 @@ from tests.adapters import change_config, write_adapter
 from tests.checkpoints import TINY, write_checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 PROMPT = demo.load_scene(1).prompts["feedback"]
@@ -45,6 +46,35 @@ def generate_args(*more: object) -> list[object]:
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "version") == (0, f"{__version__}\n", "")
+
+
+def test_threads_spin_shortly_unless_the_user_says_how_they_wait(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for given, spins in (
+        ({}, cli.SPINS),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "active"}, None),
+    ):
+        with monkeypatch.context() as patch:
+            for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+                patch.setenv(name, "")  # so that the context removes what the command sets
+                patch.delenv(name)
+            for name, value in given.items():
+                patch.setenv(name, value)
+            run(capsys, "version")
+            assert os.environ.get("GOMP_SPINCOUNT") == spins
+
+
+def test_the_command_line_sets_it_before_torch_and_the_library_never(
+    run_python: Callable[..., str],
+) -> None:
+    assert run_python("import sys; from multilora import cli; print('torch' in sys.modules)") == (
+        "False\n"
+    )
+    uses = "before = dict(os.environ); multilora.LLM, multilora.Engine; "
+    code = f"import os, multilora; {uses}print(before == dict(os.environ))"
+    assert run_python(code) == "True\n"
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
