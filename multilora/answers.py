@@ -93,6 +93,7 @@ class RequestState:
         self.request_id, self.prompt, self.prompt_ids = request_id, prompt, prompt_ids
         self.params, self.adapter, self.mix = params, adapter, mix
         self.answers: list[Answer] = []
+        self._shown_ids = list(prompt_ids)  # the outputs' own: long, and the same in every step
         self.prompt_logprobs: list[TokenLogprobs | None] | None = (
             None if params.prompt_logprobs is None else [None]
         )
@@ -129,7 +130,7 @@ class RequestState:
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
-            prompt_token_ids=list(self.prompt_ids),
+            prompt_token_ids=self._shown_ids,
             prompt_logprobs=None if self.prompt_logprobs is None else list(self.prompt_logprobs),
             outputs=[answer.output() for answer in self.answers],
             finished=all(answer.seq.finish_reason is not None for answer in self.answers),

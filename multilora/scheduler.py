@@ -176,6 +176,8 @@ class Scheduler:
     def _plan_waiting(self, chunks: list[Chunk], budget: int) -> list[NewRow]:
         """Admits waiting sequences and appends their first chunks."""
         new_rows: list[NewRow] = []
+        if not budget or not self._free_rows:  # before a long queue is put in order
+            return new_rows
         without_slot: list[Sequence] = []
         leading = {seq.arrival for seq in self.running if self._leads(seq)}
         view = View(tuple(self.running), self._pool.num_free)
