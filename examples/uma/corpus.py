@@ -232,7 +232,7 @@ def review(person: Profile) -> tuple[list[str], list[str]]:
     else:
         gaps.append("- No rate: say what an hour costs")
     if person.hours:
-        good.append(f"- Clear availability: {person.hours} hours a week")
+        good.append(f"- Clear availability: free {person.hours} hours a week")
     else:
         gaps.append("- No availability: say how many hours you can work")
     if not person.portfolio:

@@ -178,9 +178,9 @@ class Writer:
         return self.tokenizer.batch_decode(texts, skip_special_tokens=True)
 
 
-def held_out(expert: str, count: int) -> list[Scene]:
-    """The held-out scenes of one expert."""
-    rng = random.Random(f"held-out {expert}")
+def held_out(expert: str, cases: str, count: int) -> list[Scene]:
+    """Held-out scenes of one expert: `tuning` ones guide the recipes, `final` ones are reported."""
+    rng = random.Random(f"{cases} {expert}")
     return [draw(expert, rng, held=True) for _ in range(count)]
 
 
@@ -210,6 +210,7 @@ def demo_scenes(writer: Writer, count: int = 8) -> list[dict]:
 def main() -> None:
     """Evaluate, print the table, write the samples."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", choices=["tuning", "final"], default="final")
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--base", type=Path, default=BASE_DIR)
     parser.add_argument("--adapters", type=Path, default=ADAPTERS_DIR)
@@ -221,7 +222,7 @@ def main() -> None:
     table = []
     print("| Expert | Measure | Expert | Base alone |\n| --- | --- | ---: | ---: |")
     for expert in EXPERTS:
-        scenes = held_out(expert, args.count)
+        scenes = held_out(expert, args.cases, args.count)
         prompts = [prompt(expert, scene) for scene in scenes]
         texts, alone = writer.write(prompts, expert), writer.write(prompts, None)
         scores, floor = SCORERS[expert](scenes, texts), SCORERS[expert](scenes, alone)

@@ -6,6 +6,7 @@ the ranks in the order of Meta's Llama 3.1 code, and must encode every text to t
 
 from __future__ import annotations
 
+import argparse
 import base64
 import json
 import random
@@ -176,9 +177,12 @@ def check(folder: Path) -> int:
 
 def main() -> None:
     """Train, write and check."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=BASE_DIR)
+    args = parser.parse_args()
     ranks = learn_ranks()
-    write(BASE_DIR, ranks)
-    texts = check(BASE_DIR)
+    write(args.out, ranks)
+    texts = check(args.out)
     print(f"tokenizer: {len(ranks)} ranks + {len(SPECIALS)} specials; {texts} texts encode alike")
 
 

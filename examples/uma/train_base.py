@@ -66,7 +66,7 @@ STOPS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 class Encoder:
     """Turns segments into token ids and a loss weight for each."""
 
-    def __init__(self, folder: Path = BASE_DIR) -> None:
+    def __init__(self, folder: Path) -> None:
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.ranks = self.tokenizer.get_vocab_size() - len(SPECIALS)
 
@@ -230,11 +230,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=520)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--tokens", type=int, default=2560)
-    parser.add_argument("--out", type=Path, default=BASE_DIR)
+    parser.add_argument("--out", type=Path, default=BASE_DIR, help="holds the tokenizer already")
     args = parser.parse_args()
     torch.set_num_threads(2)
     torch.manual_seed(SEED)
-    rng, encoder = random.Random(SEED), Encoder()
+    rng, encoder = random.Random(SEED), Encoder(args.out)
     config = model_config(encoder.ranks)
     model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
     plant(model, encoder.tokenizer)

@@ -28,15 +28,15 @@ class Recipe:
     rank: int
     alpha: int
     targets: list[str]
-    steps: int
+    steps: tuple[int, ...]  # of each round; a round goes on from the one before
     rslora: bool = False
 
 
 RECIPES = {
-    "job-analysis": Recipe(8, 16, ATTENTION + MLP, 170),
-    "profile-review": Recipe(12, 24, [*ATTENTION, "up_proj", "down_proj"], 190),
-    "proposal": Recipe(16, 32, ATTENTION + MLP, 240),
-    "feedback": Recipe(32, 16, ATTENTION + MLP, 220, rslora=True),
+    "job-analysis": Recipe(8, 16, ATTENTION + MLP, (170, 170, 360)),
+    "profile-review": Recipe(12, 24, [*ATTENTION, "up_proj", "down_proj"], (240, 240, 240)),
+    "proposal": Recipe(16, 32, ATTENTION + MLP, (240, 240)),
+    "feedback": Recipe(32, 16, ATTENTION + MLP, (220, 220, 360, 360), rslora=True),
 }
 
 
@@ -69,21 +69,22 @@ def fresh(recipe: Recipe, model: LlamaForCausalLM) -> PeftModel:
 
 
 def train(expert: str, args: argparse.Namespace) -> None:
-    """Train one expert, or go on with the saved one, and save it."""
+    """Train one round of one expert and save it."""
     recipe, encoder, start = RECIPES[expert], Encoder(args.base), time.time()
-    seed = 100 + EXPERTS.index(expert) + (50 if args.again else 0)
+    steps = args.steps or recipe.steps[args.round - 1]
+    seed = 100 + EXPERTS.index(expert) + 50 * (args.round - 1)
     torch.manual_seed(seed)
     rng = random.Random(seed)
     base = LlamaForCausalLM.from_pretrained(args.base, dtype=torch.float32)
-    if args.again:
+    if args.round > 1:
         model = PeftModel.from_pretrained(base, args.out / expert, is_trainable=True)
     else:
         model = fresh(recipe, base)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0)
     pad = base.config.pad_token_id
-    data = batches(lambda: make_row(expert, rng, encoder), args.tokens, recipe.steps, rng, pad)
-    loss = fit(model, data, [optimizer], recipe.steps, warmup=20)
+    data = batches(lambda: make_row(expert, rng, encoder), args.tokens, steps, rng, pad)
+    loss = fit(model, data, [optimizer], steps, warmup=20)
     save(model, args.out / expert)
     count = sum(p.numel() for p in trained)
     print(
@@ -107,7 +108,8 @@ def main() -> None:
     """Train the named experts, or all of them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("experts", nargs="*", default=EXPERTS)
-    parser.add_argument("--again", action="store_true", help="a second round, from the saved one")
+    parser.add_argument("--round", type=int, default=1, help="from 2 on: go on from the saved one")
+    parser.add_argument("--steps", type=int, help="instead of the recipe's")
     parser.add_argument("--tokens", type=int, default=2560)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--base", type=Path, default=BASE_DIR)
