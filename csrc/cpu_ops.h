@@ -1,8 +1,10 @@
 // The whole C ABI of multilora's CPU library: pointers and sizes, no torch, no Python.
 //
-// kernels/native.py repeats every signature in its table, and a test compares the two. Strides are
+// kernels/native.py repeats every signature and structure, and a test compares the two. Strides are
 // in elements. The caller has checked shapes, dtypes and devices; nothing here checks them again.
-// `num_threads` is passed in (the framework's own setting), at least 1.
+// What the numbers inside of index arrays may name is checked here, before anything else is read or
+// written: a function that returns an int32_t returns one of the codes below. `num_threads` is the
+// framework's own setting, at least 1; small jobs take one thread.
 
 #pragma once
 
@@ -12,15 +14,29 @@
 
 // Raised whenever a function below changes its meaning or its arguments. The loader ignores a
 // library that says another number than kernels/native.py.
-#define MULTILORA_ABI_VERSION 5
+#define MULTILORA_ABI_VERSION 6
 
-// Element types, by the `dtype` arguments below; int8 and int4 only of packed weights.
+// Element types, by the `dtype` arguments below; int8 of KV pages and packed weights, int4 of packed
+// weights alone.
 enum {
     MULTILORA_F32 = 0,
     MULTILORA_BF16 = 1,
     MULTILORA_F16 = 2,
-    MULTILORA_INT8 = 3,
-    MULTILORA_INT4 = 4
+    MULTILORA_I8 = 3,
+    MULTILORA_I4 = 4
+};
+
+// Which index array names something that is not there.
+enum {
+    MULTILORA_OK = 0,
+    MULTILORA_BAD_TILES = 1,      // their number, a slot outside of the table, rows outside of y
+    MULTILORA_BAD_PAGES = 2,      // of a slot that a tile names: a count, page id or scale row
+    MULTILORA_BAD_IDS = 3,        // a token id outside of the vocabulary
+    MULTILORA_BAD_QUERIES = 4,    // query_starts that fall, or leave q
+    MULTILORA_BAD_LENGTHS = 5,    // a sequence shorter than its queries or longer than its blocks
+    MULTILORA_BAD_BLOCKS = 6,     // a block id outside of the cache
+    MULTILORA_BAD_POSITIONS = 7,  // a position outside of the tables of cos and sin
+    MULTILORA_BAD_SLOTS = 8,      // a KV slot outside of the cache
 };
 
 // Instruction sets, from the least to the most capable.
@@ -42,112 +58,145 @@ MULTILORA_API void apply_token_mask(void* logits,            // dtype [rows, voc
                                     int64_t vocab,           //
                                     int32_t num_threads);
 
-// Adds to each row of y the low-rank delta of its tile's slot: see lora_ in kernels/reference.py.
-// A page's own [slices, 8, in] or [8, out] is dense. Types: f32 or bf16. A tile has at most 64
-// rows.
-MULTILORA_API void lora(void* y,                      // dtype [tokens, out], changed in place
-                        int64_t y_stride,             //
-                        const void* x,                // dtype [tokens, in]
-                        int64_t x_stride,             //
-                        int32_t dtype,                //
-                        const void* a,                // page_dtype [pages, slices, 8, in]
-                        int64_t a_stride,             // from page to page
-                        const void* b,                // page_dtype [pages, 8, out]
-                        int64_t b_stride,             // from page to page
-                        int32_t page_dtype,           //
-                        const int32_t* page_ids,      // [slots, table_stride]
-                        const float* page_weights,    // [slots, table_stride]
-                        const int32_t* num_pages,     // [slots]
-                        int64_t table_stride,         //
-                        const int32_t* tile_slots,    // [num_tiles]
-                        const int32_t* tile_starts,   // [num_tiles]
-                        const int32_t* tile_lens,     // [num_tiles]
-                        int64_t num_tiles,            //
-                        float* planes,                // scratch [tokens, max_pages, slices, 8]
-                        int64_t max_pages,            // most pages of any slot in the tiles
-                        const int64_t* slice_starts,  // [slices + 1]
-                        int64_t slices,               //
-                        int64_t in,                   //
-                        int64_t out,                  //
-                        int32_t num_threads);
+// Low-rank deltas: see lora_ and lora_embed_ in kernels/reference.py. A page's own [slices, 8, in]
+// or [8, out] is dense. Types: f32, bf16 or f16.
+struct LoraArgs {
+    void* y;              // dtype [tokens, out], changed in place
+    const void* x;        // dtype [tokens, in]; null where there are ids
+    const int64_t* ids;   // [tokens] for an embedding, whose A pages are [in, 8]; or null
+    int64_t y_stride;     // from row to row
+    int64_t x_stride;     // from row to row
+    int64_t tokens;       //
+    int64_t in;           // columns of x, or the vocabulary
+    int64_t out;          //
+    const void* a;        // page_dtype [pages, slices, 8, in]
+    const void* b;        // page_dtype [pages, 8, out]
+    int64_t a_stride;     // from page to page
+    int64_t b_stride;     // from page to page
+    int64_t pages;        //
+    const int64_t* slice_starts;  // [slices + 1]
+    int64_t slices;               //
+    const int32_t* page_ids;      // [slots, max_pages]
+    const float* page_weights;    // [slots, max_pages]
+    const int32_t* num_pages;     // [slots]
+    const int32_t* scale_row;     // [slots], or null
+    const void* scale;            // scale_dtype [scale_rows, out], or null
+    const void* bias;             // scale_dtype [scale_rows, out], or null
+    int64_t slots;                //
+    int64_t max_pages;            //
+    int64_t scale_rows;           //
+    const int32_t* tile_slots;    // [num_tiles]
+    const int32_t* tile_starts;   // [num_tiles], first row
+    const int32_t* tile_lens;     // [num_tiles], rows
+    const int32_t* num_tiles;     // [1], how many of them are real
+    int64_t tiles;                // how many there is room for
+    int32_t dtype;                // of x and y
+    int32_t page_dtype;           // of a and b
+    int32_t scale_dtype;          // of scale and bias
+    int32_t num_threads;          //
+};
+MULTILORA_API int32_t lora(const LoraArgs* args);
 
-// Causal attention over KV pages: see paged_attention in kernels/reference.py. Types: f32 or bf16.
-MULTILORA_API void paged_attention(void* out,         // dtype [tokens, heads, head_dim]
-                                   const void* q,     // dtype [tokens, heads, head_dim]
-                                   int64_t q_stride,  // from token to token
-                                   int32_t dtype,     // of q, out, k and v
-                                   const void* k,     // [blocks, block_size, kv_heads, head_dim]
-                                   const void* v,     // laid out like k
-                                   int64_t block_stride,         //
-                                   int64_t token_stride,         // within a block
-                                   const int32_t* block_table,   // [seqs, table_stride]
-                                   int64_t table_stride,         //
-                                   const int32_t* seq_lens,      // [seqs]
-                                   const int32_t* query_starts,  // [seqs + 1]
-                                   int64_t seqs,                 //
-                                   int64_t heads,                //
-                                   int64_t kv_heads,             //
-                                   int64_t head_dim,             //
-                                   int64_t block_size,           //
-                                   float scale,                  //
-                                   int32_t num_threads);
+// Causal attention over KV pages: see paged_attention in kernels/reference.py.
+struct AttentionArgs {
+    void* out;                    // dtype [tokens, heads, head_dim]; rows of no sequence become 0
+    const void* q;                // dtype [tokens, heads, head_dim]
+    int64_t q_stride;             // from token to token
+    const void* k;                // kv_dtype [blocks, block_size, kv_heads, head_dim]
+    const void* v;                // laid out like k
+    int64_t block_stride;         //
+    int64_t token_stride;         // within a block
+    const float* k_scale;         // [kv_heads], or null
+    const float* v_scale;         // [kv_heads], or null
+    const int32_t* block_table;   // [seqs, max_blocks]
+    const int32_t* seq_lens;      // [seqs]
+    const int32_t* query_starts;  // [seqs + 1]
+    int64_t tokens;               //
+    int64_t seqs;                 //
+    int64_t heads;                //
+    int64_t kv_heads;             //
+    int64_t head_dim;             //
+    int64_t blocks;               //
+    int64_t block_size;           //
+    int64_t max_blocks;           //
+    float scale;                  //
+    int32_t dtype;                // of q and out: f32, bf16 or f16
+    int32_t kv_dtype;             // of k and v: those or int8
+    int32_t num_threads;          //
+};
+MULTILORA_API int32_t paged_attention(const AttentionArgs* args);
 
 // silu(gate) * up of x = [gate | up]; silu is rounded to the type before the product.
-MULTILORA_API void silu_mul(void* out,         // dtype [tokens, inter]
-                            const void* x,     // dtype [tokens, 2 * inter]
-                            int64_t x_stride,  //
-                            int32_t dtype,     // f32 or bf16
-                            int64_t tokens,    //
-                            int64_t inter,     //
-                            int32_t num_threads);
+struct SiluArgs {
+    void* out;            // dtype [tokens, inter]
+    const void* x;        // dtype [tokens, 2 * inter]
+    int64_t x_stride;     //
+    int64_t tokens;       //
+    int64_t inter;        //
+    int32_t dtype;        // f32, bf16 or f16
+    int32_t num_threads;  //
+};
+MULTILORA_API void silu_mul(const SiluArgs* args);
 
 // RMS norm; with a residual it becomes residual + x first and is what is normalised.
-MULTILORA_API void rms_norm(void* out,                // dtype [tokens, hidden]
-                            const void* x,            // dtype [tokens, hidden]
-                            int64_t x_stride,         //
-                            void* residual,           // dtype [tokens, hidden], or null
-                            int64_t residual_stride,  //
-                            const void* weight,       // dtype [hidden]
-                            int32_t dtype,            // f32 or bf16
-                            int64_t tokens,           //
-                            int64_t hidden,           //
-                            float eps,                //
-                            int32_t num_threads);
+struct NormArgs {
+    void* out;                // dtype [tokens, hidden]
+    const void* x;            // dtype [tokens, hidden]
+    void* residual;           // dtype [tokens, hidden], or null
+    const void* weight;       // dtype [hidden]
+    int64_t x_stride;         //
+    int64_t residual_stride;  //
+    int64_t tokens;           //
+    int64_t hidden;           //
+    float eps;                //
+    int32_t dtype;            // f32, bf16 or f16
+    int32_t num_threads;      //
+};
+MULTILORA_API void rms_norm(const NormArgs* args);
 
 // Rotates q in place, stores rotated k and plain v in their pages; slot -1 stores nothing.
-MULTILORA_API void rope_store_kv(void* q,                   // dtype [tokens, heads, head_dim]
-                                 const void* k,             // dtype [tokens, kv_heads, head_dim]
-                                 const void* v,             // laid out like k
-                                 int64_t stride,            // from token to token, of all three
-                                 int32_t dtype,             // f32 or bf16, of the pages too
-                                 const float* cos,          // [positions, head_dim / 2]
-                                 const float* sin,          // laid out like cos
-                                 const int64_t* positions,  // [tokens]
-                                 const int64_t* kv_slots,   // [tokens]
-                                 void* k_blocks,        // [blocks, block_size, kv_heads, head_dim]
-                                 void* v_blocks,        // laid out like k_blocks
-                                 int64_t block_stride,  //
-                                 int64_t token_stride,  //
-                                 int64_t tokens,        //
-                                 int64_t heads,         //
-                                 int64_t kv_heads,      //
-                                 int64_t head_dim,      //
-                                 int64_t block_size,    //
-                                 int32_t num_threads);
+struct RopeArgs {
+    void* q;                   // dtype [tokens, heads, head_dim]
+    const void* k;             // dtype [tokens, kv_heads, head_dim]
+    const void* v;             // laid out like k
+    int64_t q_stride;          // from token to token
+    int64_t kv_stride;         // of k and v
+    const float* cos;          // [max_position, head_dim / 2]
+    const float* sin;          // laid out like cos
+    const int64_t* positions;  // [tokens]
+    const int64_t* kv_slots;   // [tokens]
+    void* k_blocks;            // dtype [blocks, block_size, kv_heads, head_dim]
+    void* v_blocks;            // laid out like k_blocks
+    int64_t block_stride;      //
+    int64_t token_stride;      //
+    int64_t tokens;            //
+    int64_t heads;             //
+    int64_t kv_heads;          //
+    int64_t head_dim;          //
+    int64_t max_position;      //
+    int64_t blocks;            //
+    int64_t block_size;        //
+    int32_t dtype;             // f32, bf16 or f16
+    int32_t num_threads;       //
+};
+MULTILORA_API int32_t rope_store_kv(const RopeArgs* args);
 
-// y = x W^T + bias with W packed as csrc/gemm.inc and kernels/packed.py say. Sums are f32; a row's
+// y = x W^T + bias with W packed as csrc/gemm.inc and kernels/panels.py say. Sums are f32; a row's
 // bits do not depend on the other rows.
-MULTILORA_API void gemm(void* y,              // dtype [rows, out]
-                        int64_t y_stride,     //
-                        const void* x,        // dtype [rows, in]
-                        int64_t x_stride,     //
-                        int32_t dtype,        // f32, bf16 or f16
-                        const void* packed,   // of `kind`
-                        int32_t kind,         // f32, bf16, f16, int8 or int4
-                        const float* scales,  // [ceil(in / group), panels * 32], or null
-                        int64_t group,        // inputs that share a scale: 32, 64, 128 or in
-                        const void* bias,     // dtype [out], or null
-                        int64_t rows,         //
-                        int64_t in,           //
-                        int64_t out,          //
-                        int32_t num_threads);
+struct GemmArgs {
+    void* y;              // dtype [rows, out]
+    const void* x;        // dtype [rows, in]
+    const void* packed;   // of `kind`
+    const float* scales;  // [ceil(in / group), panels * 32], or null
+    const void* bias;     // dtype [out], or null
+    int64_t y_stride;     //
+    int64_t x_stride;     //
+    int64_t group;        // inputs that share a scale: 32, 64, 128 or in
+    int64_t rows;         //
+    int64_t in;           //
+    int64_t out;          //
+    int32_t dtype;        // f32, bf16 or f16
+    int32_t kind;         // f32, bf16, f16, i8 or i4
+    int32_t num_threads;  //
+};
+MULTILORA_API void gemm(const GemmArgs* args);

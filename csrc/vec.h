@@ -35,9 +35,20 @@ inline To bits_of(From x) {
 
 inline vf splat(float x) { return x - vf{}; }  // x + 0 would cost an addition: -0 + 0 is +0
 
+// a * b + c with one rounding where the machine has that. A kernel that sums the same terms in
+// several loops says this and not `+=`, which each loop may turn into something else.
+#if defined(MULTILORA_F16C) && MULTILORA_LANES == 16
+inline vf fma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+#elif defined(MULTILORA_F16C)
+inline vf fma(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+#else
+inline vf fma(vf a, vf b, vf c) { return a * b + c; }
+#endif
+
 // One number -----------------------------------------------------------------------------------
 
 inline float to_float(float x) { return x; }
+inline float to_float(int8_t x) { return static_cast<float>(x); }
 inline float to_float(bf16 x) { return bits_of<float>(static_cast<uint32_t>(x.bits) << 16); }
 
 inline float to_float(f16 x) {
@@ -114,11 +125,14 @@ inline vi load_wide(const uint8_t* p) {
     return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 inline vf load(const f16* p) {
-    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    // The masks, all ones, keep g++ 12 from a false warning.
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return (vf)_mm512_maskz_cvtph_ps(0xFFFF, half);
 }
 inline void store(f16* p, vf x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                        _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+                        _mm512_maskz_cvtps_ph(0xFFFF, (__m512)x,
+                                              _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 #elif defined(MULTILORA_INTRINSICS)
 inline vi load_wide(const int8_t* p) {
@@ -151,19 +165,40 @@ inline void store(f16* p, vf x) {
 }
 #endif
 
+inline vf load(const int8_t* p) { return __builtin_convertvector(load_wide(p), vf); }
+
+// One vector of a row, or its last few values and zeros: one code for both.
+template <typename T>
+inline vf load_some(const T* p, int64_t count) {
+    if (count >= kLanes) return load(p);
+    float out[kLanes] = {};
+    for (int64_t i = 0; i < count; ++i) out[i] = to_float(p[i]);
+    return load(out);
+}
+
+template <typename T>
+inline void store_some(T* p, vf x, int64_t count) {
+    if (count >= kLanes) return store(p, x);
+    for (int64_t i = 0; i < count; ++i) store(p + i, static_cast<float>(x[i]));
+}
+
 // Scratch memory, aligned for any vector. Not std::vector: what that instantiates here could be
 // linked into code that must run on an older machine.
-class Floats {
+template <typename T>
+class Scratch {
    public:
-    explicit Floats(int64_t count)
-        : data_(static_cast<float*>(std::aligned_alloc(64, (count * 4 + 64) / 64 * 64))) {}
-    ~Floats() { std::free(data_); }
-    Floats(const Floats&) = delete;
-    Floats& operator=(const Floats&) = delete;
-    float* data() { return data_; }
+    explicit Scratch(int64_t count)
+        : data_(static_cast<T*>(std::aligned_alloc(64, bytes(count)))) {}
+    ~Scratch() { std::free(data_); }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+    T* data() { return data_; }
 
    private:
-    float* data_;
+    static size_t bytes(int64_t count) {
+        return (static_cast<size_t>(count) * sizeof(T) + 64) / 64 * 64;
+    }
+    T* data_;
 };
 
 // Every lane to the nearest value of type T.
@@ -178,15 +213,58 @@ inline vf rounded<float>(vf x) {
     return x;
 }
 
+template <int... I>
+struct Lanes {};
+#if MULTILORA_LANES == 16
+using AllLanes = Lanes<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>;
+#else
+using AllLanes = Lanes<0, 1, 2, 3, 4, 5, 6, 7>;
+#endif
+
+// Lane i is lane i + By of x, around the end.
+template <int By, int... I>
+inline vf turned(vf x, Lanes<I...>) {
+    return __builtin_shufflevector(x, x, ((I + By) % kLanes)...);
+}
+
 // The lanes in one fixed order, so that a sum's bits depend on its terms alone.
 inline float lane_sum(vf x) {
-    float part[kLanes];
-    std::memcpy(part, &x, sizeof part);
-    for (int width = kLanes / 2; width > 0; width /= 2) {
-        for (int i = 0; i < width; ++i) part[i] += part[i + width];
-    }
-    return part[0];
+    if constexpr (kLanes == 16) x += turned<kLanes / 2>(x, AllLanes());
+    x += turned<4>(x, AllLanes());
+    x += turned<2>(x, AllLanes());
+    x += turned<1>(x, AllLanes());
+    return x[0];
 }
+
+inline vf max(vf a, vf b) { return a > b ? a : b; }  // b where one of them is NaN
+
+inline float lane_max(vf x) {
+    if constexpr (kLanes == 16) x = max(x, turned<kLanes / 2>(x, AllLanes()));
+    x = max(x, turned<4>(x, AllLanes()));
+    x = max(x, turned<2>(x, AllLanes()));
+    x = max(x, turned<1>(x, AllLanes()));
+    return x[0];
+}
+
+// One step of a transposition: a and b are rows i and i + H, bit H of i is 0.
+template <int H, int... I>
+inline void exchange(vf& a, vf& b, Lanes<I...>) {
+    const vf low = __builtin_shufflevector(a, b, ((I & H) ? kLanes + I - H : I)...);
+    b = __builtin_shufflevector(a, b, ((I & H) ? kLanes + I : I + H)...);
+    a = low;
+}
+
+template <int H>
+inline void transpose_from(vf* x) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+        if (!(i & H)) exchange<H>(x[i], x[i + H], AllLanes());
+    }
+    if constexpr (H > 1) transpose_from<H / 2>(x);
+}
+
+// A square of kLanes vectors, rows to columns.
+inline void transpose(vf (&x)[kLanes]) { transpose_from<kLanes / 2>(x); }
 
 // e^x for x <= 0, to about 2 ulp (Cephes' polynomial); below -87 it is 0, of NaN it is NaN.
 inline vf exp_neg(vf x) {

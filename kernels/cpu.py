@@ -3,7 +3,7 @@
 Every row's bits depend on that row alone, for one machine, build and thread count. What breaks
 that in torch, as measured (AVX2, torch 2.13): GEMMs of few rows choose other kernels (so rows come
 padded to 16), `exp` and `silu` treat the tail of a flat buffer and the borders between threads by
-other code (so `_flat` feeds them whole vectors below the size at which torch splits work), and a
+other code (so `flat` feeds them whole vectors below the size at which torch splits work), and a
 product with 8 rank rows differs from the same rows inside 64 (so LoRA goes page by page).
 """
 
@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from ctypes import byref
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import native, reference
+from . import indices, native, reference
 
 logger = logging.getLogger(__name__)
 
 ROWS = 16
-KV_TILE = 64
-CPP_DTYPES = (torch.float32, torch.bfloat16)
+_WHOLE = 64  # elements: torch's elementwise loops take two vectors at a time, of 16 in AVX-512
 _SERIAL = 32_768  # elements below which torch's elementwise ops use one thread
 
 
@@ -30,15 +30,10 @@ def padded(count: int) -> int:
     return -(-count // ROWS) * ROWS
 
 
-def threads_for(work: int) -> int:
-    """Threads for so many multiply-adds: waking a second one costs more than a small job."""
-    return 1 if work < 1 << 17 else torch.get_num_threads()
-
-
-def _flat(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def flat(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """An elementwise function, each element by the same vector code wherever it stands in `x`."""
     flat = x.reshape(-1)
-    tail = -flat.numel() % ROWS
+    tail = -flat.numel() % _WHOLE
     if tail:
         flat = F.pad(flat, (0, tail))
     parts = [function(part) for part in torch.split(flat, _SERIAL)]
@@ -48,29 +43,37 @@ def _flat(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 def silu_mul(x: Tensor) -> Tensor:
     """See `reference.silu_mul`."""
-    if native.LIB is not None and x.dtype in CPP_DTYPES and x.dim() == 2 and x.stride(1) == 1:
-        out = x.new_empty(len(x), x.shape[1] // 2)
-        native.LIB.silu_mul(
-            out.data_ptr(), x.data_ptr(), x.stride(0), native.DTYPE_CODES[x.dtype],
-            *out.shape, threads_for(4 * x.numel()),
-        )  # fmt: skip
+    code = native.DTYPE_CODES.get(x.dtype)
+    if native.LIB is not None and code is not None and x.dim() == 2 and x.stride(1) == 1:
+        tokens, inter = x.shape[0], x.shape[1] // 2
+        out = x.new_empty(tokens, inter)
+        args = native.SiluArgs(
+            out.data_ptr(), x.data_ptr(), x.stride(0), tokens, inter, code, torch.get_num_threads()
+        )
+        native.LIB.silu_mul(byref(args))
         return out
     gate, up = x.chunk(2, -1)
-    return _flat(F.silu, gate.float()).to(x.dtype).mul_(up)
+    return flat(F.silu, gate.float()).to(x.dtype).mul_(up)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor:
     """See `reference.rms_norm`. Square roots and quotients are exact in any code path."""
-    like = x if residual is None else residual
-    rows = x.dim() == like.dim() == 2 and x.stride(1) == like.stride(1) == weight.stride(0) == 1
-    types = {x.dtype, weight.dtype, like.dtype}
-    if native.LIB is not None and len(types) == 1 and x.dtype in CPP_DTYPES and rows:
+    code, like = native.DTYPE_CODES.get(x.dtype), x if residual is None else residual
+    if (
+        native.LIB is not None
+        and code is not None
+        and x.dtype == weight.dtype == like.dtype
+        and x.dim() == 2
+        and x.shape == like.shape
+        and x.stride(1) == like.stride(1) == weight.stride(0) == 1
+    ):
         out = x.new_empty(x.shape)
-        native.LIB.rms_norm(
-            out.data_ptr(), x.data_ptr(), x.stride(0),
-            None if residual is None else residual.data_ptr(), like.stride(0), weight.data_ptr(),
-            native.DTYPE_CODES[x.dtype], *x.shape, eps, threads_for(x.numel()),
+        args = native.NormArgs(
+            out.data_ptr(), x.data_ptr(), None if residual is None else residual.data_ptr(),
+            weight.data_ptr(), x.stride(0), like.stride(0), *x.shape, eps, code,
+            torch.get_num_threads(),
         )  # fmt: skip
+        native.LIB.rms_norm(byref(args))
         return out
     if residual is not None:
         residual.add_(x)
@@ -93,157 +96,34 @@ def rope_store_kv_(
 ) -> None:
     """See `reference.rope_store_kv_`: sums and products only, exact in any code path."""
     tokens, heads, dim = q.shape
-    types = {q.dtype, k.dtype, v.dtype, k_blocks.dtype, v_blocks.dtype}
-    same = q.stride(0) == k.stride(0) == v.stride(0) and k_blocks.stride() == v_blocks.stride()
-    dense = all(t.stride()[-2:] == (dim, 1) for t in (q, k, v, k_blocks))
-    tables = all(t.is_contiguous() for t in (cos, sin, positions, kv_slots))
-    tables = tables and cos.dtype == sin.dtype == torch.float32
-    tables = tables and positions.dtype == kv_slots.dtype == torch.int64
+    code = native.DTYPE_CODES.get(q.dtype)
     if (
         native.LIB is not None
-        and len(types) == 1
-        and q.dtype in CPP_DTYPES
-        and same
-        and dense
-        and tables
+        and code is not None
+        and q.dtype == k.dtype == v.dtype == k_blocks.dtype == v_blocks.dtype
+        and k.stride() == v.stride()
+        and q.stride()[1:] == k.stride()[1:] == k_blocks.stride()[2:] == (dim, 1)
+        and k_blocks.stride() == v_blocks.stride()
+        and len(k) == len(v) == len(positions) == len(kv_slots) == tokens
+        and k.shape[1:] == v.shape[1:] == k_blocks.shape[2:] == v_blocks.shape[2:]
+        and cos.dtype == sin.dtype == torch.float32
+        and positions.dtype == kv_slots.dtype == torch.int64
+        and cos.shape == sin.shape
+        and all(t.is_contiguous() for t in (cos, sin, positions, kv_slots))
     ):
-        native.LIB.rope_store_kv(
-            q.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(0), native.DTYPE_CODES[q.dtype],
+        blocks, block_size, kv_heads, _ = k_blocks.shape
+        block_stride, token_stride, _, _ = k_blocks.stride()
+        args = native.RopeArgs(
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(0), k.stride(0),
             cos.data_ptr(), sin.data_ptr(), positions.data_ptr(), kv_slots.data_ptr(),
-            k_blocks.data_ptr(), v_blocks.data_ptr(), k_blocks.stride(0), k_blocks.stride(1),
-            tokens, heads, k.shape[1], dim, k_blocks.shape[1], threads_for(q.numel()),
+            k_blocks.data_ptr(), v_blocks.data_ptr(), block_stride, token_stride,
+            tokens, heads, kv_heads, dim, len(cos), blocks, block_size, code,
+            torch.get_num_threads(),
         )  # fmt: skip
+        indices.refuse(native.LIB.rope_store_kv(byref(args)))
         return
+    indices.check_rope(positions, kv_slots, cos, k_blocks)
     reference.rope_store_kv_(q, k, v, cos, sin, positions, kv_slots, k_blocks, v_blocks)
-
-
-def paged_attention(
-    q: Tensor,
-    k_blocks: Tensor,
-    v_blocks: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    query_starts: Tensor,
-    scale: float,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-) -> Tensor:
-    """See `reference.paged_attention`: sequences with as many query rows are computed together."""
-    out = torch.zeros(q.shape, dtype=q.dtype)
-    where = (block_table, seq_lens, query_starts)
-    if _cpp_attention(out, q, k_blocks, v_blocks, where, scale, k_scale):
-        return out
-    starts = query_starts.tolist()
-    groups: dict[int, list[int]] = {}
-    for i in range(len(seq_lens)):
-        groups.setdefault(starts[i + 1] - starts[i], []).append(i)
-    for count, members in groups.items():
-        if count == 0:
-            continue
-        # One long prompt at a time; single-token rows all together.
-        batches = [members] if count == 1 else [[i] for i in members]
-        for batch in batches:
-            rows = torch.tensor([range(starts[i], starts[i + 1]) for i in batch])
-            index = torch.tensor(batch)
-            found = _attend(
-                q[rows],
-                k_blocks,
-                v_blocks,
-                block_table[index],
-                seq_lens[index],
-                scale,
-                k_scale,
-                v_scale,
-            )
-            out[rows] = found
-    return out
-
-
-def _cpp_attention(
-    out: Tensor,
-    q: Tensor,
-    k_blocks: Tensor,
-    v_blocks: Tensor,
-    where: tuple[Tensor, Tensor, Tensor],  # block_table, seq_lens, query_starts
-    scale: float,
-    k_scale: Tensor | None,
-) -> bool:
-    """Does it in C++ if the library can; whether it did."""
-    same = q.dtype == k_blocks.dtype == v_blocks.dtype and k_blocks.stride() == v_blocks.stride()
-    dense = q.stride()[1:] == (q.shape[2], 1) and k_blocks.stride()[2:] == (q.shape[2], 1)
-    fits = same and dense and k_scale is None and all(t.dtype == torch.int32 for t in where)
-    if native.LIB is None or q.dtype not in CPP_DTYPES or not fits:
-        return False
-    table, lens, starts = (t.contiguous() for t in where)
-    native.LIB.paged_attention(
-        out.data_ptr(), q.data_ptr(), q.stride(0), native.DTYPE_CODES[q.dtype],
-        k_blocks.data_ptr(), v_blocks.data_ptr(), k_blocks.stride(0), k_blocks.stride(1),
-        table.data_ptr(), table.shape[1], lens.data_ptr(), starts.data_ptr(),
-        len(lens), q.shape[1], k_blocks.shape[2], q.shape[2], k_blocks.shape[1],
-        scale, threads_for(q.numel() * table.shape[1] * k_blocks.shape[1]),
-    )  # fmt: skip
-    return True
-
-
-def _attend(
-    q: Tensor,  # [seqs, queries, heads, head_dim]
-    k_blocks: Tensor,
-    v_blocks: Tensor,
-    block_table: Tensor,  # [seqs, max_blocks]
-    seq_lens: Tensor,  # [seqs]
-    scale: float,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-) -> Tensor:  # [seqs, queries, heads, head_dim]
-    """Online softmax over KV tiles at fixed positions, query rows padded to 16."""
-    seqs, queries, heads, dim = q.shape
-    block_size, kv_heads = k_blocks.shape[1:3]
-    group = heads // kv_heads
-    rows = queries * group
-    # [seqs, kv_heads, rows, dim]: the query heads that share a KV head, query-major.
-    x = (
-        q.reshape(seqs, queries, kv_heads, group, dim)
-        .permute(0, 2, 1, 3, 4)
-        .reshape(seqs, kv_heads, rows, dim)
-    )
-    x = F.pad(x.float() * scale, (0, 0, 0, padded(rows) - rows)).reshape(seqs * kv_heads, -1, dim)
-    last = (seq_lens.long()[:, None] - queries + torch.arange(queries)).repeat_interleave(group, 1)
-    last = F.pad(last, (0, padded(rows) - rows))[
-        :, None, :, None
-    ]  # last visible position of each row
-    shape = (seqs, kv_heads, x.shape[1], 1)
-    top = torch.full(shape, -1e30)
-    total = torch.zeros(shape)
-    acc = torch.zeros(*shape[:3], dim)
-    longest = int(seq_lens.max())
-    for start in range(0, longest, KV_TILE):
-        positions = torch.arange(start, start + KV_TILE)
-        block = (positions // block_size).clamp_(max=block_table.shape[1] - 1)
-        blocks = block_table[:, block].long().clamp_(min=0)  # [seqs, tile]
-        live = positions < seq_lens[:, None]
-        k = _tile(k_blocks, blocks, positions % block_size, live, k_scale)
-        v = _tile(v_blocks, blocks, positions % block_size, live, v_scale)
-        scores = torch.bmm(x, k.transpose(1, 2)).view(*shape[:3], KV_TILE)
-        scores = scores.masked_fill_(positions > last, float("-inf"))
-        higher = torch.maximum(top, scores.amax(-1, keepdim=True))
-        keep = _flat(torch.exp, top - higher)
-        weights = _flat(torch.exp, scores - higher)
-        total = total * keep + weights.sum(-1, keepdim=True)
-        acc = acc * keep + torch.bmm(weights.flatten(0, 1), v).view_as(acc)
-        top = higher
-    found = (acc / total)[:, :, :rows].reshape(seqs, kv_heads, queries, group, dim)
-    return found.permute(0, 2, 1, 3, 4).reshape(seqs, queries, heads, dim).to(q.dtype)
-
-
-def _tile(
-    pages: Tensor, blocks: Tensor, offsets: Tensor, live: Tensor, scale: Tensor | None
-) -> Tensor:
-    """One KV tile as fp32 [seqs * kv_heads, tile, head_dim], zero where a sequence has ended."""
-    tile = pages[blocks, offsets].float()  # [seqs, tile, kv_heads, head_dim]
-    if scale is not None:
-        tile = tile * scale[:, None]
-    tile = torch.where(live[..., None, None], tile, 0.0)
-    return tile.transpose(1, 2).flatten(0, 1)
 
 
 def apply_token_mask_(logits: Tensor, mask: Tensor) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from ctypes import addressof, byref, c_int64
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import native, reference
-from .cpu import CPP_DTYPES, ROWS, padded, threads_for
-from .tiles import PREFILL_TILE, Table, Tiles
+from . import indices, native, reference
+from .cpu import ROWS, padded
+from .tiles import Table, Tiles
 
 
 def lora_shrink(x: Tensor, a_pages: Tensor, table: Table, tiles: Tiles, split_k: int) -> Tensor:
@@ -56,8 +57,15 @@ def lora_(
     slice_starts: Sequence[int],
 ) -> None:
     """See `reference.lora_`: for each page ordinal, all tiles that have such a page at once."""
-    if _cpp_lora(y, x, a_pages, b_pages, table, tiles, slice_starts):
+    if (
+        native.LIB is not None
+        and y.dtype == x.dtype
+        and y.stride(1) == x.stride(1) == 1
+        and _cpp_can(y, a_pages, b_pages, table, tiles)
+    ):
+        _cpp_lora(y, x, None, a_pages, b_pages, table, tiles, slice_starts)
         return
+    indices.check_lora(table, tiles, len(y), min(len(a_pages), len(b_pages)))
     batch = _Batch(tiles, table)
 
     def shrink(chosen: Tensor, page_ids: Tensor) -> Tensor:
@@ -67,60 +75,108 @@ def lora_(
     _expand(y, b_pages, table, batch, slice_starts, shrink)
 
 
-def _cpp_lora(
-    y: Tensor,
-    x: Tensor,
-    a_pages: Tensor,
-    b_pages: Tensor,
-    table: Table,
-    tiles: Tiles,
-    slice_starts: Sequence[int],
-) -> bool:
-    """Does it in C++ if the library can; whether it did."""
-    count = int(tiles.num_tiles)
-    types = y.dtype == x.dtype and {y.dtype, a_pages.dtype} <= set(CPP_DTYPES)
-    dense = (
-        y.stride(1) == x.stride(1) == 1
-        and a_pages[0].is_contiguous()
-        and b_pages[0].is_contiguous()
-    )
-    if native.LIB is None or not types or not dense or table.scale_row is not None:
-        return False
-    if count == 0:
-        return True
-    if (
-        int(tiles.lens[:count].max()) > PREFILL_TILE
-        or table.page_ids.stride() != table.page_weights.stride()
-    ):
-        return False
-    max_pages = int(table.num_pages[tiles.slots[:count].long()].max())
-    slices = len(slice_starts) - 1
-    planes = torch.empty(len(x) * max_pages * slices * reference.PAGE)
-    starts = torch.tensor(slice_starts)
-    work = len(x) * max_pages * reference.PAGE * (slices * x.shape[1] + y.shape[1])
-    native.LIB.lora(
-        y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0), native.DTYPE_CODES[y.dtype],
-        a_pages.data_ptr(), a_pages.stride(0), b_pages.data_ptr(), b_pages.stride(0),
-        native.DTYPE_CODES[a_pages.dtype],
-        table.page_ids.data_ptr(), table.page_weights.data_ptr(), table.num_pages.data_ptr(),
-        table.page_ids.stride(0),
-        tiles.slots.data_ptr(), tiles.starts.data_ptr(), tiles.lens.data_ptr(), count,
-        planes.data_ptr(), max_pages,
-        starts.data_ptr(), slices, x.shape[1], y.shape[1], threads_for(work),
-    )  # fmt: skip
-    return True
-
-
 def lora_embed_(
     y: Tensor, ids: Tensor, a_pages: Tensor, b_pages: Tensor, table: Table, tiles: Tiles
 ) -> None:
     """See `reference.lora_embed_`."""
+    if (
+        native.LIB is not None
+        and y.stride(1) == 1
+        and ids.dtype == torch.int64
+        and ids.is_contiguous()
+        and _cpp_can(y, a_pages, b_pages, table, tiles)
+    ):
+        _cpp_lora(y, None, ids, a_pages, b_pages, table, tiles, (0, y.shape[1]))
+        return
+    indices.check_lora(table, tiles, len(y), min(len(a_pages), len(b_pages)))
+    indices.check_ids(ids, tiles, a_pages.shape[1])
     batch = _Batch(tiles, table)
 
     def shrink(chosen: Tensor, page_ids: Tensor) -> Tensor:
         return a_pages[page_ids[:, None], ids[batch.rows[chosen]]].float()
 
     _expand(y, b_pages, table, batch, (0, y.shape[1]), shrink)
+
+
+def _cpp_can(y: Tensor, a_pages: Tensor, b_pages: Tensor, table: Table, tiles: Tiles) -> bool:
+    """Whether types and layouts are those that the C++ form takes."""
+    page_ids, page_weights, num_pages, scale_row, scale, bias = table
+    slots, starts, lens, _ = tiles
+    return (
+        y.dtype in native.DTYPE_CODES
+        and a_pages.dtype in native.DTYPE_CODES
+        and a_pages.dtype == b_pages.dtype
+        and _is_dense(a_pages)
+        and _is_dense(b_pages)
+        and page_ids.dtype == num_pages.dtype == torch.int32
+        and page_weights.dtype == torch.float32
+        and page_ids.shape == page_weights.shape
+        and len(page_ids) == len(num_pages)
+        and len(slots) == len(starts) == len(lens)
+        and all(t.is_contiguous() for t in (page_ids, page_weights, num_pages))
+        and all(t.dtype == torch.int32 and t.is_contiguous() for t in tiles)
+        and (scale_row is None or _is_dora(scale_row, scale, bias, num_pages, y.shape[1]))
+    )
+
+
+def _is_dense(pages: Tensor) -> bool:
+    """Whether a page's own values lie one after the other."""
+    stride, dense = pages.stride(), 1
+    for size, step in zip(pages.shape[:0:-1], stride[:0:-1], strict=True):
+        if step != dense:
+            return False
+        dense *= size
+    return True
+
+
+def _is_dora(
+    scale_row: Tensor, scale: Tensor | None, bias: Tensor | None, num_pages: Tensor, out: int
+) -> bool:
+    """Whether DoRA's part of a table is one that the C++ form takes."""
+    tables = [t for t in (scale, bias) if t is not None]
+    return (
+        bool(tables)
+        and scale_row.dtype == torch.int32
+        and scale_row.shape == num_pages.shape
+        and tables[0].dtype in native.DTYPE_CODES
+        and all(t.shape == tables[0].shape and t.shape[1] == out for t in tables)
+        and all(t.dtype == tables[0].dtype for t in tables)
+        and all(t.is_contiguous() for t in (scale_row, *tables))
+    )
+
+
+def _cpp_lora(
+    y: Tensor,
+    x: Tensor | None,
+    ids: Tensor | None,
+    a_pages: Tensor,
+    b_pages: Tensor,
+    table: Table,
+    tiles: Tiles,
+    slice_starts: Sequence[int],
+) -> None:
+    assert native.LIB is not None
+    page_ids, page_weights, num_pages, scale_row, scale, bias = table
+    starts = (c_int64 * len(slice_starts))(*slice_starts)
+    tokens, out = y.shape
+    dora = scale if scale is not None else bias
+    args = native.LoraArgs(
+        y.data_ptr(), _pointer(x), _pointer(ids), y.stride(0), 0 if x is None else x.stride(0),
+        tokens, a_pages.shape[1] if x is None else x.shape[1], out,
+        a_pages.data_ptr(), b_pages.data_ptr(), a_pages.stride(0), b_pages.stride(0),
+        min(len(a_pages), len(b_pages)), addressof(starts), len(slice_starts) - 1,
+        page_ids.data_ptr(), page_weights.data_ptr(), num_pages.data_ptr(),
+        _pointer(scale_row), _pointer(scale), _pointer(bias),
+        *page_ids.shape, 0 if dora is None else len(dora),
+        *(t.data_ptr() for t in tiles), len(tiles.slots),
+        native.DTYPE_CODES[y.dtype], native.DTYPE_CODES[a_pages.dtype],
+        0 if dora is None else native.DTYPE_CODES[dora.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    indices.refuse(native.LIB.lora(byref(args)))
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _expand(

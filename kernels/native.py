@@ -9,9 +9,10 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-from ctypes import c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, byref, c_float, c_int32, c_int64, c_void_p
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 # torch first: the dynamic linker then gives our library torch's libgomp, instead of a second
 # OpenMP with threads of its own.
@@ -19,10 +20,94 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-ABI_VERSION = 5  # MULTILORA_ABI_VERSION of csrc/cpu_ops.h
+ABI_VERSION = 6  # MULTILORA_ABI_VERSION of csrc/cpu_ops.h
 
-# Argument types of every function in csrc/cpu_ops.h, in its order. All of them return nothing.
-SIGNATURES: dict[str, tuple[type, ...]] = {
+# The functions of csrc/cpu_ops.h take these structures; fields in its order, under its names.
+_Fields = list[tuple[str, type]]
+
+
+def _fields(*groups: tuple[type, str]) -> _Fields:
+    """Fields from (type, "name name ...") groups."""
+    return [(name, kind) for kind, names in groups for name in names.split()]
+
+
+class LoraArgs(ctypes.Structure):
+    """What `lora` takes."""
+
+    _fields_ = _fields(
+        (c_void_p, "y x ids"),
+        (c_int64, "y_stride x_stride tokens in out"),
+        (c_void_p, "a b"),
+        (c_int64, "a_stride b_stride pages"),
+        (c_void_p, "slice_starts"),
+        (c_int64, "slices"),
+        (c_void_p, "page_ids page_weights num_pages scale_row scale bias"),
+        (c_int64, "slots max_pages scale_rows"),
+        (c_void_p, "tile_slots tile_starts tile_lens num_tiles"),
+        (c_int64, "tiles"),
+        (c_int32, "dtype page_dtype scale_dtype num_threads"),
+    )
+
+
+class AttentionArgs(ctypes.Structure):
+    """What `paged_attention` takes."""
+
+    _fields_ = _fields(
+        (c_void_p, "out q"),
+        (c_int64, "q_stride"),
+        (c_void_p, "k v"),
+        (c_int64, "block_stride token_stride"),
+        (c_void_p, "k_scale v_scale block_table seq_lens query_starts"),
+        (c_int64, "tokens seqs heads kv_heads head_dim blocks block_size max_blocks"),
+        (c_float, "scale"),
+        (c_int32, "dtype kv_dtype num_threads"),
+    )
+
+
+class SiluArgs(ctypes.Structure):
+    """What `silu_mul` takes."""
+
+    _fields_ = _fields(
+        (c_void_p, "out x"), (c_int64, "x_stride tokens inter"), (c_int32, "dtype num_threads")
+    )
+
+
+class NormArgs(ctypes.Structure):
+    """What `rms_norm` takes."""
+
+    _fields_ = _fields(
+        (c_void_p, "out x residual weight"),
+        (c_int64, "x_stride residual_stride tokens hidden"),
+        (c_float, "eps"),
+        (c_int32, "dtype num_threads"),
+    )
+
+
+class RopeArgs(ctypes.Structure):
+    """What `rope_store_kv` takes."""
+
+    _fields_ = _fields(
+        (c_void_p, "q k v"),
+        (c_int64, "q_stride kv_stride"),
+        (c_void_p, "cos sin positions kv_slots k_blocks v_blocks"),
+        (c_int64, "block_stride token_stride tokens heads kv_heads head_dim"),
+        (c_int64, "max_position blocks block_size"),
+        (c_int32, "dtype num_threads"),
+    )
+
+
+class GemmArgs(ctypes.Structure):
+    """What `gemm` takes."""
+
+    _fields_ = _fields(
+        (c_void_p, "y x packed scales bias"),
+        (c_int64, "y_stride x_stride group rows in out"),
+        (c_int32, "dtype kind num_threads"),
+    )
+
+
+# Argument types of every function in csrc/cpu_ops.h, in its order.
+SIGNATURES: dict[str, tuple[Any, ...]] = {
     "select_isa": (c_int32, c_void_p),  # most, chosen
     "apply_token_mask": (
         c_void_p,  # logits
@@ -34,49 +119,23 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
         c_int64,  # vocab
         c_int32,  # num_threads
     ),
-    "lora": (
-        *(c_void_p, c_int64, c_void_p, c_int64, c_int32),  # y, x and their strides, dtype
-        *(c_void_p, c_int64, c_void_p, c_int64, c_int32),  # a, b and their strides, page_dtype
-        *(c_void_p, c_void_p, c_void_p, c_int64),  # page_ids, page_weights, num_pages, stride
-        *(c_void_p, c_void_p, c_void_p, c_int64),  # tile slots, starts, lens, count
-        *(c_void_p, c_int64),  # planes, max_pages
-        *(c_void_p, c_int64, c_int64, c_int64),  # slice_starts, slices, in, out
-        c_int32,  # num_threads
-    ),
-    "paged_attention": (
-        *(c_void_p, c_void_p, c_int64, c_int32),  # out, q, q_stride, dtype
-        *(c_void_p, c_void_p, c_int64, c_int64),  # k, v, block_stride, token_stride
-        *(c_void_p, c_int64),  # block_table and its stride
-        *(c_void_p, c_void_p),  # seq_lens, query_starts
-        *(c_int64, c_int64, c_int64, c_int64, c_int64),  # seqs, heads, kv_heads, head_dim, size
-        *(c_float, c_int32),  # scale, num_threads
-    ),
-    "silu_mul": (c_void_p, c_void_p, c_int64, c_int32, c_int64, c_int64, c_int32),
-    "rms_norm": (
-        *(c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p),  # out, x, residual, weight
-        *(c_int32, c_int64, c_int64, c_float, c_int32),  # dtype, tokens, hidden, eps, num_threads
-    ),
-    "rope_store_kv": (
-        *(c_void_p, c_void_p, c_void_p, c_int64, c_int32),  # q, k, v, stride, dtype
-        *(c_void_p, c_void_p, c_void_p, c_void_p),  # cos, sin, positions, kv_slots
-        *(c_void_p, c_void_p, c_int64, c_int64),  # k_blocks, v_blocks and their strides
-        *(c_int64, c_int64, c_int64, c_int64, c_int64, c_int32),  # sizes, num_threads
-    ),
-    "gemm": (
-        *(c_void_p, c_int64, c_void_p, c_int64, c_int32),  # y, x and their strides, dtype
-        *(c_void_p, c_int32, c_void_p, c_int64, c_void_p),  # packed, kind, scales, group, bias
-        *(c_int64, c_int64, c_int64, c_int32),  # rows, in, out, num_threads
-    ),
+    "lora": (POINTER(LoraArgs),),
+    "paged_attention": (POINTER(AttentionArgs),),
+    "silu_mul": (POINTER(SiluArgs),),
+    "rms_norm": (POINTER(NormArgs),),
+    "rope_store_kv": (POINTER(RopeArgs),),
+    "gemm": (POINTER(GemmArgs),),
 }
 
-# What the `kind` argument of `gemm` means, beside those of DTYPE_CODES.
-INT8, INT4 = 3, 4
+# Those that check what their index arrays name, and return a code of MISTAKES; the others nothing.
+CHECKED = frozenset({"lora", "paged_attention", "rope_store_kv"})
 
 # What `select_isa` takes and says; every entry is a step up from the one before.
 ISAS = ("generic", "avx2", "avx512")
 
-# What the `dtype` arguments mean.
+# What the `dtype` arguments mean; keys and values may have one more.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+KV_CODES = {**DTYPE_CODES, torch.int8: 3}
 
 
 def find(folder: Path) -> Path | None:
@@ -97,7 +156,8 @@ def load(path: Path) -> ctypes.CDLL | None:
             raise AttributeError(f"it has ABI version {version}, not {ABI_VERSION}")
         for name, argtypes in SIGNATURES.items():
             function = getattr(lib, name)
-            function.argtypes, function.restype = argtypes, None
+            function.argtypes = argtypes
+            function.restype = c_int32 if name in CHECKED else None
     except OSError as error:  # for example a slim image without libgomp
         logger.warning("%s cannot be loaded, running without C++: %s", path, error)
         return None
@@ -123,7 +183,7 @@ def select_isa(most: str) -> str:
     if LIB is None:
         raise RuntimeError("the C++ library is not built or is switched off")
     chosen = c_int32()
-    LIB.select_isa(ISAS.index(most), ctypes.byref(chosen))
+    LIB.select_isa(ISAS.index(most), byref(chosen))
     return ISAS[chosen.value]
 
 

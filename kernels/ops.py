@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpu, cpu_lora, packed
+from . import cpu, cpu_attention, cpu_lora, packed
 from .library import define, implement
 from .packed import PackedWeight
 from .tiles import Table, Tiles
@@ -247,9 +247,7 @@ implement(
 implement(
     "paged_attention",
     "CPU",
-    lambda q, k, v, table, lens, starts, scale, _queries, _longest, ks, vs: cpu.paged_attention(
-        q, k, v, table, lens, starts, scale, ks, vs
-    ),
+    lambda *args: cpu_attention.paged_attention(*args[:7], *args[9:]),
 )
 implement("linear_packed", "CPU", lambda x, *r: packed.linear(x, PackedWeight(*r[:6]), r[6]))
 for _name in ("rope_store_kv_", "rms_norm", "silu_mul", "apply_token_mask_", "linear"):

@@ -8,15 +8,16 @@ outputs to whole panels, with zeros.
 
 from __future__ import annotations
 
+from ctypes import byref
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
-from .cpu import threads_for
 
 OUTPUTS = 32
-KINDS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": native.INT8, "int4": native.INT4}
+KINDS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4}
 
 
 def usable(in_: int, group: int) -> bool:
@@ -66,10 +67,11 @@ def linear(
     assert native.LIB is not None
     x = x if x.stride(1) == 1 else x.contiguous()
     y = x.new_empty(len(x), out)
-    native.LIB.gemm(
-        y.data_ptr(), out, x.data_ptr(), x.stride(0), native.DTYPE_CODES[x.dtype],
-        panels.data_ptr(), KINDS[kind], None if scales is None else scales.data_ptr(), group,
-        None if bias is None else bias.data_ptr(),
-        len(x), x.shape[1], out, threads_for(len(x) * x.shape[1] * out),
+    args = native.GemmArgs(
+        y.data_ptr(), x.data_ptr(), panels.data_ptr(),
+        None if scales is None else scales.data_ptr(), None if bias is None else bias.data_ptr(),
+        out, x.stride(0), group, len(x), x.shape[1], out,
+        native.DTYPE_CODES[x.dtype], KINDS[kind], torch.get_num_threads(),
     )  # fmt: skip
+    native.LIB.gemm(byref(args))
     return y

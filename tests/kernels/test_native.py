@@ -7,12 +7,12 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
-from multilora_kernels import native
+from multilora_kernels import indices, native
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,38 +29,51 @@ def header() -> str:
     return re.sub(r"//.*", "", (ROOT / "csrc" / "cpu_ops.h").read_text(encoding="utf-8"))
 
 
-def declared_functions() -> dict[str, tuple[str, list[str]]]:
-    """Function name -> (return type, argument types), as cpu_ops.h declares them."""
-    found = re.findall(r"MULTILORA_API\s+(\w+)\s+(\w+)\(([^)]*)\);", header())
-    return {
-        name: (returns, [re.sub(r"\s*\w+$", "", " ".join(a.split())) for a in args.split(",")])
-        for returns, name, args in found
-    }
+KINDS = {"int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64, "float": ctypes.c_float}
+
+
+def kind_of(declaration: str) -> Any:
+    """The ctypes type of a C declaration such as `const float* x`, or of a structure's pointer."""
+    text = re.sub(r"\w+$", "", " ".join(declaration.split())).strip()
+    if not text.endswith("*"):
+        return KINDS[text]
+    structure = re.search(r"(\w+Args)\*", text)
+    return ctypes.POINTER(getattr(native, structure[1])) if structure else ctypes.c_void_p
 
 
 def test_the_signature_table_matches_the_header() -> None:
-    kinds = {
-        "int32_t": ctypes.c_int32,
-        "int64_t": ctypes.c_int64,
-        "float": ctypes.c_float,
-        "double": ctypes.c_double,
-    }
-    declared = declared_functions()
-    assert declared.pop("multilora_abi_version") == ("int32_t", [""])
-    assert {returns for returns, _ in declared.values()} == {"void"}
-    table = {
-        name: tuple(ctypes.c_void_p if a.endswith("*") else kinds[a] for a in args)
-        for name, (_, args) in declared.items()
-    }
+    found = re.findall(r"MULTILORA_API\s+(\w+)\s+(\w+)\(([^)]*)\);", header())
+    functions = {name: (returns, args.split(",")) for returns, name, args in found}
+    assert functions.pop("multilora_abi_version") == ("int32_t", ["void"])
+    table = {name: tuple(map(kind_of, args)) for name, (_, args) in functions.items()}
     assert table == native.SIGNATURES
+    assert {name for name, (returns, _) in functions.items() if returns == "int32_t"} == set(
+        native.CHECKED
+    )
+    assert {returns for returns, _ in functions.values()} == {"void", "int32_t"}
+
+
+def test_the_structures_match_the_header() -> None:
+    bodies = re.findall(r"struct (\w+Args) \{(.*?)\};", header(), re.DOTALL)
+    assert len(bodies) == 6
+    for name, body in bodies:
+        fields = [line for line in body.split(";") if line.strip()]
+        declared = [(re.findall(r"\w+", field)[-1], kind_of(field)) for field in fields]
+        assert declared == getattr(native, name)._fields_, name
+
+
+def test_every_code_of_the_header_has_its_text() -> None:
+    codes = {name: int(code) for name, code in re.findall(r"MULTILORA_BAD_(\w+) = (\d+)", header())}
+    assert codes == {name: getattr(indices, name) for name in codes}
+    assert set(codes.values()) == set(indices.MISTAKES)
 
 
 def test_the_header_and_the_loader_agree_on_version_and_dtypes() -> None:
     text = header()
     assert f"#define MULTILORA_ABI_VERSION {native.ABI_VERSION}\n" in text
-    codes = {name: int(code) for name, code in re.findall(r"MULTILORA_(B?F\d+) = (\d)", text)}
-    named = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-    assert {named[name]: code for name, code in codes.items()} == native.DTYPE_CODES
+    found = re.findall(r"MULTILORA_(B?F\d+|I8) = (\d)", text)
+    named = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8}
+    assert {named[name]: int(code) for name, code in found} == native.KV_CODES
 
 
 # Loading ------------------------------------------------------------------------------------------

@@ -215,6 +215,8 @@ def test_decoding_undoes_encoding(readers, name):
     def check(text: str) -> None:
         # sentencepiece writes spaces as U+2581 and cannot tell the two apart afterwards.
         text = text if name in ("hf", "tiktoken") else text.replace("\u2581", "")
+        # Metaspace's "first" adds no space before a text that begins with one; decoding takes one.
+        text = text.lstrip(" ") if name == "hf_bytes" else text
         assert reader.decode(reader.encode(text)) == text
 
     check()
