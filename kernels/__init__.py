@@ -30,6 +30,7 @@ from .packed import (
     worth_packing,
 )
 from .tiles import DECODE_TILE, PREFILL_TILE, Table, Tiles, make_tiles
+from .tiles import capacity as tile_capacity
 
 __all__ = [
     "DECODE_TILE",
@@ -54,6 +55,7 @@ __all__ = [
     "rms_norm",
     "rope_store_kv_",
     "silu_mul",
+    "tile_capacity",
     "unpack",
     "unpack_rows",
     "worth_packing",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 import multilora_kernels as mk
 
 from .adapters.pages import SitePool
+from .device import Side
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +41,24 @@ class ForwardBatch:
     max_seq_len: int
     logits_rows: Tensor  # int64 [rows], the tokens whose logits are wanted, padded with 0
     lora: Mapping[str, SiteLora]  # by site; only sites that some row of the step adapts
+    side: Side | None = None  # where to shrink beside the base's own work; None = after it
 
-    def add_lora_(self, site: str, layer: int, y: Tensor, x: Tensor) -> None:
-        """Adds every row's own delta at a site: y [tokens, out] in place, x [tokens, in]."""
+    def adapt(self, site: str, layer: int, x: Tensor, base: Callable[[], Tensor]) -> Tensor:
+        """`base()` [tokens, out] and every row's own delta of x [tokens, in] at a site."""
         lora = self.lora.get(site)
-        if lora is not None:
-            a, b = lora.pool.layer(layer)
+        if lora is None:
+            return base()
+        a, b = lora.pool.layer(layer)
+        if self.side is None:
+            y = base()
             mk.lora_(y, x, a, b, lora.table, lora.tiles, lora.slice_starts)
+            return y
+        with self.side.fork():
+            planes = mk.lora_shrink(x, a, lora.table, lora.tiles)
+        y = base()
+        self.side.join()
+        mk.lora_expand_(y, planes, b, lora.table, lora.tiles, lora.slice_starts)
+        return y
 
     def add_embed_lora_(self, y: Tensor) -> None:
         """Adds every row's own embedding delta: y [tokens, hidden] in place."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATIONS = ("int8", "int4")
 GROUP_SIZES = (32, 64, 128)
+LOAD_FORMATS = ("auto", "dummy")
+DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,7 +207,8 @@ class EngineConfig:
     model: str  # folder of the base checkpoint
     tokenizer: str | None = None  # folder of the tokenizer; None = the model's
     skip_tokenizer_init: bool = False  # serve token ids only
-    device: str = "cpu"
+    load_format: str = "auto"  # "dummy" = random weights; `model` may then be a shape's name
+    device: str = "cpu"  # "cuda", "cuda:1", or "auto" = a GPU if there is one
     dtype: str = "auto"  # "auto" = the checkpoint's own
     quantization: str | None = None  # of the base's linears, when loaded: "int8" or "int4"
     quantization_group_size: int | None = None  # columns that share a scale; None: all, int4: 32
@@ -222,6 +226,12 @@ class EngineConfig:
     lora_pages: int | None = None  # rank pages (8 rows each) per site; None = 8 for each slot
     lora_dtype: str = "auto"  # of the rank pages; "auto" = the model's dtype
     policy: str = "fcfs"  # order of the waiting requests
+
+    gpu_memory_utilization: float = 0.9  # share of a GPU's memory for all of this
+    enforce_eager: bool | None = None  # True = no captured decode graphs; None = those on a GPU
+    async_scheduling: bool | None = None  # prepare a step while the last one runs; None = on a GPU
+    overlap_lora: bool | None = None  # LoRA's first half beside the base's work; None = on a GPU
+    batch_invariant: bool = False  # on a GPU too, no row's bits depend on its neighbours
 
     def __post_init__(self) -> None:
         for name in (
@@ -243,8 +253,18 @@ class EngineConfig:
         self._check_quantization()
         if self.max_lora_rank % 8:
             raise ConfigError(f"max_lora_rank must be a multiple of 8, not {self.max_lora_rank}")
-        if self.device != "cpu":
-            raise ConfigError(f"device {self.device!r} is not supported yet; use device='cpu'")
+        if not DEVICE.fullmatch(self.device):
+            raise ConfigError(
+                f"device must be cpu, cuda, cuda:N or auto, not {self.device!r}; "
+                "use device='cpu' on a machine without an NVIDIA GPU"
+            )
+        if self.load_format not in LOAD_FORMATS:
+            raise ConfigError(
+                f"load_format must be one of {', '.join(LOAD_FORMATS)}, not {self.load_format!r}"
+            )
+        share = self.gpu_memory_utilization
+        if not isinstance(share, int | float) or isinstance(share, bool) or not 0 < share <= 1:
+            raise ConfigError(f"gpu_memory_utilization must be above 0, at most 1, not {share!r}")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise ConfigError(f"seed must be an integer, not {self.seed!r}")
 
@@ -264,6 +284,18 @@ class EngineConfig:
             raise ConfigError(
                 f"quantization_group_size={group} needs quantization='int8' or 'int4'"
             )
+
+    def captures(self, is_gpu: bool) -> bool:
+        """Whether decode steps are captured as graphs."""
+        return is_gpu if self.enforce_eager is None else not self.enforce_eager
+
+    def is_async(self, is_gpu: bool) -> bool:
+        """Whether a step is prepared while the one before it runs."""
+        return is_gpu if self.async_scheduling is None else self.async_scheduling
+
+    def overlaps(self, is_gpu: bool) -> bool:
+        """Whether LoRA's shrink runs beside the base's work."""
+        return is_gpu if self.overlap_lora is None else self.overlap_lora
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> EngineConfig:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
+from collections import deque
 from collections.abc import Mapping
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
@@ -17,19 +19,21 @@ from .answers import RequestState
 from .blocks import BlockPool
 from .checkpoint import load_checkpoint, read_base_weight, read_config
 from .config import EngineConfig, ModelConfig
+from .device import open_device
+from .dummy import SHAPES, load_random, shape_of
 from .errors import CapacityError, ConfigError, RequestError
 from .kv_cache import KVCache
+from .memory import Needs, num_blocks
 from .models import MODELS
 from .plan import Plan, StepResult
 from .quant import schemes_of
 from .request import FinishReason, RequestOutput, SamplingParams, Sequence
-from .runner import Runner
+from .runner import Runner, Ticket
 from .scheduler import Scheduler
 from .sites import sites_of
 from .tokenizer import Tokenizer, load_tokenizer
 
-DEFAULT_KV_BYTES = 4 << 30
-"""KV memory when num_kv_blocks is not given and full-length requests would need more."""
+logger = logging.getLogger(__name__)
 
 Adapter = str | Mapping[str, float] | None
 
@@ -54,23 +58,30 @@ class Engine:
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
-        self.model_config = read_config(config.model)
+        self._device = open_device(config.device)
+        is_dummy = config.load_format == "dummy"
+        self.model_config = shape_of(config.model) if is_dummy else read_config(config.model)
         dtype = _dtype(config.dtype, self.model_config)
         self.max_model_len = _max_model_len(config, self.model_config)
-        self.tokenizer: Tokenizer | None = None
-        if not config.skip_tokenizer_init:
-            self.tokenizer = load_tokenizer(config.tokenizer or config.model)
+        self.tokenizer = _tokenizer(config)
         self._sites = sites_of(self.model_config)
-        self.model = MODELS["LlamaForCausalLM"](self.model_config, dtype, schemes_of(config))
-        load_checkpoint(config.model, self.model.parts(), self.model_config)
+        with self._device.torch:
+            self.model = MODELS["LlamaForCausalLM"](self.model_config, dtype, schemes_of(config))
+        if is_dummy:
+            load_random(self.model.parts(), config.seed, dtype, self._device.torch)
+        else:
+            load_checkpoint(config.model, self.model.parts(), self.model_config)
         lora_dtype = dtype if config.lora_dtype == "auto" else getattr(torch, config.lora_dtype)
-        self.store = AdapterStore(self._sites, config, dtype=lora_dtype)
-        blocks = config.num_kv_blocks or self._default_blocks(dtype)
-        self.pool = BlockPool(blocks, config.block_size, config.enable_prefix_caching)
-        cache = KVCache(self.model_config, blocks, config.block_size, dtype)
-        self.runner = Runner(self.model, cache, self.store, self._sites, config.block_size)
-        self.scheduler = Scheduler(config, self.pool, self.store, self.max_model_len)
+        device = self._device.torch
+        self.store = AdapterStore(self._sites, config, dtype=lora_dtype, device=device)
         self._block_bytes = KVCache.block_bytes(self.model_config, config.block_size, dtype)
+        self.runner = self._make_runner(dtype)
+        self.pool = BlockPool(
+            self.runner.cache.num_blocks, config.block_size, config.enable_prefix_caching
+        )
+        self.scheduler = Scheduler(config, self.pool, self.store, self.max_model_len)
+        self._depth = 2 if config.is_async(self._device.is_cuda) else 1  # steps on their way
+        self._tickets: deque[Ticket] = deque()
         self._requests: dict[str, RequestState] = {}
         self._by_seq: dict[int, RequestState] = {}
         self._seq_ids, self._arrivals = itertools.count(), itertools.count()
@@ -114,21 +125,37 @@ class Engine:
         return request_id
 
     def abort(self, request_id: str) -> bool:
-        """Ends a request and frees its blocks and slot at once. False if there is none."""
+        """Ends a request; False if there is none.
+
+        Its blocks and slot are free at once, or when the step that computes it now is done.
+        """
         state = self._requests.pop(request_id, None)
         if state is None:
             return False
         for answer in state.answers:
             if answer.seq.finish_reason is None:
                 self._drop(answer.seq)
+        self._drain_idle()
         return True
 
     def step(self) -> list[RequestOutput]:
-        """Computes one step and returns the requests that advanced, their outputs cumulative."""
+        """Computes one step and returns the requests that advanced, their outputs cumulative.
+
+        With `async_scheduling` it starts a step and returns what came of the one before it.
+        """
         plan = self.scheduler.plan()
-        if plan is None:
+        if plan is not None:
+            self._tickets.append(self.runner.submit(plan))
+        if not self._tickets or (plan is not None and len(self._tickets) < self._depth):
             return []
-        result = self.runner.collect(self.runner.submit(plan))
+        outputs = self._finish_step()
+        self._drain_idle()
+        return outputs
+
+    def _finish_step(self) -> list[RequestOutput]:
+        """Waits for the oldest step on its way, and takes in what came of it."""
+        ticket = self._tickets.popleft()
+        plan, result = ticket.plan, self.runner.collect(ticket)
         touched = self._record(plan, result)
         for seq in self.scheduler.commit(plan, result):
             state = self._by_seq[seq.seq_id]
@@ -145,6 +172,11 @@ class Engine:
             if output.finished:
                 del self._requests[output.request_id]
         return outputs
+
+    def _drain_idle(self) -> None:
+        """Ends the steps that were started for requests which have all ended by now."""
+        while self._tickets and not self._requests:
+            self._finish_step()
 
     @property
     def has_work(self) -> bool:
@@ -175,12 +207,19 @@ class Engine:
         return self.store.infos()
 
     def memory(self) -> dict[str, int]:
-        """Bytes in use: the base's weights, the adapters' rank pages, the KV blocks with tokens."""
+        """Bytes in use: the base's weights, the adapters' rank pages, the KV blocks with tokens.
+
+        Also what was set aside: for KV blocks, for the rank pages of the sites in layers, and, on a
+        GPU, for the activations of the largest step.
+        """
         used = self.pool.num_blocks - self.pool.num_free
         return {
             "base": self.model.num_bytes,
             "adapters": self.store.num_bytes,
             "kv": used * self._block_bytes,
+            "kv_capacity": self.pool.num_blocks * self._block_bytes,
+            "adapter_capacity": self.store.reserved_bytes,
+            "activations": self._activations,
         }
 
     @property
@@ -199,7 +238,8 @@ class Engine:
         """Asserts that blocks, slots, rows and pages add up. For tests and for debugging."""
         self.scheduler.check_integrity()
         self.store.check_integrity()
-        alive = {seq.seq_id for seq in (*self.scheduler.running, *self.scheduler.waiting)}
+        everyone = (*self.scheduler.running, *self.scheduler.waiting)
+        alive = {seq.seq_id for seq in everyone if seq.finish_reason is None}
         assert alive == set(self._by_seq), "sequences of the scheduler and the engine differ"
 
     def _record(self, plan: Plan, result: StepResult) -> dict[str, RequestState]:
@@ -207,9 +247,11 @@ class Engine:
         self._steps += 1
         touched = {}
         for chunk, row in zip(plan.chunks, result.rows, strict=True):
+            seq = self.scheduler.sequence(chunk.row)
+            if seq.finish_reason is not None:  # while it was computed
+                continue
             self._generated += row.token is not None
             self._prompt_tokens += chunk.count - (row.token is not None)
-            seq = self.scheduler.sequence(chunk.row)
             state = self._by_seq[seq.seq_id]
             if state.keep_logprobs(seq, row):
                 touched[state.request_id] = state
@@ -276,11 +318,41 @@ class Engine:
             eos = (*eos, *self.tokenizer.eos_token_ids)
         return frozenset(params.stop_token_ids) | frozenset(eos)
 
-    def _default_blocks(self, dtype: torch.dtype) -> int:
-        size = self.config.block_size
-        full = self.config.max_num_seqs * -(-self.max_model_len // size)
-        affordable = DEFAULT_KV_BYTES // KVCache.block_bytes(self.model_config, size, dtype)
-        return max(min(full, affordable), 1)
+    def _make_runner(self, dtype: torch.dtype) -> Runner:
+        """The runner with as many KV blocks as fit, its decode steps captured."""
+        config, device, size = self.config, self._device, self.config.block_size
+
+        def cache(blocks: int) -> KVCache:
+            return KVCache(self.model_config, blocks, size, dtype, device.torch)
+
+        runner = Runner(
+            config, device, self.model, cache(1), self.store, self._sites, self.max_model_len
+        )
+        memory = device.memory()
+        self._activations = 0 if memory is None else device.peak_of(runner.rehearse)
+        needs = Needs(
+            base=self.model.num_bytes,
+            activations=self._activations,
+            rank_pages=self.store.reserved_bytes,
+            block=self._block_bytes,
+            max_blocks=config.max_num_seqs * -(-self.max_model_len // size),
+        )
+        runner.cache = cache(num_blocks(config, needs, memory))
+        if config.captures(device.is_cuda):
+            self.store.reserve()  # graphs keep the addresses of the pages
+            runner.capture()
+        return runner
+
+
+def _tokenizer(config: EngineConfig) -> Tokenizer | None:
+    if config.skip_tokenizer_init:
+        return None
+    if config.tokenizer is None and config.model.partition(":")[0] in SHAPES:
+        raise ConfigError(
+            f"{config.model!r} is a shape and has no tokenizer; give tokenizer=FOLDER, or "
+            "skip_tokenizer_init=True to serve token ids"
+        )
+    return load_tokenizer(config.tokenizer or config.model)
 
 
 def _seed(base: int, number: int) -> int:

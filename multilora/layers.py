@@ -47,8 +47,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor, batch: ForwardBatch) -> Tensor:
         """x [tokens, in] -> [tokens, out]. The bias comes last, outside of DoRA's scale."""
-        y = mk.linear(x, self.weight)
-        batch.add_lora_(self.site.name, self.layer, y, x)
+        y = batch.adapt(self.site.name, self.layer, x, lambda: mk.linear(x, self.weight))
         return y if self.bias is None else y.add_(self.bias)
 
     def part(self, *paths: str) -> Part:
@@ -125,23 +124,26 @@ class Rope:
     """cos and sin of every position seen so far, float32 [positions, head_dim / 2] each.
 
     Grows by whole steps computed in one shape, so that a position's bits never depend on when it
-    was asked for.
+    was asked for; on the CPU, so that they do not depend on the device either.
     """
 
     STEP = 4096
 
-    def __init__(self, config: ModelConfig) -> None:
-        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
-        self.inv_freq = _scale_frequencies(1.0 / config.rope_theta**exponents, config)
-        self.cos = self.sin = torch.empty(0, config.head_dim // 2)
+    def __init__(self, config: ModelConfig, device: torch.device | str = "cpu") -> None:
+        even = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu")
+        self.inv_freq = _scale_frequencies(
+            1.0 / config.rope_theta ** (even.float() / config.head_dim), config
+        )
+        self.cos = self.sin = torch.empty(0, config.head_dim // 2, device=device)
 
     def tables(self, length: int) -> tuple[Tensor, Tensor]:
         """cos and sin that cover at least `length` positions."""
         while len(self.cos) < length:
-            positions = torch.arange(len(self.cos), len(self.cos) + self.STEP).float()
+            first, device = len(self.cos), self.cos.device
+            positions = torch.arange(first, first + self.STEP, device="cpu").float()
             angles = positions[:, None] * self.inv_freq
-            self.cos = torch.cat((self.cos, angles.cos()))
-            self.sin = torch.cat((self.sin, angles.sin()))
+            self.cos = torch.cat((self.cos, angles.cos().to(device)))
+            self.sin = torch.cat((self.sin, angles.sin().to(device)))
         return self.cos, self.sin
 
 

@@ -186,6 +186,7 @@ class Sequence:
     output_ids: list[int] = field(default_factory=list)
     num_scheduled: int = 0  # tokens whose KV is computed or being computed
     num_computed: int = 0  # tokens whose KV is known to be in the cache
+    num_pending: int = 0  # tokens that are being sampled, their values not yet known
     num_cached: int = 0  # of those, taken from the prefix cache at the first admission
     num_overtaken: int = 0  # later ones that got an adapter slot when there was none for it
     blocks: list[int] = field(default_factory=list)
@@ -197,6 +198,16 @@ class Sequence:
     def num_tokens(self) -> int:
         """Prompt and output tokens known so far."""
         return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def num_expected(self) -> int:
+        """Tokens known so far and those that are being sampled."""
+        return self.num_tokens + self.num_pending
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a plan that is not yet committed computes some of it."""
+        return self.num_computed < self.num_scheduled
 
     def tokens(self, start: int, end: int) -> list[int]:
         """Tokens `start:end` of prompt + output."""

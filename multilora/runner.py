@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,56 +12,29 @@ import multilora_kernels as mk
 
 from .adapters.store import AdapterStore
 from .batch import ForwardBatch, SiteLora
+from .batch_sampler import Adjuster, Choice, choose, draw_fields
+from .config import EngineConfig
+from .device import Device
+from .graphs import Graphs, empty_block_table, extents
+from .inputs import ROWS, Extent, StepInputs, lay_out
 from .kv_cache import KVCache
 from .models.llama import Llama
-from .plan import Chunk, NewRow, Plan, RowResult, StepResult
-from .request import SamplingParams
-from .sampler import Sampled, SampleRow, sample, token_logprobs
+from .plan import Plan, RowResult, StepResult
+from .request import TokenLogprobs
+from .rows import Rows
+from .sampler import Sampled, as_logprobs, rank, sample
 from .sites import Site
-
-ROWS = 16
-"""Row counts are padded to a multiple of this: see ForwardBatch."""
-
-
-@dataclass(slots=True)
-class _Row:
-    """What the runner knows of a sequence: enough to make its inputs and to sample for it."""
-
-    prompt_ids: list[int]
-    output_ids: list[int]
-    params: SamplingParams
-    seed: int
-    stop_ids: frozenset[int]
-
-    @classmethod
-    def of(cls, new: NewRow) -> _Row:
-        ids, cut = new.token_ids, new.num_prompt
-        return cls(ids[:cut], ids[cut:], new.params, new.seed, new.stop_ids)
-
-    def tokens(self, start: int, count: int) -> list[int]:
-        cut, end = len(self.prompt_ids), start + count
-        if end <= cut:
-            return self.prompt_ids[start:end]
-        return self.prompt_ids[start:cut] + self.output_ids[max(start - cut, 0) : end - cut]
-
-
-@dataclass(slots=True)
-class _Wanted:
-    """Which logits rows of the step belong to one chunk."""
-
-    prompt_rows: range = range(0)  # rows of prompt positions whose next token is scored
-    targets: list[int] = field(default_factory=list)  # those next tokens
-    sample_row: int | None = None
+from .staging import Field, Staging
 
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """A step on its way."""
+    """A step on its way. What it draws and scores waits for the device when it is called."""
 
     plan: Plan
-    order: list[Chunk]
-    wanted: list[_Wanted]
-    logits: Tensor  # [padded rows, vocab]
+    step: StepInputs
+    drawn: Callable[[], list[Sampled]]  # for each chunk that samples
+    scored: Callable[[], list[TokenLogprobs]]  # for each prompt position that is scored
 
 
 class Runner:
@@ -69,137 +42,215 @@ class Runner:
 
     def __init__(
         self,
+        config: EngineConfig,
+        device: Device,
         model: Llama,
         cache: KVCache,
         store: AdapterStore,
         sites: Mapping[str, Site],
-        block_size: int,
+        max_model_len: int,
     ) -> None:
         self.model, self.cache, self.store = model, cache, store
-        self.sites, self.block_size = sites, block_size
-        self.rows: dict[int, _Row] = {}
+        self._config, self._device, self._sites = config, device, sites
+        self._max_len = max_model_len
+        max_blocks = -(-max_model_len // config.block_size)
+        self._rows = Rows(config.max_num_seqs, max_blocks, device)
+        self._staging = Staging(device, _staging_bytes(config, max_blocks))
+        self._batched = config.is_async(device.is_cuda)
+        self._side = device.side() if config.overlaps(device.is_cuda) else None
+        self.graphs: Graphs | None = None
+
+    # A step -----------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def submit(self, plan: Plan) -> Ticket:
         """Starts a step. Chunks are laid out by slot, so that a slot's tokens lie together."""
-        for row in plan.freed_rows:
-            self.rows.pop(row, None)
-        for new in plan.new_rows:
-            self.rows[new.row] = _Row.of(new)
-        order = sorted(plan.chunks, key=lambda chunk: (chunk.slot, chunk.row))
-        wanted, logits_tokens, logits_slots = self._wanted(order)
-        batch = self._batch(order, logits_tokens, logits_slots)
-        return Ticket(plan, order, wanted, self.model(batch, self.cache))
+        self._device.activate()
+        self._rows.take(plan)
+        step = lay_out(plan.chunks, self._rows, self.store, self._config.block_size)
+        graph = self.graphs.find(step) if self.graphs is not None else None
+        extent = graph.extent if graph is not None else step.extent
+        choices = self._choices(step)
+        sent = self._send(step, extent, choices)
+        if graph is not None and self.graphs is not None:
+            logits = self.graphs.replay(graph, sent)
+        else:
+            logits = self._forward(sent, extent, step.sites, sent["block_table"])
+        drawn = self._start_drawing(step, logits, choices, sent)
+        return Ticket(plan, step, drawn, self._start_scoring(step, logits))
 
-    @torch.inference_mode()
     def collect(self, ticket: Ticket) -> StepResult:
-        """Waits for a step and samples its new tokens."""
-        samplers = [
-            (w.sample_row, self._sample_row(c))
-            for c, w in zip(ticket.order, ticket.wanted, strict=True)
-            if w.sample_row is not None
-        ]
-        rows = torch.tensor(
-            [row for row, _ in samplers] + [0] * (-len(samplers) % ROWS), dtype=torch.int64
-        )
-        drawn = iter(sample(ticket.logits[rows], [row for _, row in samplers]) if samplers else ())
+        """Waits for a step; what came of it."""
+        drawn, scored = iter(ticket.drawn()), iter(ticket.scored())
         results = {}
-        for chunk, wanted in zip(ticket.order, ticket.wanted, strict=True):
-            sampled = next(drawn) if wanted.sample_row is not None else None
-            results[chunk.row] = self._result(chunk, wanted, sampled, ticket.logits)
+        for chunk, wanted in zip(ticket.step.order, ticket.step.wanted, strict=True):
+            sampling, prompt_logprobs = wanted.row.sampling, None
+            if sampling.params.prompt_logprobs is not None:
+                prompt_logprobs = [next(scored) for _ in wanted.targets]
+            result = RowResult(chunk.row, None, None, prompt_logprobs)
+            if wanted.sample_row is not None:
+                found = next(drawn)
+                sampling.output_ids.append(found.token)
+                result = RowResult(
+                    chunk.row, found.token, found.logprobs, prompt_logprobs, found.failed
+                )
+            results[chunk.row] = result
         return StepResult(tuple(results[chunk.row] for chunk in ticket.plan.chunks))
 
-    def _sample_row(self, chunk: Chunk) -> SampleRow:
-        row = self.rows[chunk.row]
-        return SampleRow(row.params, row.seed, row.prompt_ids, row.output_ids, row.stop_ids)
+    def _send(self, step: StepInputs, extent: Extent, choices: list[Choice]) -> dict[str, Tensor]:
+        fields = step.fields(extent)
+        rows = [w.sample_row for w in step.wanted if w.sample_row is not None]
+        # The CPU's sampler takes rows padded like all others.
+        count = len(rows) if self._batched else -(-len(rows) // ROWS) * ROWS
+        fields["sample.logits"] = Field(rows, torch.int64, (count,))
+        if self._batched:
+            owners = [c.row for c, w in zip(step.order, step.wanted, strict=True) if w.samples]
+            fields["sample.rows"] = Field(owners, torch.int64, (len(rows),))
+            fields |= draw_fields(choices, self.model.config.vocab_size)
+        # Last, since its width changes from step to step.
+        fields["block_table"] = Field(step.block_table, torch.int32, step.block_table.shape)
+        return self._staging.send(fields)
 
-    def _result(
-        self, chunk: Chunk, wanted: _Wanted, sampled: Sampled | None, logits: Tensor
-    ) -> RowResult:
-        row = self.rows[chunk.row]
-        prompt_logprobs = None
-        if row.params.prompt_logprobs is not None:
-            padded = _padded(list(wanted.prompt_rows), 0)
-            scored = logits[torch.tensor(padded, dtype=torch.int64)]
-            prompt_logprobs = token_logprobs(scored, wanted.targets, row.params.prompt_logprobs)
-        if sampled is None:
-            return RowResult(chunk.row, None, None, prompt_logprobs)
-        row.output_ids.append(sampled.token)
-        return RowResult(
-            chunk.row, sampled.token, sampled.logprobs, prompt_logprobs, sampled.failed
+    def _forward(
+        self,
+        sent: Mapping[str, Tensor],
+        extent: Extent,
+        sites: frozenset[str],
+        block_table: Tensor,  # int32 [seqs, blocks]
+    ) -> Tensor:
+        """Logits [rows, vocab]. Tokens that only the device knows come from `last_tokens`."""
+        rows = sent["token_rows"]
+        batch = ForwardBatch(
+            ids=torch.where(rows >= 0, self._rows.last_tokens[rows.clamp(min=0)], sent["ids"]),
+            positions=sent["positions"],
+            kv_slots=sent["kv_slots"],
+            query_starts=sent["query_starts"],
+            seq_lens=sent["seq_lens"],
+            block_table=block_table,
+            max_query_len=extent.max_query_len,
+            max_seq_len=extent.max_seq_len,
+            logits_rows=sent["logits_rows"],
+            lora={name: self._site_lora(name, sent) for name in sites},
+            side=self._side,
         )
+        logits: Tensor = self.model(batch, self.cache)
+        return logits
 
-    def _wanted(self, order: list[Chunk]) -> tuple[list[_Wanted], list[int], list[int]]:
-        """For each chunk its logits rows; for each logits row its token and slot."""
-        found: list[_Wanted] = []
-        tokens: list[int] = []
-        slots: list[int] = []
-        first = 0
-        for chunk in order:
-            row, wanted = self.rows[chunk.row], _Wanted()
-            if row.params.prompt_logprobs is not None:
-                last = min(chunk.start + chunk.count, len(row.prompt_ids) - 1)
-                count = max(last - chunk.start, 0)
-                wanted.prompt_rows = range(len(tokens), len(tokens) + count)
-                wanted.targets = row.prompt_ids[chunk.start + 1 : chunk.start + 1 + count]
-                tokens += range(first, first + count)
-            if chunk.samples:
-                wanted.sample_row = len(tokens)
-                tokens.append(first + chunk.count - 1)
-            slots += [chunk.slot] * (len(tokens) - len(slots))
-            found.append(wanted)
-            first += chunk.count
-        return found, _padded(tokens, 0), _padded(slots, -1)
+    def _site_lora(self, name: str, sent: Mapping[str, Tensor]) -> SiteLora:
+        kind = "head" if name == "lm_head" else "tiles"
+        tiles = mk.Tiles(*(sent[f"{kind}.{part}"] for part in mk.Tiles._fields))
+        starts = self._sites[name].slice_starts
+        return SiteLora(self.store.pool(name), self.store.table.site(name), tiles, starts)
 
-    def _batch(
-        self, order: list[Chunk], logits_tokens: list[int], logits_slots: list[int]
-    ) -> ForwardBatch:
-        ids: list[int] = []
-        positions: list[int] = []
-        kv_slots: list[int] = []
-        slots: list[int] = []
-        starts = [0]
-        size = self.block_size
-        for chunk in order:
-            ids += self.rows[chunk.row].tokens(chunk.start, chunk.count)
-            span = range(chunk.start, chunk.start + chunk.count)
-            positions += span
-            kv_slots += [chunk.blocks[p // size] * size + p % size for p in span]
-            slots += [chunk.slot] * chunk.count
-            starts.append(len(ids))
-        seq_lens = [chunk.start + chunk.count for chunk in order]
-        width = max(-(-length // size) for length in seq_lens)
-        table = [list(c.blocks[:width]) + [0] * (width - len(c.blocks)) for c in order]
-        return ForwardBatch(
-            ids=torch.tensor(_padded(ids, 0)),
-            positions=torch.tensor(_padded(positions, 0)),
-            kv_slots=torch.tensor(_padded(kv_slots, -1)),
-            query_starts=torch.tensor(starts, dtype=torch.int32),
-            seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
-            block_table=torch.tensor(table, dtype=torch.int32),
-            max_query_len=max(chunk.count for chunk in order),
-            max_seq_len=max(seq_lens),
-            logits_rows=torch.tensor(logits_tokens, dtype=torch.int64),
-            lora=self._lora(_padded(slots, -1), logits_slots),
-        )
+    # Sampling ---------------------------------------------------------------------------------
 
-    def _lora(self, token_slots: list[int], logits_slots: list[int]) -> dict[str, SiteLora]:
-        active = self.store.active_sites(set(token_slots))
-        if not active:
-            return {}
-        tile = mk.DECODE_TILE if len(token_slots) <= ROWS * 4 else mk.PREFILL_TILE
-        tiles = mk.make_tiles(token_slots, tile)
-        head = mk.make_tiles(logits_slots, mk.DECODE_TILE) if "lm_head" in active else tiles
-        found = {}
-        for name in active:
-            found[name] = SiteLora(
-                self.store.pool(name),
-                self.store.table.site(name),
-                head if name == "lm_head" else tiles,
-                self.sites[name].slice_starts,
-            )
+    def _choices(self, step: StepInputs) -> list[Choice]:
+        """What the tokens of a step depend on beside its logits; counts them as sampled."""
+        found = []
+        for wanted in step.wanted:
+            row = wanted.row
+            if not wanted.samples:
+                continue
+            if self._batched and row.adjuster is None and row.num_choices == 0:
+                vocab = self.model.config.vocab_size
+                row.adjuster = Adjuster.of(row.sampling, vocab, self._device.torch)
+            found.append(Choice(row.sampling, row.adjuster, row.num_sampled))
+            row.num_sampled += 1
+            row.num_choices += 1
         return found
 
+    def _start_drawing(
+        self,
+        step: StepInputs,
+        logits: Tensor,
+        choices: list[Choice],
+        sent: Mapping[str, Tensor],
+    ) -> Callable[[], list[Sampled]]:
+        if not choices:
+            return list
+        logits = logits[sent["sample.logits"]]
+        if not self._batched:
+            found = sample(logits, [choice.row for choice in choices])
+            return lambda: found
+        tokens, failed = choose(logits, choices, sent)
+        self._rows.last_tokens.index_copy_(0, sent["sample.rows"], tokens)
+        ranked = [
+            part
+            for i, choice in enumerate(choices)
+            if choice.row.params.logprobs is not None
+            for part in rank(logits[i], tokens[i : i + 1], choice.row.params.logprobs)
+        ]
+        on_its_way = self._device.fetch([tokens, failed, *ranked])
+        return lambda: _sampled(choices, on_its_way.wait())
 
-def _padded(values: list[int], fill: int) -> list[int]:
-    return values + [fill] * (-len(values) % ROWS)
+    def _start_scoring(self, step: StepInputs, logits: Tensor) -> Callable[[], list[TokenLogprobs]]:
+        """Log probabilities of the prompt tokens that were asked for."""
+        ranked: list[Tensor] = []
+        for wanted in step.wanted:
+            top = wanted.row.sampling.params.prompt_logprobs
+            if top is None or not wanted.targets:
+                continue
+            targets = torch.tensor(wanted.targets, device=logits.device)
+            for i, row in enumerate(wanted.prompt_rows):
+                ranked += rank(logits[row], targets[i : i + 1], top)
+        if not ranked:
+            return list
+        on_its_way = self._device.fetch(ranked)
+        return lambda: _logprobs(on_its_way.wait())
+
+    # Graphs -----------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Captures the decode steps of every size. Steps that adapt embeddings stay uncaptured."""
+        config = self._config
+        sizes = extents(config.max_num_seqs, config.max_loras, self._max_len)
+        sites = frozenset(name for name, site in self._sites.items() if site.in_layers)
+        self.model.rope.tables(self._max_len)  # not while a graph is captured
+        table = empty_block_table(
+            sizes[0].seqs, -(-self._max_len // config.block_size), self._device
+        )
+        self.graphs = Graphs(sites, table)
+
+        def work(extent: Extent, block_table: Tensor) -> Callable[[], Tensor]:
+            sent = self._staging.send(StepInputs.empty(extent).fields(extent))
+            adapted = sites if extent.tiles else frozenset[str]()
+            return lambda: self._forward(sent, extent, adapted, block_table)
+
+        self.graphs.capture(self._device, sizes, work)
+
+    @torch.inference_mode()
+    def rehearse(self) -> None:
+        """Runs the largest step, on nothing: what it needs beside weights, pages and blocks."""
+        config = self._config
+        tokens = -(-config.max_num_batched_tokens // ROWS) * ROWS
+        seqs = min(config.max_num_seqs, tokens)
+        extent = Extent(tokens, 1, -(-seqs // ROWS) * ROWS, 0, 0, tokens, self._max_len)
+        step = StepInputs.empty(extent)
+        step.query_starts, step.seq_lens = [0, tokens], [min(tokens, self._max_len)]
+        sent = self._staging.send(step.fields(extent))
+        table = empty_block_table(1, -(-self._max_len // config.block_size), self._device)
+        logits = self._forward(sent, extent, frozenset(), table)
+        if self._batched:
+            logits.float().sort(-1)[0].double().softmax(-1)  # about what `choose` needs
+
+
+def _sampled(choices: list[Choice], found: list[Tensor]) -> list[Sampled]:
+    """`Sampled` of each row from tokens, failures, and the logprobs of rows that want them."""
+    tokens, failed = found[0].tolist(), found[1].tolist()
+    ranked = iter(_logprobs(found[2:]))
+    answers = []
+    for choice, token, lost in zip(choices, tokens, failed, strict=True):
+        logprobs = next(ranked) if choice.row.params.logprobs is not None else None
+        answers.append(Sampled(token, None if lost else logprobs, lost))
+    return answers
+
+
+def _logprobs(ranked: list[Tensor]) -> list[TokenLogprobs]:
+    return [as_logprobs(*ranked[i : i + 3]) for i in range(0, len(ranked), 3)]
+
+
+def _staging_bytes(config: EngineConfig, max_blocks: int) -> int:
+    """Enough for any step: per token, per sequence, and the block table."""
+    tokens = config.max_num_batched_tokens + 4 * config.max_num_seqs + 8 * ROWS
+    return 64 * tokens + 128 * config.max_num_seqs + 4 * config.max_num_seqs * max_blocks + 8192

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 GREEDY_BELOW = 1e-5
 """Temperatures under this mean greedy: dividing by them would only overflow."""
 
-_ONE = 2**52  # probability 1 as an integer: sums stay far from 2**63
-_DRAW_BITS = 53
+ONE = 2**52  # probability 1 as an integer: sums stay far from 2**63
+DRAW_BITS = 53
 _MASK64 = 2**64 - 1
 _HEAD, _HEAD_GROWTH = 1024, 16  # how many of the likeliest tokens to sort at first, and then
 _GAMMA = 0x9E3779B97F4A7C15  # splitmix64's increment, 2**64 / golden ratio
@@ -89,7 +89,11 @@ def token_logprobs(
     A row with NaN gives its target a NaN.
     """
     assert logits.shape[0] >= len(targets), f"{logits.shape[0]} rows for {len(targets)} targets"
-    return [_row_logprobs(_own(logits[i]), target, top) for i, target in enumerate(targets)]
+    device = logits.device
+    return [
+        as_logprobs(*rank(logits[i], torch.tensor([target], device=device), top))
+        for i, target in enumerate(targets)
+    ]
 
 
 def _finish(logits: Tensor, row: SampleRow, best: int) -> Sampled:
@@ -104,7 +108,8 @@ def _finish(logits: Tensor, row: SampleRow, best: int) -> Sampled:
         return _FAILED
     if params.logprobs is None:
         return Sampled(token, None, False)
-    return Sampled(token, _row_logprobs(_own(logits), token, params.logprobs), False)
+    chosen = torch.tensor([token], device=logits.device)
+    return Sampled(token, as_logprobs(*rank(logits, chosen, params.logprobs)), False)
 
 
 def _own(row: Tensor) -> Tensor:
@@ -173,17 +178,17 @@ def _draw(logits: Tensor, row: SampleRow) -> int | None:
         return None
     survivors = (logits >= _floor(logits, float(logits[best]), params)).nonzero().flatten()
     logits = logits[survivors]
-    weights = (logits.double().softmax(-1) * _ONE).long()
+    weights = (logits.double().softmax(-1) * ONE).long()
     total, draw = int(weights.sum()), uniform(row.seed, len(row.output_ids))
     if params.top_p == 1:
-        threshold = total * draw >> _DRAW_BITS
+        threshold = total * draw >> DRAW_BITS
         ids, cumulative = _likeliest(logits, weights, threshold + 1)
     else:
         # A token stays while those before it have not yet reached top_p.
         limit = math.ceil(params.top_p * total)
         ids, cumulative = _likeliest(logits, weights, limit)
         last = min(int(torch.searchsorted(cumulative, limit)), len(ids) - 1)
-        threshold = int(cumulative[last]) * draw >> _DRAW_BITS
+        threshold = int(cumulative[last]) * draw >> DRAW_BITS
     return int(survivors[ids[torch.searchsorted(cumulative, threshold, right=True)]])
 
 
@@ -225,24 +230,40 @@ def _top(logits: Tensor, size: int) -> Tensor:
     return ids[logits[ids].sort(descending=True, stable=True).indices]
 
 
-def _row_logprobs(logits: Tensor, target: int, top: int) -> TokenLogprobs:
-    """The target's entry, then the `top` likeliest, of fp32 [vocab] logits."""
-    logprobs = logits.log_softmax(-1)
-    rank = 1 + int((logits > logits[target]).sum())
-    found = {target: Logprob(float(logprobs[target]), rank)}
-    if top <= 0:
-        return found
-    ids = _top(logits, top)[:top]
+def rank(
+    logits: Tensor,  # [vocab], any float dtype
+    target: Tensor,  # int64 [1]
+    top: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # int64 ids, fp32 logprobs, int64 ranks, each [1 + top]
+    """The target, then the `top` likeliest. Never looks at a value, so that a GPU need not wait."""
+    logits = _own(logits)
+    order = _sortable(logits)
+    best = order.topk(min(top, len(logits))).indices
+    ids = torch.cat((target, best))
     values = logits[ids]
-    ranks = 1 + (values[None] > values[:, None]).sum(-1)
-    likeliest = zip(ids.tolist(), logprobs[ids].tolist(), ranks.tolist(), strict=True)
-    return found | {token: Logprob(logprob, place) for token, logprob, place in likeliest}
+    likeliest = logits[best]
+    ranks = 1 + (likeliest[None] > likeliest[:, None]).sum(-1)
+    own = 1 + (logits > values[:1]).sum(-1, keepdim=True)
+    return ids, logits.log_softmax(-1)[ids], torch.cat((own, ranks))
+
+
+def as_logprobs(ids: Tensor, logprobs: Tensor, ranks: Tensor) -> TokenLogprobs:
+    """What `rank` found, in its order, the target once."""
+    found = zip(ids.tolist(), logprobs.tolist(), ranks.tolist(), strict=True)
+    return {token: Logprob(logprob, place) for token, logprob, place in found}
+
+
+def _sortable(logits: Tensor) -> Tensor:
+    """int64 [vocab] keys in the order of fp32 logits, the lower id first among equal ones."""
+    bits = (logits + 0.0).view(torch.int32)  # -0 becomes 0
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+    return (ordered << 32) - torch.arange(len(logits), device=logits.device)
 
 
 def uniform(seed: int, position: int) -> int:
     """A uniform integer in [0, 2**53): output `position` of the splitmix64 stream of a seed."""
     # The seed is mixed first, so that streams of neighbouring seeds do not overlap.
-    return _mix(_mix(seed + _GAMMA) + (position + 1) * _GAMMA) >> (64 - _DRAW_BITS)
+    return _mix(_mix(seed + _GAMMA) + (position + 1) * _GAMMA) >> (64 - DRAW_BITS)
 
 
 def _mix(value: int) -> int:

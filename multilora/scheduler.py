@@ -3,11 +3,15 @@
 One step is `plan` -> (the runner computes it) -> `commit`. Sequences run in order of arrival and
 grow block by block; when the blocks run out, the one that arrived last gives its own back and is
 computed again later. So the earliest one always advances, and every sequence ends.
+
+A plan may be made before those before it are committed: it counts tokens that are being sampled
+without knowing them. A sequence that turns out to have ended meanwhile was computed in vain once.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
 from .blocks import ROOT_KEY, BlockPool, block_key
@@ -53,7 +57,8 @@ class Scheduler:
         self._left_rows: list[int] = []  # left since the last plan
         self._slots: dict[int, int] = {}  # row -> adapter slot
         self._keys: dict[int, list[bytes]] = {}  # seq_id -> keys of its full blocks, once admitted
-        self._in_flight: dict[int, Sequence] = {}  # row -> sequence of the plan being computed
+        # row -> sequence of each plan that is being computed, the oldest first
+        self._in_flight: deque[dict[int, Sequence]] = deque()
 
     def add(self, seq: Sequence) -> None:
         """Lets a sequence wait for its turn; a CapacityError if it could never have one.
@@ -86,56 +91,60 @@ class Scheduler:
     ) -> None:
         """Ends a sequence for a reason that the caller found, such as a stop string.
 
-        What it holds is free at once, or at the commit of the plan that computes it now.
+        What it holds is free at once, or at the commit of the last plan that computes it.
         """
         seq.finish_reason, seq.stop_reason = reason, stop_reason
         if seq in self.waiting:
             self.waiting.remove(seq)
             self._keys.pop(seq.seq_id, None)
-        elif seq.row is not None and seq.row not in self._in_flight:
+        elif seq.row is not None and not seq.in_flight:
             self._retire(seq)
 
     def plan(self) -> Plan | None:
-        """The next step, or None when nothing can run; the plan before must be committed.
+        """The next step, or None when nothing can run before the plans in flight are committed.
 
         `freed_rows` are freed before `new_rows` are taken, and a row may be in both.
         """
-        assert not self._in_flight, "the last plan is not committed"
+        wishes = self._wishes()
+        if self._in_flight and self._lacks_blocks(wishes):
+            return None  # nothing is taken from a sequence that is being computed
         chunks: list[Chunk] = []
         before = self.num_preemptions
-        budget = self._plan_running(chunks)
+        budget = self._plan_running(wishes, chunks)
         # Blocks that a preempted sequence gave up are not for a newcomer that arrived later.
         new_rows = self._plan_waiting(chunks, budget) if self.num_preemptions == before else []
         if not chunks:
             return None
         rows = {seq.row: seq for seq in self.running}
-        self._in_flight = {chunk.row: rows[chunk.row] for chunk in chunks}
+        self._in_flight.append({chunk.row: rows[chunk.row] for chunk in chunks})
         freed, self._left_rows = tuple(self._left_rows), []
         return Plan(new_rows=tuple(new_rows), chunks=tuple(chunks), freed_rows=freed)
 
     def commit(self, plan: Plan, result: StepResult) -> list[Sequence]:
-        """Takes in what came of a plan; the sequences with something to tell, ended ones included.
+        """Takes in what came of the oldest plan; the sequences with something to tell.
 
         That is a new token, prompt logprobs or an error, in the order of the chunks. What came of
         a sequence that was ended in the meantime is dropped.
         """
-        assert [chunk.row for chunk in plan.chunks] == list(self._in_flight), "not the last plan"
-        assert [row.row for row in result.rows] == list(self._in_flight), "not of this plan"
-        in_flight, self._in_flight = self._in_flight, {}
+        in_flight = self._in_flight.popleft()
+        assert [chunk.row for chunk in plan.chunks] == list(in_flight), "not the oldest plan"
+        assert [row.row for row in result.rows] == list(in_flight), "not of this plan"
         advanced = []
         for chunk, row in zip(plan.chunks, result.rows, strict=True):
             seq = in_flight[chunk.row]
+            seq.num_computed += chunk.count
+            seq.num_pending -= chunk.samples
             if seq.finish_reason is None:
                 self._advance(seq, chunk, row)
                 if row.failed or row.token is not None or row.prompt_logprobs is not None:
                     advanced.append(seq)
-            if seq.finish_reason is not None:
+            if seq.finish_reason is not None and not seq.in_flight:
                 self._retire(seq)
         return advanced
 
     def sequence(self, row: int) -> Sequence:
-        """The sequence that the plan in flight computes in a row; ask before `commit`."""
-        return self._in_flight[row]
+        """The sequence that the oldest plan in flight computes in a row; ask before `commit`."""
+        return self._in_flight[0][row]
 
     def check_integrity(self) -> None:
         """Asserts that what the sequences hold is what the pool and the tables say."""
@@ -144,27 +153,54 @@ class Scheduler:
         assert len(rows) == len(self.running), "a running sequence has no row"
         assert sorted([*rows, *self._free_rows]) == list(range(self._max_num_seqs)), "rows differ"
         assert sorted(self._slots) == rows, "pins differ"
-        assert all(self._in_flight[row].row == row for row in self._in_flight)
+        flying = [(row, seq) for plan in self._in_flight for row, seq in plan.items()]
+        assert all(seq.row == row for row, seq in flying), "a row was taken from a plan in flight"
         for seq in self.waiting:
             assert seq.row is None, "a waiting sequence has a row"
             assert not seq.blocks, "a waiting sequence has blocks"
-            assert seq.num_scheduled == seq.num_computed == 0
+            assert seq.num_scheduled == seq.num_computed == seq.num_pending == 0
             assert seq.finish_reason is None
         for seq in self.running:
-            assert seq.num_computed <= seq.num_scheduled <= seq.num_tokens
+            assert seq.num_computed <= seq.num_scheduled <= seq.num_expected
             assert len(seq.blocks) == self._pool.blocks_for(seq.num_scheduled)
-            in_flight = seq.row in self._in_flight
-            assert in_flight == (seq.num_computed < seq.num_scheduled)
-            assert in_flight or seq.finish_reason is None, "an ended sequence still runs"
+            plans = sum(one is seq for _, one in flying)
+            assert seq.in_flight == (plans > 0)
+            assert seq.num_pending <= plans
+            assert plans or seq.finish_reason is None, "an ended sequence still runs"
         assert self._keys.keys() <= {seq.seq_id for seq in [*self.waiting, *self.running]}
 
     # Planning -------------------------------------------------------------------------------------
 
-    def _plan_running(self, chunks: list[Chunk]) -> int:
+    def _wishes(self) -> list[tuple[Sequence, int]]:
+        """The running sequences that have tokens to compute, by arrival, with how many."""
+        return [
+            (seq, seq.num_expected - seq.num_scheduled)
+            for seq in sorted(self.running, key=by_arrival)
+            if seq.num_expected > seq.num_scheduled and not self._ends(seq)
+        ]
+
+    def _ends(self, seq: Sequence) -> bool:
+        """Whether it has ended, or will when the tokens that are being sampled arrive."""
+        count = len(seq.output_ids) + seq.num_pending
+        return (
+            seq.finish_reason is not None
+            or count == seq.params.max_tokens
+            or (seq.num_pending > 0 and seq.num_expected >= seq.max_total)
+        )
+
+    def _lacks_blocks(self, wishes: list[tuple[Sequence, int]]) -> bool:
+        budget, need = self._max_tokens, 0
+        for seq, wish in wishes:
+            count = min(wish, budget)
+            budget -= count
+            need += self._new_blocks(seq, count)
+        return need > self._pool.num_free
+
+    def _plan_running(self, wishes: list[tuple[Sequence, int]], chunks: list[Chunk]) -> int:
         """Appends the running sequences' chunks; the token budget left."""
         budget = self._max_tokens
-        for seq in sorted(self.running, key=by_arrival):
-            count = min(seq.num_tokens - seq.num_scheduled, budget)
+        for seq, wish in wishes:
+            count = min(wish, budget)
             if seq.row is None or not count:  # just preempted, or no budget left
                 continue
             self._make_room(seq, count)
@@ -233,6 +269,7 @@ class Scheduler:
         """Preempts from the last arrival on until `seq` can grow, itself if it is the last."""
         while seq.row is not None and self._new_blocks(seq, count) > self._pool.num_free:
             last = max(self.running, key=by_arrival)
+            assert not last.in_flight
             self._release(last)
             last.num_scheduled = last.num_computed = 0
             self.waiting.append(last)
@@ -280,14 +317,16 @@ class Scheduler:
         assert seq.row is not None
         seq.blocks += self._pool.allocate(self._new_blocks(seq, count))
         start = seq.num_scheduled
-        seq.num_scheduled = end = start + count
+        end = start + count
+        samples = end == seq.num_expected
+        seq.num_scheduled, seq.num_pending = end, seq.num_pending + samples
         return Chunk(
             row=seq.row,
             start=start,
             count=count,
             slot=self._slots[seq.row],
             blocks=tuple(seq.blocks),
-            samples=end == seq.num_tokens,
+            samples=samples,
         )
 
     def _new_blocks(self, seq: Sequence, count: int) -> int:
@@ -297,7 +336,6 @@ class Scheduler:
 
     def _advance(self, seq: Sequence, chunk: Chunk, row: RowResult) -> None:
         """Takes in what came of one chunk, and sets the finish reason if it was the last."""
-        seq.num_computed += chunk.count
         if row.failed:  # what it computed is not to be shared
             seq.finish_reason = FinishReason.ERROR
             return

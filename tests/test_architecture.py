@@ -27,7 +27,12 @@ FLOORS = {
     "multilora.sites": 1,
     "multilora.quant": 1,
     "multilora.request": 1,
+    # the machine
+    "multilora.recording": 2,
+    "multilora.device": 2,
+    "multilora.staging": 2,
     # at rest
+    "multilora.dummy": 2,
     "multilora.adapters": 2,
     "multilora.adapters.files": 2,
     "multilora.adapters.format": 2,
@@ -44,6 +49,7 @@ FLOORS = {
     "multilora.hf_vocabulary": 2,
     # memory
     "multilora.blocks": 3,
+    "multilora.memory": 3,
     "multilora.kv_cache": 3,
     "multilora.adapters.pages": 3,
     "multilora.adapters.store": 3,
@@ -57,6 +63,10 @@ FLOORS = {
     "multilora.policies": 5,
     "multilora.scheduler": 5,
     "multilora.sampler": 5,
+    "multilora.batch_sampler": 5,
+    "multilora.rows": 5,
+    "multilora.inputs": 5,
+    "multilora.graphs": 5,
     "multilora.runner": 5,
     # engine
     "multilora.answers": 6,

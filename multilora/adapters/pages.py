@@ -127,18 +127,27 @@ class SitePool:
     @property
     def num_bytes(self) -> int:
         """Bytes of the pages in use."""
-        values = math.prod(self._a_shape) + math.prod(self._b_shape)
-        return len(self._used) * values * self._dtype.itemsize
+        return len(self._used) * self.page_bytes
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page."""
+        return (math.prod(self._a_shape) + math.prod(self._b_shape)) * self._dtype.itemsize
+
+    def reserve(self) -> None:
+        """Takes the memory of all pages, which then stays in place."""
+        if self._pages is None:
+            self._pages = (
+                torch.empty(self.capacity, *self._a_shape, dtype=self._dtype, device=self._device),
+                torch.empty(self.capacity, *self._b_shape, dtype=self._dtype, device=self._device),
+            )
 
     def allocate(self, count: int) -> list[int] | None:
         """Ids of `count` free pages, undefined in content; None if there are not so many."""
         if count > len(self._free):
             return None
-        if self._pages is None and count:
-            self._pages = (
-                torch.empty(self.capacity, *self._a_shape, dtype=self._dtype, device=self._device),
-                torch.empty(self.capacity, *self._b_shape, dtype=self._dtype, device=self._device),
-            )
+        if count:
+            self.reserve()
         ids = [self._free.pop() for _ in range(count)]
         self._used.update(ids)
         return ids

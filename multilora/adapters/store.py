@@ -231,6 +231,19 @@ class AdapterStore:
         """Which pages each slot uses."""
         return self._device.table
 
+    def reserve(self) -> None:
+        """Takes the memory of all pages of the sites in layers, which then stays in place."""
+        for pool in self._layer_pools():
+            pool.reserve()
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes of all pages of the sites in layers, which most adapters need."""
+        return sum(pool.capacity * pool.page_bytes for pool in self._layer_pools())
+
+    def _layer_pools(self) -> list[SitePool]:
+        return [pool for name, pool in self._device.pools.items() if self._sites[name].in_layers]
+
     @property
     def num_bytes(self) -> int:
         """Bytes of the device pages in use."""

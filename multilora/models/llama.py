@@ -68,7 +68,7 @@ class Llama(nn.Module):
             Block(config, sites, i, dtype, schemes) for i in range(config.num_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.rope = Rope(config)
+        self.rope = Rope(config, self.norm.weight.device)
 
     def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
         """Logits [logits_rows, vocab] of the tokens that `batch.logits_rows` names."""

@@ -89,10 +89,10 @@ WEIGHTS = st.sampled_from((-0.5, 1.0))
 class Life(RuleBasedStateMachine):
     """An engine's life, and what each request must come to."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, settings: dict[str, Any]) -> None:
         super().__init__()
         self.world = world
-        self.engine: Engine = make_engine(world.root / "base", **TIGHT)
+        self.engine: Engine = make_engine(world.root / "base", **TIGHT, **settings)
         self.loaded: dict[str, int] = {}
         self.asked: dict[str, tuple[Job, dict[str, int]]] = {}
         self.finished: dict[str, RequestOutput] = {}
@@ -164,9 +164,18 @@ class Life(RuleBasedStateMachine):
         assert self.engine.memory()["kv"] == 0
 
 
-def live(world: World, examples: int, steps: int) -> None:
+# How an engine can work; its answers are the same in all of them.
+WAYS = {
+    "plain": {},
+    "async": {"async_scheduling": True},
+    "async, graphs": {"async_scheduling": True, "enforce_eager": False},
+}
+every_way = pytest.mark.parametrize("way", WAYS)
+
+
+def live(world: World, way: str, examples: int, steps: int) -> None:
     run_state_machine_as_test(
-        lambda: Life(world),
+        lambda: Life(world, WAYS[way]),
         settings=settings(
             max_examples=examples,
             stateful_step_count=steps,
@@ -176,10 +185,12 @@ def live(world: World, examples: int, steps: int) -> None:
     )
 
 
-def test_a_short_life_leaks_nothing_and_changes_no_answer(world: World) -> None:
-    live(world, examples=30, steps=20)
+@every_way
+def test_a_short_life_leaks_nothing_and_changes_no_answer(world: World, way: str) -> None:
+    live(world, way, examples=30 if way == "plain" else 15, steps=20)
 
 
 @pytest.mark.slow
-def test_a_long_life_leaks_nothing_and_changes_no_answer(world: World) -> None:
-    live(world, examples=300, steps=60)
+@every_way
+def test_a_long_life_leaks_nothing_and_changes_no_answer(world: World, way: str) -> None:
+    live(world, way, examples=300 if way == "plain" else 100, steps=60)

@@ -485,17 +485,102 @@ def test_what_can_never_fit_is_refused_and_what_fills_the_pool_ends() -> None:
     house.check_empty()
 
 
-def test_a_plan_is_committed_once_and_before_the_next() -> None:
+def test_plans_are_committed_once_and_in_their_order() -> None:
     house = House()
     house.seq([1])
-    plan = house.plan()
-    assert plan is not None
-    with pytest.raises(AssertionError, match="not committed"):
-        house.scheduler.plan()
-    result = house.run(plan)
-    house.scheduler.commit(plan, result)
-    with pytest.raises(AssertionError, match="not the last plan"):
-        house.scheduler.commit(plan, result)
+    first, second = house.scheduler.plan(), house.scheduler.plan()
+    assert first is not None
+    assert second is not None
+    results = [StepResult((RowResult(0, 9, None, None),)) for _ in range(2)]
+    house.seq([1])
+    third = house.scheduler.plan()
+    assert third is not None
+    house.scheduler.commit(first, results[0])
+    with pytest.raises(AssertionError, match="not the oldest plan"):
+        house.scheduler.commit(third, results[0])
+
+
+def answer(plan: Plan, token: int = 9) -> StepResult:
+    rows = (RowResult(c.row, token if c.samples else None, None, None) for c in plan.chunks)
+    return StepResult(tuple(rows))
+
+
+def test_a_plan_ahead_counts_on_a_token_that_is_not_sampled_yet() -> None:
+    house = House()
+    seq = house.seq([1, 2, 3])
+    first, second = house.scheduler.plan(), house.scheduler.plan()
+    assert first is not None
+    assert second is not None
+    assert [(c.start, c.count, c.samples) for c in first.chunks] == [(0, 3, True)]
+    assert [(c.start, c.count, c.samples) for c in second.chunks] == [(3, 1, True)]
+    assert (seq.num_tokens, seq.num_scheduled, seq.num_computed, seq.num_pending) == (3, 4, 0, 2)
+    house.scheduler.commit(first, answer(first))
+    house.check()
+    assert (seq.num_tokens, seq.num_scheduled, seq.num_computed, seq.num_pending) == (4, 4, 3, 1)
+    house.scheduler.commit(second, answer(second))
+    assert seq.output_ids == [9, 9]
+
+
+def test_nothing_is_planned_beyond_a_length_that_is_known_to_end_it() -> None:
+    house = House()
+    house.seq([1, 2], max_tokens=2)
+    house.seq([1, 2], max_total=4)
+    plans = [house.scheduler.plan(), house.scheduler.plan()]
+    assert all(plan is not None and len(plan.chunks) == 2 for plan in plans)
+    assert house.scheduler.plan() is None
+    for plan in plans:
+        assert plan is not None
+        house.scheduler.commit(plan, answer(plan))
+    assert not house.scheduler.running
+    house.check()
+
+
+def test_what_a_plan_ahead_computed_for_an_ended_sequence_is_dropped() -> None:
+    house = House()
+    seq = house.seq([1, 2, 3])
+    first, second = house.scheduler.plan(), house.scheduler.plan()
+    assert first is not None
+    assert second is not None
+    assert house.scheduler.commit(first, answer(first, EOS)) == [seq]
+    house.check()
+    assert seq.finish_reason == FinishReason.STOP
+    assert house.scheduler.running == [seq]  # its blocks are still being written
+    assert house.scheduler.plan() is None
+    assert house.scheduler.commit(second, answer(second)) == []
+    assert seq.output_ids == [EOS]
+    assert house.pool.num_free == house.pool.num_blocks
+
+
+def test_an_aborted_sequence_holds_its_blocks_until_its_plans_are_committed() -> None:
+    house = House()
+    seq = house.seq([1, 2, 3])
+    plans = [house.scheduler.plan(), house.scheduler.plan()]
+    house.scheduler.abort(seq)
+    for plan in plans:
+        house.check()
+        assert house.scheduler.running == [seq]
+        assert plan is not None
+        assert house.scheduler.commit(plan, answer(plan)) == []
+    house.check()
+    assert not house.scheduler.running
+
+
+def test_nothing_is_taken_from_a_sequence_that_is_being_computed() -> None:
+    house = House(num_blocks=4)
+    house.seq([1] * 7)
+    house.seq([2] * 7)
+    first = house.scheduler.plan()  # both, two blocks each, full with the next token
+    second = house.scheduler.plan()
+    assert first is not None
+    assert second is not None
+    assert house.scheduler.plan() is None  # a third block is needed, and none is free
+    house.scheduler.commit(first, answer(first))
+    assert house.scheduler.plan() is None
+    house.scheduler.commit(second, answer(second))
+    third = house.scheduler.plan()
+    assert third is not None
+    assert len(third.chunks) == house.scheduler.num_preemptions == 1
+    house.check()
 
 
 def test_fcfs_is_by_arrival_and_an_unknown_policy_is_named() -> None:

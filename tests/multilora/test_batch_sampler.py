@@ -1,0 +1,113 @@
+"""The sampler that never looks at the host against the one that does, row by row."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from multilora.batch_sampler import Adjuster, Choice, _scaled, choose, draw_fields
+from multilora.device import Device
+from multilora.recording import Recording
+from multilora.request import SamplingParams
+from multilora.sampler import SampleRow, sample
+from multilora.staging import Staging
+
+VOCAB = 2000
+CPU = torch.device("cpu")
+
+
+def random_row(draw: random.Random) -> SampleRow:
+    """Any sampling parameters, each of them off in most rows."""
+
+    def some(value: Any, off: Any) -> Any:
+        return value if draw.random() < 0.3 else off
+
+    params = SamplingParams(
+        temperature=draw.choice((0.0, 0.3, 1.0, 2.0)),
+        top_k=some(draw.choice((1, 7, 100, 1999)), 0),
+        top_p=some(draw.choice((1e-6, 0.3, 0.9, 0.999)), 1.0),
+        min_p=some(draw.choice((0.01, 0.5)), 0.0),
+        repetition_penalty=some(draw.choice((0.5, 1.7)), 1.0),
+        presence_penalty=some(draw.choice((-1.0, 1.5)), 0.0),
+        frequency_penalty=some(draw.choice((-0.5, 0.7)), 0.0),
+        logit_bias=some({3: 5.0, 11: -100.0}, None),
+        allowed_token_ids=some(draw.sample(range(VOCAB), 40), None),
+        min_tokens=some(4, 0),
+    )
+    prompt = [draw.randrange(VOCAB) for _ in range(5)]
+    output = [draw.randrange(VOCAB) for _ in range(draw.randrange(8))]
+    return SampleRow(params, draw.getrandbits(60), prompt, output, frozenset((2, 3)))
+
+
+def both(logits: torch.Tensor, rows: list[SampleRow]) -> tuple[list[Any], list[Any]]:
+    """(token, failed) of each row from the two samplers."""
+    choices = [
+        Choice(row, Adjuster.of(row, logits.shape[1], CPU), len(row.output_ids)) for row in rows
+    ]
+    sent = Staging(Device(), 1 << 16).send(draw_fields(choices, logits.shape[1]))
+    tokens, failed = choose(logits, choices, sent)
+    ours = list(zip(tokens.tolist(), failed.tolist(), strict=True))
+    return ours, [(s.token, s.failed) for s in sample(logits, rows)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_chooses_the_same_tokens(dtype: torch.dtype) -> None:
+    draw = random.Random(1)
+    for _ in range(40):
+        rows = [random_row(draw) for _ in range(16)]
+        logits = (torch.randn(16, VOCAB) * draw.choice((0.5, 3, 10))).to(dtype)
+        ours, theirs = both(logits, rows)
+        assert ours == theirs
+
+
+def test_equal_logits_are_taken_by_their_ids() -> None:
+    draw = random.Random(2)
+    rows = [random_row(draw) for _ in range(64)]
+    ours, theirs = both(torch.randint(0, 3, (64, VOCAB)).float(), rows)
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_without_a_choice_fails_alone(bad: float, temperature: float) -> None:
+    row = SampleRow(SamplingParams(temperature=temperature), 5, [1], [], frozenset())
+    logits = torch.randn(3, VOCAB)
+    logits[1, 4 if bad != -float("inf") else slice(None)] = bad
+    ours, theirs = both(logits, [row] * 3)
+    assert ours == theirs
+    assert [failed for _, failed in ours] == [False, True, False]
+    assert ours[1][0] == 0
+
+
+def test_a_chosen_token_counts_for_the_next_choice() -> None:
+    params = SamplingParams(temperature=0, frequency_penalty=2.0, repetition_penalty=1.5)
+    row = SampleRow(params, 0, [7], [], frozenset())
+    adjuster = Adjuster.of(row, VOCAB, CPU)
+    logits = torch.randn(1, VOCAB)
+    for position in range(12):
+        choice = Choice(row, adjuster, position)
+        sent = Staging(Device(), 4096).send(draw_fields([choice], VOCAB))
+        token = choose(logits, [choice], sent)[0].tolist()
+        assert token == [sample(logits, [row])[0].token]
+        row.output_ids.extend(token)
+    assert len(set(row.output_ids)) > 3
+
+
+def test_it_never_looks_at_the_host() -> None:
+    draw = random.Random(3)
+    rows = [random_row(draw) for _ in range(32)]
+    choices = [Choice(row, Adjuster.of(row, VOCAB, CPU), len(row.output_ids)) for row in rows]
+    sent = Staging(Device(), 1 << 16).send(draw_fields(choices, VOCAB))
+    logits = torch.randn(32, VOCAB)
+    Recording(lambda: choose(logits, choices, sent)[0])  # which refuses what does
+
+
+def test_products_of_53_bit_numbers_are_exact() -> None:
+    draw = random.Random(4)
+    pairs = [(draw.getrandbits(52), draw.getrandbits(53)) for _ in range(2000)]
+    pairs += [(2**52 + 3, 2**53 - 1), (2**52, 0), (0, 2**53 - 1), (1, 2**52)]
+    found = _scaled(*(torch.tensor(column) for column in zip(*pairs, strict=True)))
+    assert found.tolist() == [a * b >> 53 for a, b in pairs]

@@ -1,0 +1,174 @@
+"""Captured decode steps: which sizes there are, which one a step takes, and the bits that come out.
+
+On a CPU a graph is a recording of operators (`multilora/recording.py`): like a CUDA graph it reads
+nothing but fixed buffers, so a count or a table that was baked in at capture shows here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import multilora_kernels as mk
+from multilora.graphs import Graphs, extents, tile_sizes, token_sizes
+from multilora.request import SamplingParams
+from tests.adapters import write_adapter
+from tests.checkpoints import TINY, write_checkpoint
+from tests.engines import Job, facts, greedy, make_engine, prompt_of, run
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from multilora.engine import Engine
+
+RANKS = {"a": 8, "b": 16, "c": 64}
+WIDE = {"max_num_seqs": 40, "num_kv_blocks": 512, "max_num_batched_tokens": 256, "max_loras": 24}
+
+
+@given(most=st.integers(1, 1000))
+def test_token_sizes_hold_every_step_and_waste_little(most: int) -> None:
+    sizes = token_sizes(most)
+    assert sizes == sorted(set(sizes))
+    assert all(size % 16 == 0 for size in sizes)
+    assert most <= sizes[-1] < most + max(16, most / 2)
+    for small, large in itertools.pairwise(sizes):
+        assert large - small <= max(16, small / 2)
+
+
+@given(tokens=st.integers(1, 40).map(lambda n: 16 * n), loras=st.integers(1, 64))
+def test_the_largest_tile_size_holds_every_step(tokens: int, loras: int) -> None:
+    sizes = tile_sizes(tokens, loras)
+    assert 1 <= len(sizes) <= 2
+    distinct = min(tokens, loras)
+    slots = [min(i, distinct - 1) for i in range(tokens)]
+    assert int(mk.make_tiles(slots, mk.DECODE_TILE).num_tiles) <= sizes[-1]
+    assert int(mk.make_tiles([0] * tokens, mk.DECODE_TILE).num_tiles) <= sizes[0]
+
+
+def test_every_size_comes_with_and_without_lora() -> None:
+    found = [(extent.tokens, extent.tiles) for extent in extents(20, 4, 100)]
+    assert found == [(32, 0), (32, 3), (32, 6), (16, 0), (16, 2), (16, 5)]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("graphs")
+    write_checkpoint(folder / "base")
+    for name, rank in RANKS.items():
+        write_adapter(folder / name, TINY, rank=rank, seed=rank, scale=0.3)
+    write_adapter(folder / "q", TINY, rank=8, seed=1, scale=0.3, targets=("q_proj",))
+    write_adapter(folder / "head", TINY, rank=8, seed=2, scale=0.3, targets=("o_proj", "lm_head"))
+    for i in range(20):
+        write_adapter(folder / f"n{i}", TINY, rank=8, seed=i, targets=("v_proj", "up_proj"))
+    return folder
+
+
+def engine_of(root: Path, **settings: Any) -> Engine:
+    names = (*RANKS, "q", "head", *(f"n{i}" for i in range(20)))
+    return make_engine(root / "base", {name: root / name for name in names}, **WIDE, **settings)
+
+
+class Seen:
+    """Counts which graphs an engine replays."""
+
+    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.sizes: list[tuple[int, int]] = []
+        graphs = engine.runner.graphs
+        assert graphs is not None
+        replay = Graphs.replay
+
+        def counted(graphs: Graphs, graph: Any, sent: Any) -> Any:
+            self.sizes.append((graph.extent.tokens, graph.extent.tiles))
+            return replay(graphs, graph, sent)
+
+        monkeypatch.setattr(Graphs, "replay", counted)
+
+
+def jobs(names: list[Any]) -> list[Job]:
+    """A request for each adapter, of different lengths: segments change at every step."""
+    return [
+        Job(
+            prompt_of(5 + 3 * i, seed=i),
+            SamplingParams(
+                temperature=i % 2, seed=i, max_tokens=3 + i % 7, ignore_eos=True, logprobs=3
+            ),
+            name,
+        )
+        for i, name in enumerate(names)
+    ]
+
+
+MIXES = {
+    "base": [None] * 5,
+    "one": ["a"] * 6,
+    "mixed ranks": ["a", "b", "c", None, {"a": 0.5, "c": -1.0}, "c", "q"],
+    "a site of one alone": ["q", None],
+    "more than sixteen rows": [*RANKS, None, "q"] * 5,
+    "more tiles than the small graph": [f"n{i}" for i in range(20)],
+}
+
+
+@pytest.mark.parametrize("case", MIXES)
+def test_replays_give_the_bits_of_eager_steps(
+    root: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = [facts(output) for output in run(engine_of(root), jobs(MIXES[case]))]
+    engine = engine_of(root, enforce_eager=False)
+    seen = Seen(engine, monkeypatch)
+    assert [facts(output) for output in run(engine, jobs(MIXES[case]))] == wanted
+    assert seen.sizes
+    if case == "base":
+        assert {tiles for _, tiles in seen.sizes} == {0}
+
+
+def test_many_adapters_take_the_next_graph_and_none_is_cut_off(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(root, enforce_eager=False)
+    seen = Seen(engine, monkeypatch)
+    run(engine, jobs(MIXES["more tiles than the small graph"]))
+    small, large = tile_sizes(32, WIDE["max_loras"])
+    assert {tiles for tokens, tiles in seen.sizes if tokens == 32} == {large}
+    seen.sizes.clear()
+    run(engine, [Job(prompt_of(4, seed=i), greedy(4), "a") for i in range(20)])
+    assert {tiles for tokens, tiles in seen.sizes if tokens == 32} == {small}
+
+
+def test_an_adapted_head_and_prompts_run_uncaptured(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = [Job(prompt_of(20), greedy(4), "head"), Job(prompt_of(9), greedy(4), "a")]
+    wanted = [facts(output) for output in run(engine_of(root), work)]
+    engine = engine_of(root, enforce_eager=False)
+    seen = Seen(engine, monkeypatch)
+    assert [facts(output) for output in run(engine, work)] == wanted
+    assert not seen.sizes
+
+
+def test_graphs_survive_an_adapter_that_comes_and_goes(root: Path) -> None:
+    answers = []
+    for eager in (None, False):
+        engine = engine_of(root, enforce_eager=eager)
+        first = run(engine, jobs(["a", "b"]))
+        engine.unload_adapter("a")
+        engine.load_adapter("a", root / "c")
+        answers.append([facts(output) for output in (*first, *run(engine, jobs(["a", "b"])))])
+    assert answers[0] == answers[1]
+
+
+def test_the_capture_says_what_it_took(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "multilora"):
+        make_engine(root / "base", enforce_eager=False)
+    assert any("captured 3 decode graphs of up to 16 tokens in" in m for m in caplog.messages)
+
+
+def test_shrinking_beside_the_base_gives_the_same_answers(root: Path) -> None:
+    work = jobs(MIXES["mixed ranks"])
+    plain = run(engine_of(root), work)
+    beside = run(engine_of(root, overlap_lora=True), work)
+    assert [o.outputs[0].token_ids for o in plain] == [o.outputs[0].token_ids for o in beside]
