@@ -50,3 +50,12 @@ wheel: install
 clean:
 	rm -rf build dist *.egg-info $(CPU_LIBRARY) .mypy_cache .pytest_cache .ruff_cache
 	rm -f $(STAMP)
+
+.PHONY: gpu gpu-rehearsal
+
+# For a machine with a GPU and no network: its own python3, nothing installed. See docs/gpu.md.
+gpu:
+	$(PYTHON) bench/gpu.py
+
+gpu-rehearsal: install
+	OUT=$${OUT:-build/gpu-rehearsal} $(BIN)/python bench/gpu.py --rehearse

@@ -89,6 +89,8 @@ def generate(
     quantization_group_size: Annotated[
         int | None, typer.Option(help="Input columns that share a scale: 32, 64 or 128.")
     ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")] = "cpu",
+    load_format: Annotated[str, typer.Option(help="auto, or dummy: random weights.")] = "auto",
 ) -> None:
     """Answers prompts; a single answer is streamed."""
     from .llm import LLM
@@ -100,6 +102,8 @@ def generate(
         model,
         adapters=_parse_adapters(adapter or []),
         dtype=dtype,
+        device=device,
+        load_format=load_format,
         quantization=quantization,
         quantization_group_size=quantization_group_size,
     )

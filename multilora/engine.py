@@ -4,36 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import logging
 from collections import deque
 from collections.abc import Mapping
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from .adapters.format import read_adapter
-from .adapters.store import AdapterInfo, AdapterStore, mix_identity
+from .adapters.store import AdapterInfo, mix_identity
 from .answers import RequestState
 from .blocks import BlockPool
-from .checkpoint import load_checkpoint, read_base_weight, read_config
-from .config import EngineConfig, ModelConfig
-from .device import open_device
-from .dummy import SHAPES, load_random, shape_of
-from .errors import CapacityError, ConfigError, RequestError
-from .kv_cache import KVCache
-from .memory import Needs, num_blocks
-from .models import MODELS
+from .checkpoint import read_base_weight
+from .config import EngineConfig
+from .errors import CapacityError, RequestError
 from .plan import Plan, StepResult
-from .quant import schemes_of
 from .request import FinishReason, RequestOutput, SamplingParams, Sequence
-from .runner import Runner, Ticket
+from .runner import Ticket
 from .scheduler import Scheduler
-from .sites import sites_of
-from .tokenizer import Tokenizer, load_tokenizer
-
-logger = logging.getLogger(__name__)
+from .startup import start
 
 Adapter = str | Mapping[str, float] | None
 
@@ -58,29 +46,19 @@ class Engine:
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
-        self._device = open_device(config.device)
-        is_dummy = config.load_format == "dummy"
-        self.model_config = shape_of(config.model) if is_dummy else read_config(config.model)
-        dtype = _dtype(config.dtype, self.model_config)
-        self.max_model_len = _max_model_len(config, self.model_config)
-        self.tokenizer = _tokenizer(config)
-        self._sites = sites_of(self.model_config)
-        with self._device.torch:
-            self.model = MODELS["LlamaForCausalLM"](self.model_config, dtype, schemes_of(config))
-        if is_dummy:
-            load_random(self.model.parts(), config.seed, dtype, self._device.torch)
-        else:
-            load_checkpoint(config.model, self.model.parts(), self.model_config)
-        lora_dtype = dtype if config.lora_dtype == "auto" else getattr(torch, config.lora_dtype)
-        device = self._device.torch
-        self.store = AdapterStore(self._sites, config, dtype=lora_dtype, device=device)
-        self._block_bytes = KVCache.block_bytes(self.model_config, config.block_size, dtype)
-        self.runner = self._make_runner(dtype)
+        parts = start(config)
+        self.model_config, self.model, self.tokenizer = (
+            parts.model_config,
+            parts.model,
+            parts.tokenizer,
+        )
+        self.store, self.runner, self.max_model_len = parts.store, parts.runner, parts.max_model_len
+        self._needs = parts.needs
         self.pool = BlockPool(
             self.runner.cache.num_blocks, config.block_size, config.enable_prefix_caching
         )
         self.scheduler = Scheduler(config, self.pool, self.store, self.max_model_len)
-        self._depth = 2 if config.is_async(self._device.is_cuda) else 1  # steps on their way
+        self._depth = 2 if config.is_async(parts.device.is_cuda) else 1  # steps on their way
         self._tickets: deque[Ticket] = deque()
         self._requests: dict[str, RequestState] = {}
         self._by_seq: dict[int, RequestState] = {}
@@ -179,6 +157,11 @@ class Engine:
             self._finish_step()
 
     @property
+    def request_ids(self) -> tuple[str, ...]:
+        """The unfinished requests, in the order in which they came."""
+        return tuple(self._requests)
+
+    @property
     def has_work(self) -> bool:
         """Whether any request is unfinished."""
         return bool(self._requests)
@@ -216,10 +199,10 @@ class Engine:
         return {
             "base": self.model.num_bytes,
             "adapters": self.store.num_bytes,
-            "kv": used * self._block_bytes,
-            "kv_capacity": self.pool.num_blocks * self._block_bytes,
-            "adapter_capacity": self.store.reserved_bytes,
-            "activations": self._activations,
+            "kv": used * self._needs.block,
+            "kv_capacity": self.pool.num_blocks * self._needs.block,
+            "adapter_capacity": self._needs.rank_pages,
+            "activations": self._needs.activations,
         }
 
     @property
@@ -318,59 +301,8 @@ class Engine:
             eos = (*eos, *self.tokenizer.eos_token_ids)
         return frozenset(params.stop_token_ids) | frozenset(eos)
 
-    def _make_runner(self, dtype: torch.dtype) -> Runner:
-        """The runner with as many KV blocks as fit, its decode steps captured."""
-        config, device, size = self.config, self._device, self.config.block_size
-
-        def cache(blocks: int) -> KVCache:
-            return KVCache(self.model_config, blocks, size, dtype, device.torch)
-
-        runner = Runner(
-            config, device, self.model, cache(1), self.store, self._sites, self.max_model_len
-        )
-        memory = device.memory()
-        self._activations = 0 if memory is None else device.peak_of(runner.rehearse)
-        needs = Needs(
-            base=self.model.num_bytes,
-            activations=self._activations,
-            rank_pages=self.store.reserved_bytes,
-            block=self._block_bytes,
-            max_blocks=config.max_num_seqs * -(-self.max_model_len // size),
-        )
-        runner.cache = cache(num_blocks(config, needs, memory))
-        if config.captures(device.is_cuda):
-            self.store.reserve()  # graphs keep the addresses of the pages
-            runner.capture()
-        return runner
-
-
-def _tokenizer(config: EngineConfig) -> Tokenizer | None:
-    if config.skip_tokenizer_init:
-        return None
-    if config.tokenizer is None and config.model.partition(":")[0] in SHAPES:
-        raise ConfigError(
-            f"{config.model!r} is a shape and has no tokenizer; give tokenizer=FOLDER, or "
-            "skip_tokenizer_init=True to serve token ids"
-        )
-    return load_tokenizer(config.tokenizer or config.model)
-
 
 def _seed(base: int, number: int) -> int:
     """A seed for request `number`, unlike its neighbours'."""
     digest = hashlib.sha256(f"{base}:{number}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
-
-
-def _dtype(name: str, model: ModelConfig) -> torch.dtype:
-    found: torch.dtype = getattr(torch, model.dtype if name == "auto" else name)
-    return found
-
-
-def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
-    limit = model.max_position_embeddings
-    if config.max_model_len is not None and config.max_model_len > limit:
-        raise ConfigError(
-            f"max_model_len {config.max_model_len} is beyond the {limit} positions that the model "
-            "was made for"
-        )
-    return config.max_model_len or limit

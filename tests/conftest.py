@@ -9,29 +9,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = {"multilora_kernels": ROOT / "kernels", "multilora": ROOT / "multilora"}
-
-
-def _load_from_checkout(package: str, folder: Path) -> None:
-    """Loads `folder` as `package`, unless that package is installed.
-
-    So a bare checkout runs its tests. The checkout itself stays off `sys.path`: there its folder
-    `kernels` would hide the package `kernels` on PyPI, which transformers looks for.
-    """
-    if importlib.util.find_spec(package) is not None:
-        return
-    spec = importlib.util.spec_from_file_location(
-        package, folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[package] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-
-for _package, _folder in FOLDERS.items():
-    _load_from_checkout(_package, _folder)
+_spec = importlib.util.spec_from_file_location("checkout", Path(__file__).parent / "checkout.py")
+assert _spec is not None
+assert _spec.loader is not None
+_checkout = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_checkout)
+PACKAGES = ("multilora_kernels", "multilora")
+_checkout.load_packages(*PACKAGES)
 
 import pytest  # noqa: E402 - the two packages come first
 import torch  # noqa: E402
@@ -56,7 +40,7 @@ def run_python(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     It finds the packages that this process found, and sees the environment plus NAME=value.
     """
     folder = tmp_path_factory.mktemp("packages")
-    for package in FOLDERS:
+    for package in PACKAGES:
         spec = importlib.util.find_spec(package)
         assert spec is not None
         assert spec.origin is not None

@@ -70,6 +70,7 @@ FLOORS = {
     "multilora.runner": 5,
     # engine
     "multilora.answers": 6,
+    "multilora.startup": 6,
     "multilora.engine": 6,
     # doors
     "multilora.llm": 7,

@@ -99,6 +99,31 @@ def test_generate_quantizes_the_base(capsys: pytest.CaptureFixture[str]) -> None
     assert len(out) > 20
 
 
+def test_generate_can_run_a_shape_with_random_weights(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with demo.assets() as folder:
+        for name in ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
+            if (folder / "base" / name).is_file():
+                (tmp_path / name).write_bytes((folder / "base" / name).read_bytes())
+    args = ["generate", tmp_path, "--prompt", "Hi", "--no-chat", "--max-tokens", 3]
+    code, out, err = run(capsys, *args)
+    assert (code, out) == (1, "")
+    assert "holds no weights" in err
+    code, _, err = run(capsys, *args, "--load-format", "dummy")
+    assert (code, err) == (0, "")
+
+
+def test_a_missing_gpu_is_one_line_on_stderr(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    code, out, err = run(capsys, *generate_args("--prompt", PROMPT, "--device", "cuda"))
+    assert (code, out) == (1, "")
+    assert err.startswith("error: device 'cuda' cannot be used")
+    assert err.count("\n") == 1
+
+
 def test_generate_answers_several_prompts_under_their_headings(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
