@@ -1,0 +1,111 @@
+"""A GPU that is a CPU: `CudaDevice` runs unchanged on a stand-in for what it calls of torch.cuda.
+
+Work happens when it is called, so nothing here can show a missing wait; but every line of the GPU's
+side runs, in order, with memories apart as on a GPU, and the calls are kept.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from multilora.device import CudaDevice
+from multilora.recording import Recording, _Recorder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import pytest
+
+
+class FakeCuda(CudaDevice):
+    """A CudaDevice whose tensors are on the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.torch = torch.device("cpu")
+
+
+class Calls(list[str]):
+    """The names of the calls, in order."""
+
+    def stream(self, name: str) -> Any:
+        """A stream that says who waits for whom."""
+        return SimpleNamespace(
+            name=name, wait_stream=lambda other: self.append(f"{name} waits for {other.name}")
+        )
+
+
+def install(patch: pytest.MonkeyPatch) -> Calls:
+    """Puts the stand-in in place of torch.cuda's functions."""
+    calls, made = Calls(), []
+    main_stream = calls.stream("main")
+
+    def new_stream(*_: Any) -> Any:
+        made.append(calls.stream(f"stream {len(made)}"))
+        return made[-1]
+
+    @contextmanager
+    def on_stream(stream: Any) -> Iterator[None]:
+        calls.append(f"on {stream.name}")
+        yield
+        calls.append(f"off {stream.name}")
+
+    @contextmanager
+    def capturing(graph: Any, pool: Any = None) -> Iterator[None]:
+        calls.append(f"capture in pool {pool}")
+        recorder = _Recorder()
+        with recorder:
+            yield
+        graph.recording = Recording.__new__(Recording)
+        graph.recording._calls = recorder.calls
+
+    class Graph:
+        def replay(self) -> None:
+            calls.append("replay")
+            self.recording.replay()  # type: ignore[attr-defined]
+
+        def pool(self) -> int:
+            return 7
+
+    class Event:
+        def record(self) -> None:
+            calls.append("record")
+
+        def synchronize(self) -> None:
+            calls.append("wait")
+
+    names = {
+        "Stream": new_stream,
+        "current_stream": lambda *_: main_stream,
+        "stream": on_stream,
+        "graph": capturing,
+        "CUDAGraph": Graph,
+        "Event": Event,
+        "set_device": lambda *_: None,
+        "synchronize": lambda *_: calls.append("synchronize"),
+        "empty_cache": lambda: None,
+        "mem_get_info": lambda *_: (60 * 10**9, 80 * 10**9),
+        "reset_peak_memory_stats": lambda *_: None,
+        "memory_reserved": lambda *_: 10**9,
+        "max_memory_reserved": lambda *_: 3 * 10**9,
+        "get_device_name": lambda *_: "a fake GPU",
+    }
+    for name, value in names.items():
+        patch.setattr(torch.cuda, name, value)
+    for name in ("zeros", "empty"):
+        patch.setattr(torch, name, _unpinned(getattr(torch, name)))
+    # On a GPU the buffer of a step is another memory than the host's.
+    patch.setattr(CudaDevice, "device_buffer", lambda self, host: torch.full_like(host, 255))
+    return calls
+
+
+def _unpinned(make: Any) -> Any:
+    def unpinned(*args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
+        found: torch.Tensor = make(*args, **kwargs)
+        return found
+
+    return unpinned
