@@ -21,6 +21,7 @@ _TILES = "Tensor tile_slots, Tensor tile_starts, Tensor tile_lens, Tensor num_ti
 _SHRINK = define(
     f"lora_shrink(Tensor x, Tensor a_pages, {_TABLE}, {_TILES}, int split_k) -> Tensor"
 )
+_SPLITS = define("lora_splits(Tensor x, Tensor a_pages) -> int")
 _EXPAND = define(
     f"lora_expand_(Tensor(a!) y, Tensor planes, Tensor b_pages, {_TABLE}, {_TILES}, "
     "int[] slice_starts) -> ()"
@@ -36,7 +37,7 @@ _EMBED = define(
 _ATTENTION = define(
     "paged_attention(Tensor q, Tensor k_blocks, Tensor v_blocks, Tensor block_table, "
     "Tensor seq_lens, Tensor query_starts, float scale, int max_query_len, int max_seq_len, "
-    "Tensor? k_scale, Tensor? v_scale) -> Tensor"
+    "Tensor? k_scale, Tensor? v_scale, bool batch_invariant=False) -> Tensor"
 )
 _ROPE = define(
     "rope_store_kv_(Tensor(a!) q, Tensor k, Tensor v, Tensor cos, Tensor sin, "
@@ -45,7 +46,9 @@ _ROPE = define(
 _NORM = define("rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!)? residual) -> Tensor")
 _SILU = define("silu_mul(Tensor x) -> Tensor")
 _MASK = define("apply_token_mask_(Tensor(a!) logits, Tensor mask) -> ()")
-_LINEAR = define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_LINEAR = define(
+    "linear(Tensor x, Tensor weight, Tensor? bias, bool batch_invariant=False) -> Tensor"
+)
 _PACKED = define(
     "linear_packed(Tensor x, Tensor data, Tensor? scales, str kind, int out, int in_, int group, "
     "Tensor? bias) -> Tensor"
@@ -67,6 +70,12 @@ def lora_shrink(x: Tensor, a_pages: Tensor, table: Table, tiles: Tiles, split_k:
     _check(1 <= split_k <= max(x.shape[1], 1), f"split_k {split_k} is not within 1..{x.shape[1]}")
     planes: Tensor = _SHRINK(x, a_pages, *table, *tiles, split_k)
     return planes
+
+
+def lora_splits(x: Tensor, a_pages: Tensor) -> int:
+    """The `split_k` with which `lora_` computes: with it, the two stages give the same bits."""
+    found: int = _SPLITS(x, a_pages)
+    return found
 
 
 def lora_expand_(
@@ -137,11 +146,13 @@ def paged_attention(
     max_seq_len: int,
     k_scale: Tensor | None = None,  # fp32 [kv_heads]
     v_scale: Tensor | None = None,
+    batch_invariant: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:  # [tokens, heads, head_dim]
     """Causal attention over KV pages, one op for prompt chunks and single tokens.
 
     A sequence's query rows are the last of its `seq_lens` tokens. Rows of no sequence become 0.
+    With `batch_invariant` a token has the same bits alone and in any chunk; on CPU it always has.
     """
     _check(
         q.dim() == 3 and k_blocks.dim() == 4, "q must be [tokens, heads, dim], pages 4-dimensional"
@@ -150,7 +161,7 @@ def paged_attention(
     _check(q.shape[1] % k_blocks.shape[2] == 0, "query heads must be a multiple of KV heads")
     found: Tensor = _ATTENTION(
         q, k_blocks, v_blocks, block_table, seq_lens, query_starts, scale,
-        max_query_len, max_seq_len, k_scale, v_scale,
+        max_query_len, max_seq_len, k_scale, v_scale, batch_invariant,
     )  # fmt: skip
     return found if out is None else out.copy_(found)
 
@@ -195,12 +206,22 @@ def apply_token_mask_(logits: Tensor, mask: Tensor) -> None:
     _MASK(logits, mask)
 
 
-def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """`x @ weight.T + bias` of x [tokens, in] and a weight [out, in], packed or not."""
+def linear(
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    bias: Tensor | None = None,
+    batch_invariant: bool = False,
+) -> Tensor:
+    """`x @ weight.T + bias` of x [tokens, in] and a weight [out, in], packed or not.
+
+    With `batch_invariant` a row's bits do not depend on the number of rows; on CPU they never do.
+    """
     is_packed = isinstance(weight, PackedWeight)
     columns = weight.in_ if isinstance(weight, PackedWeight) else weight.shape[1]
     _check(x.shape[-1] == columns, f"x has {x.shape[-1]} columns, weight {columns}")
-    y: Tensor = _PACKED(x, *weight, bias) if is_packed else _LINEAR(x, weight, bias)
+    y: Tensor = (
+        _PACKED(x, *weight, bias) if is_packed else _LINEAR(x, weight, bias, batch_invariant)
+    )
     return y
 
 
@@ -227,6 +248,7 @@ implement(
     "CPU",
     lambda x, a, *r: cpu_lora.lora_shrink(x, a, Table(*r[:6]), Tiles(*r[6:10]), r[10]),
 )
+implement("lora_splits", "CPU", lambda _x, _a: 1)
 implement(
     "lora_expand_",
     "CPU",
@@ -247,10 +269,12 @@ implement(
 implement(
     "paged_attention",
     "CPU",
-    lambda *args: cpu_attention.paged_attention(*args[:7], *args[9:]),
+    # Without the grid's bounds and batch_invariant, which on CPU always holds.
+    lambda *a: cpu_attention.paged_attention(*a[:7], *a[9:11]),
 )
 implement("linear_packed", "CPU", lambda x, *r: packed.linear(x, PackedWeight(*r[:6]), r[6]))
-for _name in ("rope_store_kv_", "rms_norm", "silu_mul", "apply_token_mask_", "linear"):
+implement("linear", "CPU", lambda x, weight, bias, *_: cpu.linear(x, weight, bias))
+for _name in ("rope_store_kv_", "rms_norm", "silu_mul", "apply_token_mask_"):
     implement(_name, "CPU", getattr(cpu, _name))
 
 
@@ -260,10 +284,11 @@ def _meta_shrink(x: Tensor, a_pages: Tensor, page_ids: Tensor, *rest: Any) -> Te
 
 
 implement("lora_shrink", "Meta", _meta_shrink)
+implement("lora_splits", "Meta", lambda _x, _a: 1)
 implement("paged_attention", "Meta", lambda q, *_: torch.empty_like(q))
 implement("rms_norm", "Meta", lambda x, *_: torch.empty_like(x))
 implement("silu_mul", "Meta", lambda x: x.new_empty((*x.shape[:-1], x.shape[-1] // 2)))
-implement("linear", "Meta", lambda x, weight, _: x.new_empty((*x.shape[:-1], len(weight))))
+implement("linear", "Meta", lambda x, weight, *_: x.new_empty((*x.shape[:-1], len(weight))))
 implement(
     "linear_packed", "Meta", lambda x, _data, _scales, _kind, out, *_: x.new_empty((len(x), out))
 )

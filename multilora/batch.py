@@ -41,6 +41,7 @@ class ForwardBatch:
     max_seq_len: int
     logits_rows: Tensor  # int64 [rows], the tokens whose logits are wanted, padded with 0
     lora: Mapping[str, SiteLora]  # by site; only sites that some row of the step adapts
+    batch_invariant: bool = False  # a row's bits depend on that row alone; on a CPU always
     side: Side | None = None  # where to shrink beside the base's own work; None = after it
 
     def adapt(self, site: str, layer: int, x: Tensor, base: Callable[[], Tensor]) -> Tensor:
@@ -54,7 +55,7 @@ class ForwardBatch:
             mk.lora_(y, x, a, b, lora.table, lora.tiles, lora.slice_starts)
             return y
         with self.side.fork():
-            planes = mk.lora_shrink(x, a, lora.table, lora.tiles)
+            planes = mk.lora_shrink(x, a, lora.table, lora.tiles, mk.lora_splits(x, a))
         y = base()
         self.side.join()
         mk.lora_expand_(y, planes, b, lora.table, lora.tiles, lora.slice_starts)

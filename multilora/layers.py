@@ -47,7 +47,11 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor, batch: ForwardBatch) -> Tensor:
         """x [tokens, in] -> [tokens, out]. The bias comes last, outside of DoRA's scale."""
-        y = batch.adapt(self.site.name, self.layer, x, lambda: mk.linear(x, self.weight))
+
+        def base() -> Tensor:
+            return mk.linear(x, self.weight, batch_invariant=batch.batch_invariant)
+
+        y = batch.adapt(self.site.name, self.layer, x, base)
         return y if self.bias is None else y.add_(self.bias)
 
     def part(self, *paths: str) -> Part:
@@ -185,6 +189,7 @@ class Attention(nn.Module):
             scale=self.scale,
             max_query_len=batch.max_query_len,
             max_seq_len=batch.max_seq_len,
+            batch_invariant=batch.batch_invariant,
         )
         out_x: Tensor = self.o(out.view(len(x), -1), batch)
         return out_x

@@ -131,6 +131,7 @@ class Runner:
             max_seq_len=extent.max_seq_len,
             logits_rows=sent["logits_rows"],
             lora={name: self._site_lora(name, sent) for name in sites},
+            batch_invariant=self._config.batch_invariant,
             side=self._side,
         )
         logits: Tensor = self.model(batch, self.cache)

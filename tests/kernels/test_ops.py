@@ -344,6 +344,7 @@ def op_calls() -> dict[str, list[Any]]:
     x = torch.randn(4, 6)
     return {
         "lora_shrink": [case.x, case.a_pages, *shared, 2],
+        "lora_splits": [case.x, case.a_pages],
         "lora_expand_": [case.y, planes, case.b_pages, *shared, starts],
         "lora_": [*case[:4], *shared, starts],
         "lora_embed_": [*embed[:4], *embed[4], *embed[5]],

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import multilora_kernels as mk
 from multilora import startup
 from multilora.kv_cache import KVCache
 from multilora.request import SamplingParams
@@ -91,3 +92,22 @@ def test_a_gpus_memory_decides_the_blocks(
     assert engine.memory()["activations"] == 2 * 10**9
     assert engine.memory()["kv_capacity"] == engine.pool.num_blocks * block
     assert caplog.messages[0].startswith("memory: base 0.00 GB, activations 2.00 GB, rank pages")
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_batch_invariance_reaches_every_product_and_attention(
+    root: Path, monkeypatch: pytest.MonkeyPatch, wanted: bool
+) -> None:
+    seen: dict[str, set[bool]] = {"linear": set(), "paged_attention": set()}
+    for name, flags in seen.items():
+        op = getattr(mk, name)
+
+        def spy(*args: Any, op: Any = op, flags: set[bool] = flags, **kwargs: Any) -> Any:
+            flags.add(kwargs["batch_invariant"])
+            return op(*args, **kwargs)
+
+        monkeypatch.setattr(mk, name, spy)
+    engine = engine_of(root, batch_invariant=wanted)
+    found = [facts(output) for output in run(engine, jobs())]
+    assert seen == {"linear": {wanted}, "paged_attention": {wanted}}
+    assert found == [facts(output) for output in run(engine_of(root), jobs())]
