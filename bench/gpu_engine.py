@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -43,7 +44,11 @@ class Size:
 
 FULL = Size("llama-3.1-8b", "bfloat16", 16, 64, 1024, 48, 8192, 4096, 64, 128)
 # (batch, adapters in it); 0 = requests of the base although adapters are loaded
-DECODES = ((1, 1), (32, 0), (32, 32), (8, 8), (64, 64), (64, 8), (32, 6), (64, 0), (1, 0), (32, 1))
+DECODES = (
+    *((1, 1), (32, 0), (32, 32), (8, 8), (64, 64), (64, 8), (32, 6)),
+    *((64, 0), (1, 0), (32, 1), (32, 8), (8, 1)),
+)
+PEFT_BATCH, PEFT_ADAPTERS = 32, 8  # each adapter takes PEFT about a second to add
 POPULARITIES = ("distinct", "uniform", "zipf", "identical")
 
 
@@ -158,8 +163,8 @@ class Session:
             self.engine.abort(request)
 
 
-def engine_cases(size: Size, device: Device) -> Sequence[tuple[str, Callable[[Report], None]]]:
-    """The cases of our own engine, the most telling first; they share two engines."""
+def groups(size: Size, device: Device) -> Sequence[tuple[str, Callable[[Report], None]]]:
+    """The cases in groups, the most telling first; a group shares its engines."""
 
     def base(report: Report) -> None:
         session = Session(size, device, 0)
@@ -199,7 +204,13 @@ def engine_cases(size: Size, device: Device) -> Sequence[tuple[str, Callable[[Re
             del session
             release(device)
 
-    return (("base", base), ("adapted", adapted), ("one thing switched off", sequential))
+    theirs = partial(peft, size, device)
+    return (
+        ("base", base),
+        ("adapted", adapted),
+        ("peft", theirs),
+        ("one thing switched off", sequential),
+    )
 
 
 def peft(size: Size, device: Device, report: Report) -> None:
@@ -215,15 +226,12 @@ def peft(size: Size, device: Device, report: Report) -> None:
     linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     lora = LoraConfig(r=size.rank, target_modules=linears, task_type="CAUSAL_LM")
     model = get_peft_model(model, lora, adapter_name="a0").eval()
-    batch = 32 if size.adapters >= 32 else 4
-    for i in range(1, batch):
+    for i in range(1, PEFT_ADAPTERS):
         model.add_adapter(f"a{i}", lora)
     model.eval()
-    ids = torch.randint(3, config.vocab_size, (batch, size.context), device=device.torch)
-    for case, names in (
-        ("distinct", [f"a{i}" for i in range(batch)]),
-        ("identical", ["a0"] * batch),
-    ):
+    ids = torch.randint(3, config.vocab_size, (PEFT_BATCH, size.context), device=device.torch)
+    for adapters in (PEFT_ADAPTERS, 1):
+        names = [f"a{i % adapters}" for i in range(PEFT_BATCH)]
         seconds = []
         for new in (1, 1 + size.steps // 4, 1, 1 + size.steps // 4):  # the first two warm up
             device.synchronize()
@@ -241,7 +249,12 @@ def peft(size: Size, device: Device, report: Report) -> None:
             device.synchronize()
             seconds.append(time.perf_counter() - start)
         step = (seconds[3] - seconds[2]) / (size.steps // 4)
-        report.add(kind="peft decode", case=case, batch=batch, milliseconds=[round(step * 1e3, 3)])
+        report.add(
+            kind="peft decode",
+            batch=PEFT_BATCH,
+            adapters=adapters,
+            milliseconds=[round(step * 1e3, 3)],
+        )
 
 
 def hf_fields(config: ModelConfig) -> dict[str, Any]:
@@ -283,8 +296,7 @@ def main() -> None:
         write_checkpoint(folder)
         size = Size(str(folder), "float32", 8, 64, 24, 4, 64, 64, 8, 4)
     torch.manual_seed(0)
-    parts = [*engine_cases(size, device), ("peft", lambda r: peft(size, device, r))]
-    for name, run in parts:
+    for name, run in groups(size, device):
         if report.seconds_left < 20 and not args.rehearse:
             report.leave_out(name)
             continue

@@ -31,7 +31,8 @@ def main() -> int:
     os.chdir(ROOT)
     import pytest
 
-    options = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu"]
+    settings = ["-c", "bench/gpu.ini", "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
+    options = [*settings, "-q", "-m", "gpu", "tests/gpu"]
     code = int(pytest.main(options, plugins=[Outcomes(report)]))
     report.content["exit_status"] = code
     report.write()

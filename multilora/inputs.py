@@ -165,10 +165,10 @@ def _wanted(order: list[Chunk], rows: Rows) -> tuple[list[Wanted], list[int], li
 
 def _tile_fields(name: str, tiles: mk.Tiles, size: int) -> dict[str, Field]:
     return {
-        f"{name}.slots": Field(tiles.slots, _INT, (size,), -1),
-        f"{name}.starts": Field(tiles.starts, _INT, (size,)),
-        f"{name}.lens": Field(tiles.lens, _INT, (size,)),
-        f"{name}.num_tiles": Field(tiles.num_tiles, _INT, (1,)),
+        f"{name}.slots": Field(tiles.slots.numpy(), _INT, (size,), -1),
+        f"{name}.starts": Field(tiles.starts.numpy(), _INT, (size,)),
+        f"{name}.lens": Field(tiles.lens.numpy(), _INT, (size,)),
+        f"{name}.num_tiles": Field(tiles.num_tiles.numpy(), _INT, (1,)),
     }
 
 
