@@ -285,3 +285,19 @@ def test_sizes_need_not_divide(tmp_path: Path) -> None:
     engine = make_engine(tmp_path, quantization="int4", quantization_group_size=64)
     job = Job(prompt_of(40), greedy(8, **JOB_FIELDS))
     check(run(engine, [job])[0], oracle(tmp_path, config, schemes_of(engine.config)))
+
+
+# Packing without quantising -----------------------------------------------------------------------
+
+
+@tied
+def test_weights_that_are_only_packed_give_the_same_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool
+) -> None:
+    config = write_checkpoint(tmp_path, tie_word_embeddings=tied)
+    monkeypatch.setattr(mk, "worth_packing", lambda _: True)
+    engine = make_engine(tmp_path)
+    assert isinstance(engine.model.head.weight, mk.PackedWeight)
+    check(
+        run(engine, [Job(prompt_of(70), greedy(8, **JOB_FIELDS))])[0], oracle(tmp_path, config, {})
+    )
