@@ -6,7 +6,9 @@ PIP := $(BIN)/python -m pip install -c constraints.txt
 STAMP := $(VENV)/.installed
 CPU_LIBRARY := kernels/_cpu*.so
 
-.PHONY: install typing check test test-slow bench demo wheel clean
+TRITON36 := build/triton-3.6.0
+
+.PHONY: install typing check test test-triton test-codegen test-triton36 test-slow bench demo wheel clean
 
 install: $(STAMP)
 
@@ -32,9 +34,27 @@ check: install typing
 
 test: check
 	$(BIN)/pytest -m "not slow and not gpu"
+	$(MAKE) test-triton test-codegen
+
+# Triton interprets kernels or compiles them, for the life of a process: two runs.
+test-triton: install
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/triton -m "not slow and not gpu"
+
+test-codegen: install
+	$(BIN)/pytest tests/codegen -m "not slow and not gpu"
+
+# The same with the oldest triton that is supported, in a folder of its own.
+test-triton36: install $(TRITON36)
+	PYTHONPATH=$(TRITON36) $(MAKE) test-triton test-codegen
+
+$(TRITON36): | $(BIN)/python
+	$(BIN)/python -m pip install --no-deps --target $@.part triton==3.6.0
+	mv $@.part $@
 
 test-slow: install
 	$(BIN)/pytest -m "slow and not gpu"
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/triton -m "slow and not gpu"
+	$(BIN)/pytest tests/codegen -m "slow and not gpu"
 
 bench: install
 	$(BIN)/pytest bench --benchmark-only
