@@ -98,12 +98,16 @@ class RepairedBuilder(interpreter.InterpreterBuilder):
         return super().create_fp_to_fp(src, dst_type, rounding_mode)
 
     def binary_op(self, lhs: Any, rhs: Any, op: Any) -> Any:
-        if not _is_bf16(lhs, rhs) or op in _BITWISE:
-            return super().binary_op(lhs, rhs, op)
-        found = op(values_of(lhs), values_of(rhs))
-        if found.dtype == np.bool_:
-            return interpreter.TensorHandle(found, tl.int1)
-        return handle_of(found, tl.bfloat16)
+        if _is_bf16(lhs, rhs) and op not in _BITWISE:
+            found = op(values_of(lhs), values_of(rhs))
+            if found.dtype != np.bool_:
+                return handle_of(found, tl.bfloat16)
+        else:
+            found = super().binary_op(lhs, rhs, op).data
+        # Stock, a comparison keeps the type of its operands, and a scalar one is no mask any more
+        # once it is broadcast.
+        kind = tl.int1 if found.dtype == np.bool_ else lhs.dtype.scalar
+        return interpreter.TensorHandle(found, kind)
 
     def unary_op(self, arg: Any, op: Any) -> Any:
         if not _is_bf16(arg):

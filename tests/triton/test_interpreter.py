@@ -85,6 +85,21 @@ def test_bf16_arithmetic_is_torchs_bit_for_bit() -> None:
 
 
 @triton.jit
+def _scalar_mask(out_ptr, x_ptr, limit_ptr, SIZE: tl.constexpr):
+    offs = tl.arange(0, SIZE)
+    mask = (tl.load(limit_ptr) > 3) & (offs < 5)
+    tl.store(out_ptr + offs, tl.load(x_ptr + offs, mask=mask, other=7), mask=offs < SIZE)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float32, BF16])
+def test_a_scalar_comparison_is_a_mask(dtype: torch.dtype) -> None:
+    x, out = torch.arange(8), torch.zeros(8, dtype=torch.long)
+    for limit, expected in ((3, [7] * 8), (4, [0, 1, 2, 3, 4, 7, 7, 7])):
+        _scalar_mask[(1,)](out, x, torch.tensor([limit]).to(dtype), 8)
+        assert out.tolist() == expected
+
+
+@triton.jit
 def _reduce(sum_ptr, max_ptr, at_ptr, scan_ptr, x_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     offs = rows[:, None] * COLUMNS + columns[None]
