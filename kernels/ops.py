@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpu, cpu_attention, cpu_lora, packed
+from . import cpu, cpu_attention, cpu_lora, cuda, packed
 from .library import define, implement
 from .packed import PackedWeight
 from .tiles import Table, Tiles
@@ -294,3 +294,5 @@ implement(
 )
 for _name in ("lora_expand_", "lora_", "lora_embed_", "rope_store_kv_", "apply_token_mask_"):
     implement(_name, "Meta", lambda *_: None)
+
+cuda.register()

@@ -1,0 +1,98 @@
+"""Launch parameters of the GPU kernels: tables by (architecture, op, shape, tokens), no autotuning.
+
+A table is a JSON file in `plans/`. What enters a row's arithmetic (K splits, K tiles) stands under
+"arithmetic" and depends on the op and its shape alone; what only places the work (row and column
+tiles, warps, stages) stands under "schedule", by token bucket. So a row's bits cannot depend on how
+many rows are with it. `python -m multilora_kernels.tune` writes the tables anew on a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FOLDER = Path(__file__).with_suffix("")
+ARCHITECTURES = (80, 90, 100)
+"""Those with a table of their own; others take that of the next lower one."""
+ANY = "*"
+
+Plan = Mapping[str, int]
+
+
+class UnsupportedDevice(RuntimeError):
+    """The GPU is too old for these kernels."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the launches need to know of a GPU; plain data, so that tests need none."""
+
+    sm: int  # compute capability, e.g. 90
+    num_sms: int  # multiprocessors
+    plans: Plans
+
+
+@dataclass(frozen=True)
+class Plans:
+    """The table of one architecture."""
+
+    ops: Mapping[str, Any]
+    _chosen: dict[tuple[str, tuple[int, ...], int], Plan] = field(default_factory=dict, repr=False)
+
+    def choose(self, op: str, shape: Sequence[int], tokens: int) -> Plan:
+        """The parameters of `op` on weights of `shape` for so many tokens."""
+        key = (op, tuple(shape), tokens)
+        found = self._chosen.get(key)
+        if found is None:
+            entry = self.entry(op, shape)
+            bucket = bucket_of(tokens, entry["schedule"])
+            found = self._chosen[key] = {**entry["arithmetic"], **entry["schedule"][bucket]}
+        return found
+
+    def entry(self, op: str, shape: Sequence[int]) -> Mapping[str, Any]:
+        """{"arithmetic": ..., "schedule": {bucket: ...}} of a shape, or of any shape."""
+        shapes = self.ops[op]
+        found: Mapping[str, Any] = shapes.get(name_of(shape), shapes[ANY])
+        return found
+
+
+def name_of(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def bucket_of(tokens: int, buckets: Mapping[str, Any]) -> str:
+    """The smallest bucket that holds so many tokens; ANY holds the rest."""
+    return min((b for b in buckets if b != ANY and int(b) >= tokens), key=int, default=ANY)
+
+
+def path_of(sm: int) -> Path:
+    """The file of an architecture; UnsupportedDevice below sm_80."""
+    fitting = [known for known in ARCHITECTURES if known <= sm]
+    if not fitting:
+        raise UnsupportedDevice(
+            f"this GPU has compute capability {sm / 10}, the kernels need 8.0 (A100) or newer"
+        )
+    return FOLDER / f"sm{max(fitting)}.json"
+
+
+@cache
+def load(sm: int) -> Plans:
+    return Plans(json.loads(path_of(sm).read_text(encoding="utf-8")))
+
+
+def device(sm: int, num_sms: int) -> Device:
+    """A device of that architecture with its table."""
+    return Device(sm, num_sms, load(sm))
+
+
+@cache
+def device_of(where: torch.device) -> Device:
+    """The CUDA device that a tensor lies on."""
+    found = torch.cuda.get_device_properties(where)
+    return device(found.major * 10 + found.minor, found.multi_processor_count)

@@ -1,0 +1,111 @@
+"""LoRA calls of every kind for the tests of kernels: what nobody may read is NaN."""
+
+from __future__ import annotations
+
+import random
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from multilora_kernels import Table, Tiles, make_tiles
+
+RANKS = (8, 16, 24, 64, 128, 8, 40, 16)
+"""The rank of each slot; a last slot, which no token names, has pages of NaN."""
+
+ZIPF = [1 / (i + 1) ** 1.5 for i in range(len(RANKS))]
+POPULARITY = {
+    "distinct": list(range(8)),
+    "uniform": sorted(random.Random(0).choices(range(8), k=21)),
+    "zipf": sorted(random.Random(1).choices(range(8), ZIPF, k=37)),
+    "identical": [3] * 21,
+    "skewed": [5] * 70 + [0, 1, 2, -1, 3, 3, 7],
+    "half base": [-1, 3, -1, 5, 5, -1] * 3,
+    "all base": [-1] * 5,
+    "empty": [],
+}
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2.5e-2}
+"""|found - expected| <= tolerance * (1 + |expected|), for values of order one."""
+
+
+class Case(NamedTuple):
+    """The arguments of `lora_`, in its order."""
+
+    y: Tensor
+    x: Tensor
+    a_pages: Tensor
+    b_pages: Tensor
+    table: Table
+    tiles: Tiles
+    slice_starts: tuple[int, ...]
+
+    def copy(self, **changed: Any) -> Case:
+        """The same with a `y` of its own."""
+        return self._replace(y=self.y.clone())._replace(**changed)
+
+
+def up(*values: Any) -> list[Any]:
+    """The values with floating tensors cast to float64, those inside a table included."""
+    wide: list[Any] = []
+    for value in values:
+        if isinstance(value, Table):
+            value = Table(*up(*value))
+        elif isinstance(value, Tensor) and value.is_floating_point():
+            value = value.double()
+        wide.append(value)
+    return wide
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    tolerance = TOLERANCE[found.dtype]
+    torch.testing.assert_close(found.double(), expected.double(), rtol=tolerance, atol=tolerance)
+
+
+def spaced(count: int, *shape: int, dtype: torch.dtype) -> Tensor:
+    """`count` pages of NaN, 16-byte aligned, with a gap between them and one before the first."""
+    numel = torch.Size(shape).numel()
+    gap = -numel % 16 + 16
+    pages = torch.full((count, numel + gap), torch.nan, dtype=dtype)[:, 16 : 16 + numel]
+    return pages.unflatten(1, shape)
+
+
+def make_table(
+    out: int, dtype: torch.dtype, ranks: tuple[int, ...] = RANKS, dora: bool = False
+) -> tuple[Table, Tensor]:
+    """A table of shuffled pages, those that no slot owns left to NaN, and the owned page ids."""
+    counts = [rank // 8 for rank in ranks]
+    order = (torch.randperm(sum(counts)) + 1).tolist()  # page 0 belongs to nobody
+    page_ids = torch.zeros(len(ranks) + 1, max(counts) + 1, dtype=torch.int32)
+    weights = torch.full(page_ids.shape, torch.nan)
+    for slot, count in enumerate(counts):
+        page_ids[slot, :count] = torch.tensor([order.pop() for _ in range(count)])
+        weights[slot, :count] = 0.5 + torch.rand(count)
+    table = Table(page_ids, weights, torch.tensor([*counts, max(counts)], dtype=torch.int32))
+    if dora:
+        scale, bias = torch.full((2, 5, out), torch.nan)
+        scale[1:4], bias[1:4] = 0.5 + torch.rand(3, out), torch.randn(3, out)
+        rows = [1, -1, 2, 3, -1, 1, 2, -1][: len(ranks)]
+        row = torch.tensor([*rows, 0], dtype=torch.int32)
+        table = table._replace(scale_row=row, scale=scale.to(dtype), bias=bias.to(dtype))
+    return table, torch.arange(1, sum(counts) + 1)
+
+
+def make_case(
+    slots: list[int],
+    dtype: torch.dtype,
+    *,
+    in_: int = 160,
+    starts: tuple[int, ...] = (0, 64, 96, 128),
+    ranks: tuple[int, ...] = RANKS,
+    dora: bool = False,
+    tile: int = 16,
+    size: int | None = None,
+) -> Case:
+    out, slices = starts[-1], len(starts) - 1
+    table, owned = make_table(out, dtype, ranks, dora)
+    a_pages = spaced(len(owned) + 2, slices, 8, in_, dtype=dtype)
+    b_pages = spaced(len(owned) + 2, 8, out, dtype=dtype)
+    a_pages[owned] = (torch.randn(len(owned), slices, 8, in_) / in_**0.5).to(dtype)
+    b_pages[owned] = (torch.randn(len(owned), 8, out) / 8).to(dtype)
+    y, x = torch.randn(len(slots), out).to(dtype), torch.randn(len(slots), in_).to(dtype)
+    return Case(y, x, a_pages, b_pages, table, make_tiles(slots, tile, size), starts)
