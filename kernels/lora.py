@@ -33,14 +33,14 @@ def _shrink_kernel(
     x_ptr, a_ptr, planes_ptr,
     page_ids_ptr, num_pages_ptr,
     tile_slots_ptr, tile_starts_ptr, tile_lens_ptr, num_tiles_ptr,
-    K, num_tokens, max_pages,
+    K, num_tokens, num_slices, max_pages,
     stride_x_tokens, stride_a_pages, stride_page_ids,
-    SLICES: tl.constexpr, SPLIT_K: tl.constexpr, EVEN_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_PAGES: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """planes[split, token, (slice, page, r)] = A[page, slice, r, part of K] @ x[token, part of K].
 
-    Grid: (tile, column program, split). The columns of all slices form one list of SLICES *
+    Grid: (tile, column program, split). The columns of all slices form one list of num_slices *
     num_pages pages, so one pass over x serves them; a column program takes every num_programs(1)-th
     group of BLOCK_PAGES pages of it, as many as the slot's rank has.
     """
@@ -54,16 +54,17 @@ def _shrink_kernel(
     length = tl.load(tile_lens_ptr + pid_tile)
     num_pages = tl.load(num_pages_ptr + slot)
 
-    per_split = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K) * BLOCK_K
+    per_split = tl.cdiv(tl.cdiv(K, BLOCK_K), tl.num_programs(2)) * BLOCK_K
     k_first = pid_k * per_split
     k_last = min(K, k_first + per_split)
     offs_n = tl.arange(0, BLOCK_PAGES * 8)
     offs_r = offs_n % 8
-    num_columns = SLICES * max_pages * 8
+    num_columns = num_slices * max_pages * 8
 
-    for first in range(pid_n * BLOCK_PAGES, SLICES * num_pages, tl.num_programs(1) * BLOCK_PAGES):
+    all_pages = num_slices * num_pages
+    for first in range(pid_n * BLOCK_PAGES, all_pages, tl.num_programs(1) * BLOCK_PAGES):
         offs_page = first + offs_n // 8
-        mask_n = offs_page < SLICES * num_pages
+        mask_n = offs_page < all_pages
         in_slice = offs_page // num_pages
         page = offs_page % num_pages
         page_id = tl.load(page_ids_ptr + slot * stride_page_ids + page, mask=mask_n, other=0)
@@ -98,8 +99,8 @@ def _expand_kernel(
     page_ids_ptr, page_weights_ptr, num_pages_ptr,
     scale_row_ptr, scale_ptr, bias_ptr,
     tile_slots_ptr, tile_starts_ptr, tile_lens_ptr, num_tiles_ptr,
-    num_tokens, max_pages,
-    stride_y_tokens, stride_u, stride_b_pages, stride_page_ids, stride_page_weights,
+    max_pages,
+    stride_y_tokens, stride_u, stride_planes, stride_b_pages, stride_page_ids, stride_page_weights,
     stride_scale_rows, stride_bias_rows,
     STARTS: tl.constexpr, NUM_SLICES: tl.constexpr, NUM_BLOCKS: tl.constexpr, ALIGN: tl.constexpr,
     SPLIT_K: tl.constexpr, GATHER: tl.constexpr, USE_SCALE: tl.constexpr, USE_BIAS: tl.constexpr,
@@ -174,7 +175,7 @@ def _expand_kernel(
                     u_rows = u_ptr + tokens[:, None] * stride_u + u_columns[None, :]
                     u = tl.load(u_rows, mask=mask_u, other=0.0)
                     for _ in tl.static_range(SPLIT_K - 1):
-                        u_rows += num_tokens.to(tl.int64) * stride_u
+                        u_rows += stride_planes
                         u += tl.load(u_rows, mask=mask_u, other=0.0)
                 u = (u * weight[None, :]).to(b.dtype)
                 acc = tl.dot(u, b, acc, input_precision="ieee")
@@ -214,9 +215,9 @@ def lora_shrink(
     _shrink_kernel[grid](
         x, a_pages, planes,
         table.page_ids, table.num_pages, *tiles,
-        in_, len(x), max_pages,
+        in_, len(x), slices, max_pages,
         x.stride(0), a_pages.stride(0), table.page_ids.stride(0),
-        SLICES=slices, SPLIT_K=split_k, EVEN_K=in_ % plan["block_k"] == 0,
+        EVEN_K=in_ % plan["block_k"] == 0,
         BLOCK_M=plan["block_m"], BLOCK_PAGES=plan["block_pages"], BLOCK_K=plan["block_k"],
         num_warps=plan["num_warps"], num_stages=plan["num_stages"], enable_fp_fusion=False,
     )  # fmt: skip
@@ -296,8 +297,8 @@ def _expand_(
     _expand_kernel[(programs,)](
         y, u, b_pages, ids,
         *table[:4], scale, bias, *tiles,
-        len(y), max_pages,
-        y.stride(0), u.stride(0 if ids is not None else 1), b_pages.stride(0),
+        max_pages,
+        y.stride(0), u.stride(0 if ids is not None else 1), u.stride(0), b_pages.stride(0),
         table.page_ids.stride(0), table.page_weights.stride(0),
         0 if scale is None else scale.stride(0), 0 if bias is None else bias.stride(0),
         STARTS=starts, NUM_SLICES=len(starts) - 1, NUM_BLOCKS=blocks,
