@@ -17,6 +17,7 @@ from torch import Tensor
 from . import native
 
 OUTPUTS = 32
+CHUNK = 1 << 19  # weights that are put in panels at a time
 KINDS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4}
 
 
@@ -26,18 +27,28 @@ def usable(in_: int, group: int) -> bool:
 
 
 def make(weight: Tensor, kind: str) -> Tensor:
-    """Panels of a weight or of codes, [out, in], for a kind of KINDS."""
-    weight = F.pad(weight, (0, weight.shape[1] % 2, 0, -len(weight) % OUTPUTS))
-    panels: Tensor = weight.view(-1, OUTPUTS, weight.shape[1])
-    if kind not in ("bfloat16", "int4"):
-        return panels.transpose(1, 2).contiguous()
-    pairs: Tensor = panels.view(len(panels), OUTPUTS, -1, 2).transpose(
-        1, 2
-    )  # [panels, in / 2, 32, 2]
-    if kind == "bfloat16":
-        return pairs.contiguous()
-    codes: Tensor = (pairs + 8).to(torch.uint8)
-    return (codes[..., 0] | codes[..., 1] << 4).contiguous()
+    """Panels of a weight or of codes, [out, in], for a kind of KINDS.
+
+    A few at a time: that needs no second copy of the weight, and stays in the cache.
+    """
+    count, inputs = -(-len(weight) // OUTPUTS), -(-weight.shape[1] // 2) * 2
+    halves = (inputs // 2, OUTPUTS)
+    shape = {"bfloat16": (*halves, 2), "int4": halves}.get(kind, (inputs, OUTPUTS))
+    panels = torch.empty(count, *shape, dtype=torch.uint8 if kind == "int4" else weight.dtype)
+    step = max(CHUNK // (OUTPUTS * max(inputs, 1)), 1)
+    for first in range(0, count, step):
+        rows = weight[first * OUTPUTS : (first + step) * OUTPUTS]
+        rows = F.pad(rows, (0, inputs - weight.shape[1], 0, -len(rows) % OUTPUTS))
+        part = rows.view(-1, OUTPUTS, inputs).transpose(1, 2)  # [panels, inputs, 32]
+        if kind in ("bfloat16", "int4"):
+            part = part.view(-1, inputs // 2, 2, OUTPUTS).transpose(
+                2, 3
+            )  # [panels, inputs / 2, 32, 2]
+        if kind == "int4":
+            codes = (part + 8).view(torch.uint8)
+            part = codes[..., 0] | codes[..., 1] << 4
+        panels[first : first + step] = part
+    return panels
 
 
 def make_scales(scales: Tensor) -> Tensor:

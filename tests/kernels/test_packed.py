@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import multilora_kernels as mk
-from multilora_kernels import reference
+from multilora_kernels import native, panels, reference
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,6 +42,19 @@ def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(request.param)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=native.ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set that the C++ library has for this machine."""
+    if not mk.HAS_CPP:
+        pytest.skip("the C++ library is not built")
+    best = native.select_isa(native.ISAS[-1])
+    if native.select_isa(request.param) != request.param:
+        native.select_isa(best)
+        pytest.skip(f"this machine has no {request.param}")
+    yield request.param
+    native.select_isa(best)
 
 
 # Quantising ---------------------------------------------------------------------------------------
@@ -211,6 +224,34 @@ def test_bits_of_sixteen_rows_are_their_own(
     whole = mk.linear(x, packed)
     for rows in [*torch.arange(128).split(16), torch.arange(128).flip(0)]:
         assert torch.equal(mk.linear(x[rows], packed), whole[rows])
+
+
+@pytest.mark.usefixtures("_threads", "isa")
+@kinds
+@dtypes
+def test_every_instruction_set_gives_any_number_of_rows_their_own_bits(
+    dtype: torch.dtype, kind: str
+) -> None:
+    """Up to more rows than one chunk of the GEMM has, and more inputs than one of its blocks."""
+    weight = random_weight((47, 1090))
+    packed, x = packed_of(weight, kind), torch.randn(450, 1090).to(dtype)
+    whole, tolerance = mk.linear(x, packed), TOLERANCE[dtype]
+    expected = reference.linear(x.double(), mk.unpack(packed).double())
+    torch.testing.assert_close(whole.double(), expected, rtol=tolerance, atol=tolerance)
+    for first, count in [(449, 1), (3, 2), (7, 5), (0, 13), (100, 49), (33, 385)]:
+        part = slice(first, first + count)
+        assert torch.equal(mk.linear(x[part], packed), whole[part])
+
+
+@kinds
+def test_panels_made_in_parts_are_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not mk.HAS_CPP:
+        pytest.skip("the C++ library is not built")
+    weight = random_weight((130, 66))
+    whole = packed_of(weight, kind)
+    assert whole.in_panels
+    monkeypatch.setattr(panels, "CHUNK", 66 * 40)
+    assert torch.equal(packed_of(weight, kind).data, whole.data)
 
 
 @kinds
