@@ -39,11 +39,9 @@ def make(weight: Tensor, kind: str) -> Tensor:
     for first in range(0, count, step):
         rows = weight[first * OUTPUTS : (first + step) * OUTPUTS]
         rows = F.pad(rows, (0, inputs - weight.shape[1], 0, -len(rows) % OUTPUTS))
-        part = rows.view(-1, OUTPUTS, inputs).transpose(1, 2)  # [panels, inputs, 32]
+        part = rows.view(-1, OUTPUTS, inputs).transpose(1, 2)
         if kind in ("bfloat16", "int4"):
-            part = part.view(-1, inputs // 2, 2, OUTPUTS).transpose(
-                2, 3
-            )  # [panels, inputs / 2, 32, 2]
+            part = part.view(-1, inputs // 2, 2, OUTPUTS).transpose(2, 3)
         if kind == "int4":
             codes = (part + 8).view(torch.uint8)
             part = codes[..., 0] | codes[..., 1] << 4
