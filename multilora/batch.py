@@ -25,10 +25,10 @@ class SiteLora:
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
-    """One step. Rows are padded to a multiple of 16 with tokens that are stored nowhere.
+    """One step. Rows may be padded with tokens that are stored nowhere.
 
-    The padding is part of the promise that a row's bits do not depend on its neighbours: torch's
-    GEMMs choose other kernels for other small row counts.
+    Without the C++ GEMM they are, to a multiple of 16: torch's GEMMs choose other kernels for other
+    small row counts, and a row's bits must not depend on its neighbours.
     """
 
     ids: Tensor  # int64 [tokens]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .adapters.store import AdapterStore
 
 ROWS = 16
-"""Row counts are padded to a multiple of this: see ForwardBatch."""
+"""Row counts are padded to a multiple of this where rows are not independent: see ForwardBatch."""
 
 _LONG, _INT = torch.int64, torch.int32
 
@@ -98,8 +98,10 @@ class StepInputs:
         return found
 
 
-def lay_out(chunks: tuple[Chunk, ...], rows: Rows, store: AdapterStore, size: int) -> StepInputs:
-    """The step of these chunks, with blocks of `size` tokens."""
+def lay_out(
+    chunks: tuple[Chunk, ...], rows: Rows, store: AdapterStore, size: int, multiple: int = ROWS
+) -> StepInputs:
+    """The step of these chunks, with blocks of `size` tokens, rows padded to a `multiple`."""
     order = sorted(chunks, key=lambda chunk: (chunk.slot, chunk.row))
     seq_lens = [chunk.start + chunk.count for chunk in order]
     slots = [chunk.slot for chunk in order for _ in range(chunk.count)]
@@ -110,9 +112,9 @@ def lay_out(chunks: tuple[Chunk, ...], rows: Rows, store: AdapterStore, size: in
     tiles = mk.make_tiles(slots, tile) if sites else None
     head = mk.make_tiles(logits_slots, mk.DECODE_TILE) if "lm_head" in sites else None
     extent = Extent(
-        tokens=_padded(len(slots)),
+        tokens=-(-len(slots) // multiple) * multiple,
         seqs=len(order),
-        logits=_padded(len(logits_tokens)),
+        logits=-(-len(logits_tokens) // multiple) * multiple,
         tiles=0 if tiles is None else len(tiles.slots),
         head_tiles=0 if head is None else len(head.slots),
         max_query_len=max(chunk.count for chunk in order),
@@ -170,7 +172,3 @@ def _tile_fields(name: str, tiles: mk.Tiles, size: int) -> dict[str, Field]:
         f"{name}.lens": Field(tiles.lens.numpy(), _INT, (size,)),
         f"{name}.num_tiles": Field(tiles.num_tiles.numpy(), _INT, (1,)),
     }
-
-
-def _padded(count: int) -> int:
-    return -(-count // ROWS) * ROWS

@@ -105,6 +105,11 @@ class Linear(nn.Module):
         return self.weight[ids]
 
     @property
+    def rows_are_independent(self) -> bool:
+        """Whether a row's bits are its own for any number of rows, without padding."""
+        return isinstance(self.weight, mk.PackedWeight) and self.weight.in_panels
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of the weight; the bias is a parameter."""
         if isinstance(self.weight, mk.PackedWeight):

@@ -67,7 +67,8 @@ class Runner:
         """Starts a step. Chunks are laid out by slot, so that a slot's tokens lie together."""
         self._device.activate()
         self._rows.take(plan)
-        step = lay_out(plan.chunks, self._rows, self.store, self._config.block_size)
+        multiple = 1 if self.model.rows_are_independent else ROWS
+        step = lay_out(plan.chunks, self._rows, self.store, self._config.block_size, multiple)
         graph = self.graphs.find(step) if self.graphs is not None else None
         extent = graph.extent if graph is not None else step.extent
         choices = self._choices(step)

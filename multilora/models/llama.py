@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from types import MappingProxyType
 
 import torch
@@ -99,6 +100,11 @@ class Llama(nn.Module):
             yield block.mlp.gate_up.part()
             yield block.mlp.down.part()
         yield fill(norms)
+
+    @cached_property
+    def rows_are_independent(self) -> bool:
+        """Whether rows need no padding; asked when everything is loaded."""
+        return all(m.rows_are_independent for m in self.modules() if isinstance(m, Linear))
 
     @property
     def num_bytes(self) -> int:
