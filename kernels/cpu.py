@@ -93,6 +93,8 @@ def rope_store_kv_(
     kv_slots: Tensor,
     k_blocks: Tensor,
     v_blocks: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> None:
     """See `reference.rope_store_kv_`: sums and products only, exact in any code path."""
     tokens, heads, dim = q.shape
@@ -110,6 +112,7 @@ def rope_store_kv_(
         and positions.dtype == kv_slots.dtype == torch.int64
         and cos.shape == sin.shape
         and all(t.is_contiguous() for t in (cos, sin, positions, kv_slots))
+        and k_scale is None
     ):
         blocks, block_size, kv_heads, _ = k_blocks.shape
         block_stride, token_stride, _, _ = k_blocks.stride()
@@ -123,7 +126,9 @@ def rope_store_kv_(
         indices.refuse(native.LIB.rope_store_kv(byref(args)))
         return
     indices.check_rope(positions, kv_slots, cos, k_blocks)
-    reference.rope_store_kv_(q, k, v, cos, sin, positions, kv_slots, k_blocks, v_blocks)
+    reference.rope_store_kv_(
+        q, k, v, cos, sin, positions, kv_slots, k_blocks, v_blocks, k_scale, v_scale
+    )
 
 
 def apply_token_mask_(logits: Tensor, mask: Tensor) -> None:

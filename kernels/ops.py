@@ -41,7 +41,8 @@ _ATTENTION = define(
 )
 _ROPE = define(
     "rope_store_kv_(Tensor(a!) q, Tensor k, Tensor v, Tensor cos, Tensor sin, "
-    "Tensor positions, Tensor kv_slots, Tensor(b!) k_blocks, Tensor(c!) v_blocks) -> ()"
+    "Tensor positions, Tensor kv_slots, Tensor(b!) k_blocks, Tensor(c!) v_blocks, "
+    "Tensor? k_scale=None, Tensor? v_scale=None) -> ()"
 )
 _NORM = define("rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!)? residual) -> Tensor")
 _SILU = define("silu_mul(Tensor x) -> Tensor")
@@ -176,10 +177,16 @@ def rope_store_kv_(
     kv_slots: Tensor,  # int64 [tokens], block * block_size + offset, -1 = do not store
     k_blocks: Tensor,  # [blocks, block_size, kv_heads, head_dim], written in place
     v_blocks: Tensor,
+    k_scale: Tensor | None = None,  # fp32 [kv_heads], for e4m3 pages
+    v_scale: Tensor | None = None,
 ) -> None:
-    """Rotates q and k by position (half against half) and stores k and v in their pages."""
+    """Rotates q and k by position (half against half) and stores k and v in their pages.
+
+    With scales, k and v are divided by their head's and cut to the pages' finite range.
+    """
     _check(cos.shape[1] * 2 == q.shape[2], "cos and sin must have head_dim / 2 columns")
-    _ROPE(q, k, v, cos, sin, positions, kv_slots, k_blocks, v_blocks)
+    _check((k_scale is None) == (v_scale is None), "k_scale and v_scale come together")
+    _ROPE(q, k, v, cos, sin, positions, kv_slots, k_blocks, v_blocks, k_scale, v_scale)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:

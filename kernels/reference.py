@@ -149,8 +149,13 @@ def rope_store_kv_(
     kv_slots: Tensor,  # int64 [tokens], block * block_size + offset; -1 = do not store
     k_blocks: Tensor,  # [blocks, block_size, kv_heads, head_dim], written in place
     v_blocks: Tensor,
+    k_scale: Tensor | None = None,  # fp32 [kv_heads], of e4m3 blocks
+    v_scale: Tensor | None = None,
 ) -> None:
-    """Rotates `q` and `k` by position (half against half) and stores `k` and `v` in pages."""
+    """Rotates `q` and `k` by position (half against half) and stores `k` and `v` in pages.
+
+    With scales, what is stored is divided by its head's and cut to the pages' finite range.
+    """
     wide, half, size = _wide(q), q.shape[-1] // 2, k_blocks.shape[1]
     c, s = cos[positions, None].to(wide), sin[positions, None].to(wide)
 
@@ -158,11 +163,17 @@ def rope_store_kv_(
         first, second = x[..., :half].to(wide), x[..., half:].to(wide)
         return torch.cat((first * c - second * s, second * c + first * s), -1).to(x.dtype)
 
+    def stored(x: Tensor, scale: Tensor | None) -> Tensor:
+        if scale is None:
+            return x.to(k_blocks.dtype)
+        largest = torch.finfo(k_blocks.dtype).max
+        return (x.to(wide) / scale[:, None].to(wide)).clamp(-largest, largest).to(k_blocks.dtype)
+
     q.copy_(rotate(q))
     keep = kv_slots >= 0
     block, offset = kv_slots[keep] // size, kv_slots[keep] % size
-    k_blocks[block, offset] = rotate(k)[keep].to(k_blocks.dtype)
-    v_blocks[block, offset] = v[keep].to(v_blocks.dtype)
+    k_blocks[block, offset] = stored(rotate(k)[keep], k_scale)
+    v_blocks[block, offset] = stored(v[keep], v_scale)
 
 
 def rms_norm(

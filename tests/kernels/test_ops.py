@@ -286,6 +286,21 @@ def test_rope_store_kv(dtype: torch.dtype) -> None:
         assert torch.equal(pages[untouched], old[untouched])
 
 
+def test_rope_store_kv_into_e4m3_pages() -> None:
+    args = make_rope(torch.bfloat16)
+    args[1][0] *= 1000  # beyond what e4m3 holds
+    k_scale, v_scale = torch.tensor([0.5, 2.0]), torch.tensor([1.5, 0.25])
+    plain = [t.clone() for t in args]
+    ops.rope_store_kv_(*plain)
+    args[7:] = [blocks.to(torch.float8_e4m3fn) for blocks in args[7:]]
+    ops.rope_store_kv_(*args, k_scale, v_scale)
+    assert torch.equal(args[0], plain[0])
+    for found, wide, scale in zip(args[7:], plain[7:], (k_scale, v_scale), strict=True):
+        stored = [blocks.flatten(0, 1)[[3, 0, 23, 8]].float() for blocks in (found, wide)]
+        want = (stored[1] / scale[:, None]).clamp(-448, 448)
+        torch.testing.assert_close(stored[0], want, rtol=1 / 16, atol=1e-2)
+
+
 @pytest.mark.parametrize("rows", [0, 1, 17])
 @pytest.mark.parametrize("with_residual", [False, True])
 @dtypes
@@ -492,6 +507,7 @@ NONE = make_tiles([], 16)
         (lambda: ops.lora_embed_(f(2, 5), f(3), f(1, 9, 8), f(1, 8, 5), TABLE, NONE), "rows"),
         (lambda: attend([f(2, 3, 4), *[f(1, 8, 2, 4)] * 2, *[f(0)] * 3], {"scale": 1.0}), "heads"),
         (lambda: ops.rope_store_kv_(f(2, 3, 4), f(1), f(1), f(9, 4), *[f(1)] * 5), "head_dim"),
+        (lambda: ops.rope_store_kv_(f(2, 3, 4), f(1), f(1), f(9, 2), *[f(1)] * 6), "together"),
         (lambda: ops.rms_norm(f(2, 3), f(4), 1e-5), "weight"),
         (lambda: ops.silu_mul(f(2, 3)), "even"),
         (lambda: ops.apply_token_mask_(f(2, 33), f(2, 2)), "int32"),
