@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import plans
@@ -14,6 +16,10 @@ from .tiles import Table, Tiles
 
 class TritonMissing(ImportError):
     """A CUDA op was called where triton is not installed."""
+
+
+class NoCudaKernel(NotImplementedError):
+    """An op was called with CUDA tensors that only works on CPU."""
 
 
 def triton_module(name: str) -> Any:
@@ -52,9 +58,41 @@ def _lora_embed_(y: Tensor, ids: Tensor, a_pages: Tensor, b_pages: Tensor, *rest
     triton_module("lora").lora_embed_(y, ids, a_pages, b_pages, table, tiles, device)
 
 
+def _paged_attention(q: Tensor, *rest: Any) -> Any:
+    sm = plans.device_of(q.device).sm
+    return triton_module("attention").paged_attention(q, *rest, sm=sm)
+
+
+def _lora_splits(x: Tensor, a_pages: Tensor) -> int:
+    found: int = triton_module("lora").splits(x, a_pages, plans.device_of(x.device))
+    return found
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, batch_invariant: bool = False) -> Any:
+    """cuBLAS, which is faster, unless a row's bits must not depend on the number of rows."""
+    if not batch_invariant:
+        return F.linear(x, weight, bias)
+    y = triton_module("matmul").matmul(x, weight)
+    return y if bias is None else y.add_(bias)
+
+
+def _linear_packed(*_: Any) -> Any:
+    raise NoCudaKernel("packed weights are for CPU: multilora_kernels.unpack gives a plain weight")
+
+
+def _fused(name: str) -> Callable[..., Any]:
+    return lambda *args: getattr(triton_module("fused"), name)(*args)
+
+
 def register() -> None:
     """Tells torch's dispatcher; the ops must be defined."""
     implement("lora_shrink", "CUDA", _lora_shrink)
+    implement("lora_splits", "CUDA", _lora_splits)
     implement("lora_expand_", "CUDA", _lora_expand_)
     implement("lora_", "CUDA", _lora_)
     implement("lora_embed_", "CUDA", _lora_embed_)
+    implement("paged_attention", "CUDA", _paged_attention)
+    implement("linear", "CUDA", _linear)
+    implement("linear_packed", "CUDA", _linear_packed)
+    for name in ("rope_store_kv_", "rms_norm", "silu_mul", "apply_token_mask_"):
+        implement(name, "CUDA", _fused(name))

@@ -13,7 +13,20 @@ from multilora_kernels import cuda
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-OPS = ("lora_shrink", "lora_expand_", "lora_", "lora_embed_")
+OPS = (
+    "apply_token_mask_",
+    "linear",
+    "linear_packed",
+    "lora_",
+    "lora_embed_",
+    "lora_expand_",
+    "lora_shrink",
+    "lora_splits",
+    "paged_attention",
+    "rms_norm",
+    "rope_store_kv_",
+    "silu_mul",
+)
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -43,3 +56,8 @@ def test_another_missing_module_is_not_taken_for_triton(monkeypatch: pytest.Monk
     monkeypatch.setattr(cuda.importlib, "import_module", missing)
     with pytest.raises(ModuleNotFoundError, match="tritonclient"):
         cuda.triton_module("lora")
+
+
+def test_packed_weights_are_refused_with_the_cure() -> None:
+    with pytest.raises(cuda.NoCudaKernel, match="unpack"):
+        cuda._linear_packed()

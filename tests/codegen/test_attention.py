@@ -1,0 +1,107 @@
+"""What paged attention compiles to: one table of what each form must and may be."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from multilora_kernels import attention
+from multilora_kernels.testing.codegen import Launch, compiling
+
+BF16, FP16, FP8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
+KV_HEADS, GROUP = 8, 4  # Llama 3.1 8B
+
+
+class Expect(NamedTuple):
+    """Registers a thread and KiB of shared memory are upper bounds."""
+
+    arch: int
+    kv_dtype: torch.dtype
+    head_dim: int
+    block_size: int
+    batch_invariant: bool
+    split: tuple[str, int, int]  # matrix instruction, registers, shared memory
+    chunk: tuple[str, int, int]
+
+
+# 168 registers let 3 programs of 4 warps share a multiprocessor, 255 one of 8 warps. Shared memory:
+# two tiles of K and V ahead, so that reading never stops; sm_80 has 163 KiB, the others 227.
+TABLE = [
+    Expect(90, BF16, 128, 16, False, ("HMMA", 168, 75), ("HGMMA", 224, 100)),
+    Expect(90, BF16, 128, 64, False, ("HMMA", 168, 75), ("HGMMA", 224, 100)),
+    Expect(90, FP16, 64, 16, False, ("HMMA", 104, 40), ("HGMMA", 168, 52)),
+    Expect(90, FP8, 128, 16, False, ("HMMA", 224, 42), ("HGMMA", 224, 84)),
+    Expect(90, BF16, 128, 16, True, ("HGMMA", 224, 84), ("HGMMA", 240, 84)),
+    Expect(90, BF16, 128, 64, True, ("HGMMA", 224, 84), ("HGMMA", 240, 84)),
+    Expect(90, FP8, 128, 16, True, ("HGMMA", 224, 84), ("HGMMA", 240, 84)),
+    Expect(80, BF16, 128, 16, False, ("HMMA", 168, 75), ("HMMA", 240, 52)),
+    Expect(80, BF16, 128, 16, True, ("HMMA", 168, 40), ("HMMA", 240, 40)),
+    Expect(80, BF16, 64, 16, False, ("HMMA", 104, 40), ("HMMA", 192, 36)),
+    Expect(100, BF16, 128, 16, False, ("HMMA", 168, 75), ("UTCHMMA", 240, 100)),
+    Expect(100, BF16, 128, 16, True, ("UTCHMMA", 168, 84), ("UTCHMMA", 224, 84)),
+]
+
+USUAL = (0, 3, 4, 7)
+
+
+def launches(expect: Expect, max_query_len: int = 64) -> list[Launch]:
+    """The split form, the chunk form and the merge, of q that is a part of a fused projection."""
+    dtype = BF16 if expect.kv_dtype == FP8 else expect.kv_dtype
+    fused = torch.zeros(64, KV_HEADS * (GROUP + 2), expect.head_dim, dtype=dtype)
+    shape = (2, 64, expect.block_size, KV_HEADS, expect.head_dim)
+    k_blocks, v_blocks = torch.zeros(shape).to(expect.kv_dtype)
+    scales = [torch.ones(KV_HEADS)] * 2 if expect.kv_dtype == FP8 else [None, None]
+    lens, starts = torch.zeros(16, dtype=torch.int32), torch.zeros(17, dtype=torch.int32)
+    with compiling(expect.arch) as found:
+        attention.paged_attention(
+            fused[:, : KV_HEADS * GROUP], k_blocks, v_blocks,
+            torch.zeros(16, 512, dtype=torch.int32), lens, starts, 0.1, max_query_len, 8192,
+            *scales, expect.batch_invariant, sm=expect.arch,
+        )  # fmt: skip
+    return found
+
+
+def name_of(expect: Expect) -> str:
+    mode = " invariant" if expect.batch_invariant else ""
+    dtype = str(expect.kv_dtype)[6:]
+    return f"sm_{expect.arch} {dtype} dim {expect.head_dim} blocks of {expect.block_size}{mode}"
+
+
+# A row takes 5 to 20 s to compile, unless Triton's cache has it: the usual run tries a few.
+@pytest.mark.parametrize(
+    "expect",
+    [
+        pytest.param(row, id=name_of(row), marks=[] if i in USUAL else pytest.mark.slow)
+        for i, row in enumerate(TABLE)
+    ],
+)
+def test_code(expect: Expect) -> None:
+    split, chunk, merge = launches(expect)
+    for launch, (mma, registers, shared) in ((split, expect.split), (chunk, expect.chunk)):
+        assert launch.mma == {mma}
+        assert launch.spills == launch.stack_bytes == 0
+        assert launch.registers <= registers, launch
+        assert launch.shared_bytes <= shared * 1024, launch
+        assert launch.narrow("LDG", "STG", "LDGSTS") == 0, launch.accesses
+        # K and V come by asynchronous copies of 16 bytes, 8 where e4m3 is widened on the way.
+        least = 8 if expect.kv_dtype == FP8 else 16
+        wide = sum(
+            n for (op, size), n in launch.accesses.items() if size >= least and op[:3] == "LDG"
+        )
+        narrow = launch.narrow("LDG", "LDGSTS", below=least)
+        assert wide >= narrow, launch.accesses  # the narrow ones read the block table
+        assert launch.narrow("STG", below=16) <= 1, launch.accesses
+    assert merge.spills == merge.stack_bytes == 0
+    assert merge.registers <= 64
+    assert merge.ops["LDGSTS"] > 0  # segments are read ahead
+
+
+def test_grids() -> None:
+    expect = TABLE[0]
+    split, chunk, merge = launches(expect)
+    assert split.grid == (16, KV_HEADS, 16)  # 8,192 tokens are 16 segments
+    assert chunk.grid == (64 // 32 + 16, KV_HEADS, 1)
+    assert merge.grid == (64, KV_HEADS, 1)
+    assert [launch.kernel for launch in launches(expect, 4)] == ["_attend_kernel", "merge_kernel"]
