@@ -170,6 +170,41 @@ def test_attention(device: Device, dtype: torch.dtype, dim: int, queries: tuple[
     assert not found[sum(queries) :].any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("chunks", [[1] * 40, [7, 1, 20, 12]], ids=["tokens", "mixed"])
+def test_invariant_attention_has_the_bits_of_any_chunk(
+    device: Device, dtype: torch.dtype, chunks: list[int]
+) -> None:
+    """Positions 1,000 to 1,040, on both sides of a segment's end."""
+    place, before = device.torch, 1000
+    q = torch.randn(40, 8, 128).to(place, dtype)
+    k, v = (torch.randn(66, 16, 2, 128).to(place, dtype) for _ in range(2))
+    blocks = torch.randperm(66)[None].int().to(place)
+
+    def attend(rows: Tensor, length: int) -> Tensor:
+        lens, starts = torch.tensor([length]).int(), torch.tensor([0, len(rows)]).int()
+        return mk.paged_attention(
+            rows, k, v, blocks, lens.to(place), starts.to(place), scale=0.1,
+            max_query_len=len(rows), max_seq_len=1056, batch_invariant=True,
+        )  # fmt: skip
+
+    whole, done = attend(q, before + 40), 0
+    for count in chunks:
+        part = attend(q[done : done + count], before + done + count)
+        assert torch.equal(part, whole[done : done + count])
+        done += count
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_an_invariant_linears_rows_are_apart(device: Device, dtype: torch.dtype) -> None:
+    """Every tile height that a row count chooses, and other places in a tile."""
+    x = torch.randn(600, 1000).to(device.torch, dtype)
+    weight = torch.randn(200, 1000).to(device.torch, dtype)
+    whole = mk.linear(x, weight, batch_invariant=True)
+    for rows in (slice(7, 8), slice(590, 600), slice(3, 67), slice(100, 300), slice(33, 600)):
+        assert torch.equal(mk.linear(x[rows], weight, batch_invariant=True), whole[rows])
+
+
 @by_dtype
 def test_the_small_ops(device: Device, dtype: torch.dtype) -> None:
     tokens, dim, place = 37, 64, device.torch
