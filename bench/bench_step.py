@@ -1,0 +1,248 @@
+"""Where the time of one decode step goes, part by part, and how far each part is from its floor.
+
+    python bench/bench_step.py --work 1b --precision bf16 --requests 1,8,16
+
+Llama 3.2 1B's shape with random weights, every request with an adapter of its own. The kernels are
+timed around their calls, the rest is what the step takes besides. A part's floor is
+`max(flops / peak, bytes / bandwidth)` with the rates that floor.py measures:
+
+    a linear   its weights once, 2 flops for each weight and row
+    lora       the pages of the step's adapters once, 2 flops for each of their weights and row
+    attention  K and V of every token so far once, 4 flops for each head element and pair of tokens
+    others     their rows in and out once; for sampling the logits
+
+Rows are counted as there are requests: what is padded is the engine's loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from floor import Peaks, measure
+from machine import machine
+from models import write_all
+from peers.base import NotSupportedError
+from peers.ours import Ours
+from report import markdown
+from work import (
+    ADAPTER_BYTES,
+    CASES,
+    SHAPES,
+    WEIGHT_BYTES,
+    Shape,
+    Work,
+    adapters_of,
+    prompts,
+    rank_of,
+)
+
+import multilora_kernels as mk
+from multilora import SamplingParams, layers, runner, sampler
+from multilora.engine import Engine
+
+FUSED = {  # site -> its linears
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "o": ("o_proj",),
+    "gate_up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+}
+STEP, SAMPLING, REST = "whole step", "sampling", "Python and the rest"
+
+
+class Stopwatch:
+    """Seconds by part; nested parts count for the inner one."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._site, self._inner = "", 0.0
+
+    def wrap(self, name: Callable[[], str], function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, its time added to the part that `name` gives when it is called."""
+
+        @functools.wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            outer, self._inner = self._inner, 0.0
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent = time.perf_counter() - start
+                self.seconds[name()] += spent - self._inner
+                self._inner = outer + spent
+
+        return timed
+
+    def at_site(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """`Linear.forward`, whose kernels then count for its site."""
+
+        def timed(linear: Any, *args: Any, **kwargs: Any) -> Any:
+            self._site = linear.site.name
+            return forward(linear, *args, **kwargs)
+
+        return timed
+
+    def part(self, op: str) -> str:
+        """A linear is a part for each site; other kernels are one each."""
+        return f"linear {self._site}" if "linear" in op else op
+
+    def patches(self) -> list[Any]:
+        """What puts the watch around every public kernel and the sampler."""
+        ops = [
+            name
+            for name in mk.__all__
+            if callable(getattr(mk, name)) and not isinstance(getattr(mk, name), type)
+        ]
+        found: list[Any] = [
+            patch.object(mk, op, self.wrap(functools.partial(self.part, op), getattr(mk, op)))
+            for op in ops
+        ]
+        found.append(patch.object(layers.Linear, "forward", self.at_site(layers.Linear.forward)))
+        found.append(patch.object(runner, "sample", self.wrap(lambda: SAMPLING, sampler.sample)))
+        found.append(patch.object(Engine, "step", self.wrap(lambda: REST, Engine.step)))
+        return found
+
+
+def profile(engine: Engine, rows: list[list[int]], adapters: list[int | None], steps: int) -> Any:
+    """Median seconds of each part over decode steps, and the context in their middle."""
+    params = SamplingParams(temperature=0, max_tokens=steps + 4, ignore_eos=True, detokenize=False)
+    left = {
+        engine.add(ids, params, adapter=None if a is None else f"a{a}")
+        for ids, a in zip(rows, adapters, strict=True)
+    }
+    while left:  # until each has its first token
+        left -= {output.request_id for output in engine.step() if output.outputs[0].token_ids}
+    engine.step()
+    taken: list[dict[str, float]] = []
+    for _ in range(steps):
+        watch = Stopwatch()
+        with ExitStack() as stack:
+            for one in watch.patches():
+                stack.enter_context(one)
+            engine.step()
+        taken.append(watch.seconds | {STEP: sum(watch.seconds.values())})
+    while engine.has_work:
+        engine.step()
+    parts = {name: median(t.get(name, 0.0) for t in taken) for name in taken[-1]}
+    return parts, len(rows[0]) + 2 + steps // 2
+
+
+def floors(
+    shape: Shape, precision: str, adapters: list[int | None], context: int
+) -> dict[str, tuple[float, float]]:
+    """(flops, bytes) of each part of a decode step."""
+    rows, width = len(adapters), 2 if precision == "bf16" else 4
+    counts = {site: shape.layers * sum(out * in_ for name in names
+                                       for _, out, in_ in [shape.linears[name]])
+              for site, names in FUSED.items()} | {"lm_head": shape.head}  # fmt: skip
+    found = {
+        f"linear {site}": (2.0 * rows * count, count * WEIGHT_BYTES[precision])
+        for site, count in counts.items()
+    }
+    ranks = [rank_of(a) for a in adapters if a is not None]
+    used = {a for a in adapters if a is not None}
+    lora_bytes = sum(rank_of(a) for a in used) * shape.per_rank * ADAPTER_BYTES[precision]
+    found["lora_"] = (2.0 * sum(ranks) * shape.per_rank, lora_bytes)
+    kv = 2 * shape.layers * shape.kv_heads * shape.head_dim * context * rows
+    found["paged_attention"] = (2.0 * kv * shape.heads / shape.kv_heads, kv * width)
+    hidden, inter = shape.layers * shape.hidden * rows, shape.layers * shape.inter * rows
+    found["rms_norm"] = (8.0 * hidden, 2 * 4 * hidden * width)  # x and the residual, in and out
+    found["silu_mul"] = (4.0 * inter, 3 * inter * width)
+    heads = shape.layers * (shape.heads + 2 * shape.kv_heads) * shape.head_dim * rows
+    found["rope_store_kv_"] = (3.0 * heads, 2 * heads * width)
+    found[SAMPLING] = (rows * shape.vocab, rows * shape.vocab * width)
+    found[STEP] = (0.0, 0.0)  # summed by `lines`
+    return found
+
+
+def lines(
+    parts: dict[str, float], work: dict[str, tuple[float, float]], peaks: Peaks
+) -> list[dict[str, Any]]:
+    """Each part with its share of the step and of its floor, the slowest first."""
+    least = {name: max(f / peaks.fma, b / peaks.read) / 1e9 for name, (f, b) in work.items()}
+    least[STEP] = sum(value for name, value in least.items() if name in parts)
+    rows = []
+    for name, seconds in sorted(parts.items(), key=lambda item: -item[1]):
+        floor = least.get(name, 0.0)
+        rows.append(
+            {
+                "part": name,
+                "ms": seconds * 1e3,
+                "share": seconds / parts[STEP],
+                "floor_ms": floor * 1e3,
+                "of_floor": floor / seconds if seconds else 0.0,
+                "lost_ms": (seconds - floor) * 1e3,
+            }
+        )
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> str:
+    head = ("part", "ms", "of the step", "floor ms", "% of floor", "lost ms")
+    body = [
+        (
+            row["part"],
+            f"{row['ms']:.2f}",
+            f"{row['share']:.1%}",
+            f"{row['floor_ms']:.3f}",
+            f"{row['of_floor']:.0%}",
+            f"{row['lost_ms']:.2f}",
+        )
+        for row in rows
+    ]
+    return markdown([head, *body])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", default="1b", choices=SHAPES)
+    parser.add_argument("--root", type=Path, default=Path("build/bench"))
+    parser.add_argument("--precision", default="bf16,int8")
+    parser.add_argument("--requests", default="1,8,16")
+    parser.add_argument("--case", default="distinct", choices=CASES)
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--settings", type=json.loads, default={}, help="our settings, as JSON")
+    parser.add_argument("--save", type=Path)
+    args = parser.parse_args()
+    work = Work(args.work, args.root)
+    write_all(work)
+    peaks, results = measure(args.threads), []
+    print(f"{work.name}, {args.case}, {asdict(peaks)}")
+    for precision in args.precision.split(","):
+        try:
+            peer = Ours(work, precision, args.threads, args.settings)
+        except NotSupportedError as error:
+            print(f"{precision}: not supported: {error}")
+            continue
+        for requests in map(int, args.requests.split(",")):
+            adapters = adapters_of(args.case, requests)
+            rows = prompts(requests, args.prompt, work.shape.vocab)
+            parts, context = profile(peer.llm.engine, rows, adapters, args.steps)
+            found = lines(parts, floors(work.shape, precision, adapters, context), peaks)
+            results.append({"precision": precision, "requests": requests, "parts": found})
+            rate = requests / parts[STEP]
+            print(f"\n{precision}, {requests} requests: {rate:.1f} tokens/s\n{show(found)}")
+    if args.save:
+        facts = {"machine": machine(), "peaks": asdict(peaks), "torch": torch.__version__}
+        facts |= {"work": args.work, "case": args.case, "settings": args.settings}
+        args.save.parent.mkdir(parents=True, exist_ok=True)
+        args.save.write_text(json.dumps(facts | {"results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

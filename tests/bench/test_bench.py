@@ -1,0 +1,53 @@
+"""The benches run: every engine that is installed, and the profile of a step."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from work import Work
+
+BENCH = Path(__file__).resolve().parents[2] / "bench"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the floor is measured by a C++ program")
+def test_ours_and_peft_run_the_same_work_to_the_same_tokens(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    command = [sys.executable, BENCH / "bench_cpu.py", "all", "--work", "tiny", "--root", tmp_path]
+    options = ["--peers", "ours,peft,mistralrs", "--precision", "fp32", "--repeat", "1"]
+    size = ["--requests", "4", "--prompt", "8", "--new", "4", "--threads", "1"]
+    save = tmp_path / "saved.json"
+    done = subprocess.run(
+        [*command, *options, *size, "--save", save], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "mistralrs: skipped" in done.stdout
+    (result,) = json.loads(save.read_text())
+    assert {(t["peer"], t["case"]) for t in result["timings"]} == {
+        (peer, case) for peer in ("ours", "peft") for case in ("distinct", "identical", "base")
+    }
+    assert {gaps["others"] for gaps in result["gaps"].values()} == {0}
+    assert "tokens" not in result
+
+
+def test_a_steps_parts_are_named_and_add_up(tmp_path: Path) -> None:
+    from bench_step import REST, SAMPLING, STEP, Ours, floors, profile
+    from models import write_all
+    from work import adapters_of, prompts
+
+    work = Work("tiny", tmp_path)
+    write_all(work)
+    peer, adapters = Ours(work, "fp32", 1, {}), adapters_of("distinct", 3)
+    rows = prompts(3, 8, work.shape.vocab)
+    parts, context = profile(peer.llm.engine, rows, adapters, 2)
+    linears = {f"linear {site}" for site in ("qkv", "o", "gate_up", "down", "lm_head")}
+    assert linears | {"lora_", "paged_attention", SAMPLING, REST, STEP} <= set(parts)
+    assert linears <= set(floors(work.shape, "fp32", adapters, context))
+    assert all(seconds >= 0 for seconds in parts.values())
+    assert parts[STEP] >= parts["lora_"] + parts["paged_attention"]
+    assert not peer.llm.engine.has_work
