@@ -20,6 +20,7 @@ cpu = Extension(
         "csrc/abi.cpp",
         "csrc/avx2.cpp",
         "csrc/avx512.cpp",
+        "csrc/avx512_bf16.cpp",
         "csrc/dispatch.cpp",
         "csrc/generic.cpp",
         "csrc/token_mask.cpp",
@@ -30,6 +31,7 @@ cpu = Extension(
     extra_compile_args=[
         "-std=c++17",
         "-O3",
+        "-g0",  # Python's own flags ask for debug information: six times the file
         "-ffp-contract=fast",
         "-fopenmp",
         "-fvisibility=hidden",

@@ -23,3 +23,6 @@ extern const Kernels kKernels;
 namespace avx512 {
 extern const Kernels kKernels;
 }
+namespace avx512_bf16 {
+void gemm(const GemmArgs&);  // the rest is avx512's
+}

@@ -14,7 +14,7 @@
 
 // Raised whenever a function below changes its meaning or its arguments. The loader ignores a
 // library that says another number than kernels/native.py.
-#define MULTILORA_ABI_VERSION 6
+#define MULTILORA_ABI_VERSION 7
 
 // Element types, by the `dtype` arguments below; int8 of KV pages and packed weights, int4 of packed
 // weights alone.
@@ -40,7 +40,12 @@ enum {
 };
 
 // Instruction sets, from the least to the most capable.
-enum { MULTILORA_GENERIC = 0, MULTILORA_AVX2 = 1, MULTILORA_AVX512 = 2 };
+enum {
+    MULTILORA_GENERIC = 0,
+    MULTILORA_AVX2 = 1,
+    MULTILORA_AVX512 = 2,
+    MULTILORA_AVX512_BF16 = 3
+};
 
 MULTILORA_API int32_t multilora_abi_version(void);
 
@@ -181,7 +186,7 @@ struct RopeArgs {
 };
 MULTILORA_API int32_t rope_store_kv(const RopeArgs* args);
 
-// y = x W^T + bias with W packed as csrc/gemm.inc and kernels/panels.py say. Sums are f32; a row's
+// y = x W^T + bias with W packed as csrc/panel.inc and kernels/panels.py say. Sums are f32; a row's
 // bits do not depend on the other rows.
 struct GemmArgs {
     void* y;              // dtype [rows, out]

@@ -12,23 +12,27 @@ int32_t best_isa() {
                       __builtin_cpu_supports("f16c");
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-        return MULTILORA_AVX512;
+        return __builtin_cpu_supports("avx512bf16") ? MULTILORA_AVX512_BF16 : MULTILORA_AVX512;
     }
     if (avx2) return MULTILORA_AVX2;
 #endif
     return MULTILORA_GENERIC;
 }
 
-const Kernels* table_of(int32_t isa) {
+Kernels table_of(int32_t isa) {
 #if defined(__x86_64__)
-    if (isa == MULTILORA_AVX512) return &avx512::kKernels;
-    if (isa == MULTILORA_AVX2) return &avx2::kKernels;
+    if (isa >= MULTILORA_AVX512) {
+        Kernels table = avx512::kKernels;
+        if (isa == MULTILORA_AVX512_BF16) table.gemm = avx512_bf16::gemm;
+        return table;
+    }
+    if (isa == MULTILORA_AVX2) return avx2::kKernels;
 #endif
     (void)isa;
-    return &generic::kKernels;
+    return generic::kKernels;
 }
 
-const Kernels* kernels = table_of(best_isa());
+Kernels kernels = table_of(best_isa());
 
 constexpr int64_t kSerial = 1 << 17;  // multiply-adds below which waking a thread costs more
 
@@ -48,24 +52,24 @@ void select_isa(int32_t most, int32_t* chosen) {
 
 int32_t lora(const LoraArgs* args) {
     const int32_t code = check(*args);
-    if (code == MULTILORA_OK) run(kernels->lora, *args);
+    if (code == MULTILORA_OK) run(kernels.lora, *args);
     return code;
 }
 
 int32_t paged_attention(const AttentionArgs* args) {
     const int32_t code = check(*args);
-    if (code == MULTILORA_OK) run(kernels->attention, *args);
+    if (code == MULTILORA_OK) run(kernels.attention, *args);
     return code;
 }
 
 int32_t rope_store_kv(const RopeArgs* args) {
     const int32_t code = check(*args);
-    if (code == MULTILORA_OK) run(kernels->rope, *args);
+    if (code == MULTILORA_OK) run(kernels.rope, *args);
     return code;
 }
 
-void silu_mul(const SiluArgs* args) { run(kernels->silu, *args); }
+void silu_mul(const SiluArgs* args) { run(kernels.silu, *args); }
 
-void rms_norm(const NormArgs* args) { run(kernels->norm, *args); }
+void rms_norm(const NormArgs* args) { run(kernels.norm, *args); }
 
-void gemm(const GemmArgs* args) { run(kernels->gemm, *args); }
+void gemm(const GemmArgs* args) { run(kernels.gemm, *args); }

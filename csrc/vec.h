@@ -37,10 +37,15 @@ inline vf splat(float x) { return x - vf{}; }  // x + 0 would cost an addition: 
 
 // a * b + c with one rounding where the machine has that. A kernel that sums the same terms in
 // several loops says this and not `+=`, which each loop may turn into something else.
-#if defined(MULTILORA_F16C) && MULTILORA_LANES == 16
+#if defined(MULTILORA_INTRINSICS) && MULTILORA_LANES == 16
 inline vf fma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
-#elif defined(MULTILORA_F16C)
+#elif defined(MULTILORA_INTRINSICS)
 inline vf fma(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+#elif defined(__FP_FAST_FMAF)
+inline vf fma(vf a, vf b, vf c) {
+    for (int i = 0; i < kLanes; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
+}
 #else
 inline vf fma(vf a, vf b, vf c) { return a * b + c; }
 #endif

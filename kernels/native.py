@@ -20,7 +20,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-ABI_VERSION = 6  # MULTILORA_ABI_VERSION of csrc/cpu_ops.h
+ABI_VERSION = 7  # MULTILORA_ABI_VERSION of csrc/cpu_ops.h
 
 # The functions of csrc/cpu_ops.h take these structures; fields in its order, under its names.
 _Fields = list[tuple[str, type]]
@@ -131,7 +131,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
 CHECKED = frozenset({"lora", "paged_attention", "rope_store_kv"})
 
 # What `select_isa` takes and says; every entry is a step up from the one before.
-ISAS = ("generic", "avx2", "avx512")
+ISAS = ("generic", "avx2", "avx512", "avx512_bf16")
 
 # What the `dtype` arguments mean; keys and values may have one more.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
