@@ -12,12 +12,12 @@ from multilora.errors import ConfigError
 
 from .base import Clock, NotSupportedError, Peer
 
-# Quantised bases compute in fp32 and take 16-bit adapters, as the other engines' do.
+# Activations, adapters and KV of quantised bases have 16 bits; the other engines round activations to 8.
 SETTINGS: dict[str, dict[str, Any]] = {
     "fp32": {"dtype": "float32"},
     "bf16": {"dtype": "bfloat16"},
-    "int8": {"dtype": "float32", "lora_dtype": "bfloat16", "quantization": "int8"},
-    "int4": {"dtype": "float32", "lora_dtype": "bfloat16", "quantization": "int4"},
+    "int8": {"dtype": "bfloat16", "quantization": "int8"},
+    "int4": {"dtype": "bfloat16", "quantization": "int4"},
 }
 
 
