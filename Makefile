@@ -8,7 +8,8 @@ CPU_LIBRARY := kernels/_cpu*.so
 
 TRITON36 := build/triton-3.6.0
 
-.PHONY: install typing check test test-triton test-codegen test-triton36 test-slow bench demo wheel clean
+.PHONY: install typing check test test-triton test-codegen test-triton36 test-slow sanitize bench \
+        demo wheel clean
 
 install: $(STAMP)
 
@@ -55,6 +56,28 @@ test-slow: install
 	$(BIN)/pytest -m "slow and not gpu"
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/triton -m "slow and not gpu"
 	$(BIN)/pytest tests/codegen -m "slow and not gpu"
+
+# The C++ library with ASan and UBSan, under the tests of its kernels, one instruction set at a time
+# (a machine that lacks one runs the next lower). g++ only; leaks are Python's own.
+CSRC := $(patsubst csrc/%.cpp,%,$(wildcard csrc/*.cpp))
+CSRC_FLAGS := -std=c++17 -ffp-contract=fast -fopenmp -fvisibility=hidden -fPIC -Wno-psabi
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+SANITIZED_TESTS := $(addprefix tests/kernels/test_,ops.py packed.py native.py sanitizer.py)
+
+sanitize: install build/sanitize/_cpu.so
+	for isa in generic avx2 avx512; do \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 MULTILORA_CPU_ISA=$$isa \
+	  MULTILORA_CPP_LIBRARY=$(CURDIR)/$(word 2,$^) \
+	  $(BIN)/pytest -q -k "not opcheck" $(SANITIZED_TESTS) || exit 1; \
+	done
+
+build/sanitize/_cpu.so: $(CSRC:%=build/sanitize/%.o)
+	g++ $(SANITIZERS) -fopenmp -shared $^ -o $@
+
+build/sanitize/%.o: csrc/%.cpp $(wildcard csrc/*.h csrc/*.inc)
+	mkdir -p $(@D)
+	g++ $(CSRC_FLAGS) $(SANITIZERS) -O1 -g1 -fno-omit-frame-pointer -c $< -o $@
 
 bench: install
 	$(BIN)/pytest bench --benchmark-only

@@ -188,13 +188,17 @@ def select_isa(most: str) -> str:
 
 
 def _wanted() -> Path | None:
+    """The file to load: MULTILORA_CPP_LIBRARY names another build, for sanitizers and compilers."""
     if os.environ.get("MULTILORA_DISABLE_CPP", "") not in ("", "0"):
         return None
-    return find(Path(__file__).parent)
+    named = os.environ.get("MULTILORA_CPP_LIBRARY")
+    return Path(named) if named else find(Path(__file__).parent)
 
 
 PATH = _wanted()
 LIB: ctypes.CDLL | None = load(PATH) if PATH else None
 HAS_CPP: bool = LIB is not None
+if not HAS_CPP and PATH is not None and os.environ.get("MULTILORA_CPP_LIBRARY"):
+    raise ImportError(f"MULTILORA_CPP_LIBRARY names {PATH}, which cannot be used; see the log")
 if HAS_CPP:
     select_isa(os.environ.get("MULTILORA_CPU_ISA") or ISAS[-1])

@@ -114,6 +114,20 @@ def test_the_environment_can_switch_it_off(run_python: Callable[..., str]) -> No
 
 
 @needs_cpp
+def test_the_environment_can_name_another_build(
+    run_python: Callable[..., str], tmp_path: Path
+) -> None:
+    code = "from multilora_kernels import native; print(native.PATH, native.HAS_CPP)"
+    assert native.PATH is not None
+    other = tmp_path / "other.so"
+    shutil.copy(native.PATH, other)
+    assert run_python(code, MULTILORA_CPP_LIBRARY=str(other)).split() == [str(other), "True"]
+    other.write_bytes(b"not a library")
+    with pytest.raises(AssertionError, match=r"MULTILORA_CPP_LIBRARY names \S*other.so"):
+        run_python(code, MULTILORA_CPP_LIBRARY=str(other))
+
+
+@needs_cpp
 def test_the_process_has_one_openmp(run_python: Callable[..., str]) -> None:
     """Two copies of libgomp would be two thread pools on the same cores."""
     assert native.PATH is not None
