@@ -8,8 +8,8 @@ CPU_LIBRARY := kernels/_cpu*.so
 
 TRITON36 := build/triton-3.6.0
 
-.PHONY: install typing check test test-triton test-codegen test-triton36 test-slow sanitize bench \
-        demo wheel clean
+.PHONY: install typing check test test-triton test-codegen test-triton36 test-slow sanitize \
+        csrc-check bench demo wheel clean
 
 install: $(STAMP)
 
@@ -57,10 +57,39 @@ test-slow: install
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/triton -m "slow and not gpu"
 	$(BIN)/pytest tests/codegen -m "slow and not gpu"
 
-# The C++ library with ASan and UBSan, under the tests of its kernels, one instruction set at a time
-# (a machine that lacks one runs the next lower). g++ only; leaks are Python's own.
+# The C++ library by other builds than setup.py's: build/<name>/_cpu.so.
 CSRC := $(patsubst csrc/%.cpp,%,$(wildcard csrc/*.cpp))
-CSRC_FLAGS := -std=c++17 -ffp-contract=fast -fopenmp -fvisibility=hidden -fPIC -Wno-psabi
+CSRC_HEADERS := $(wildcard csrc/*.h csrc/*.inc)
+CSRC_FLAGS := -std=c++17 -fno-exceptions -fno-rtti -ffp-contract=fast -fopenmp \
+              -fvisibility=hidden -fPIC
+CSRC_WARNINGS := -Wall -Wextra -Wpedantic -Wconversion -Wno-sign-conversion -Wcast-align -Wundef \
+                 -Wvla -Wnull-dereference -Wno-psabi -Werror
+CLANG ?= $(firstword $(foreach version,"" -19 -18 -17 -16 -15 -14,\
+           $(notdir $(shell command -v clang++$(version)))))
+
+# No warnings from either compiler, and nothing in a file for one instruction set that the linker
+# could put in the place of another's: such symbols are weak (W, V) or unique (u).
+csrc-check: $(patsubst %,build/%/_cpu.so,g++ $(CLANG))
+	@! nm $(patsubst %,build/%/avx*.o,g++ $(CLANG)) | grep -E ' [WVu] '
+	@test -n "$(CLANG)" || echo "No clang++ here: g++ alone was checked."
+
+.SECONDARY:
+build/g++/%.o: csrc/%.cpp $(CSRC_HEADERS)
+	mkdir -p $(@D)
+	g++ $(CSRC_FLAGS) $(CSRC_WARNINGS) -O3 -c $< -o $@
+
+build/$(CLANG)/%.o: csrc/%.cpp $(CSRC_HEADERS)
+	mkdir -p $(@D)
+	$(CLANG) $(CSRC_FLAGS) $(CSRC_WARNINGS) -O3 -c $< -o $@
+
+build/g++/_cpu.so: $(CSRC:%=build/g++/%.o)
+	g++ -fopenmp -shared $^ -o $@
+
+build/$(CLANG)/_cpu.so: $(CSRC:%=build/$(CLANG)/%.o)
+	$(CLANG) -fopenmp -shared $^ -o $@
+
+# With ASan and UBSan, under the tests of the kernels, one instruction set at a time (a machine that
+# lacks one runs the next lower). g++ only; leaks are Python's own.
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 SANITIZED_TESTS := $(addprefix tests/kernels/test_,ops.py packed.py native.py sanitizer.py)
 
@@ -75,9 +104,9 @@ sanitize: install build/sanitize/_cpu.so
 build/sanitize/_cpu.so: $(CSRC:%=build/sanitize/%.o)
 	g++ $(SANITIZERS) -fopenmp -shared $^ -o $@
 
-build/sanitize/%.o: csrc/%.cpp $(wildcard csrc/*.h csrc/*.inc)
+build/sanitize/%.o: csrc/%.cpp $(CSRC_HEADERS)
 	mkdir -p $(@D)
-	g++ $(CSRC_FLAGS) $(SANITIZERS) -O1 -g1 -fno-omit-frame-pointer -c $< -o $@
+	g++ $(CSRC_FLAGS) -Wno-psabi $(SANITIZERS) -O1 -g1 -fno-omit-frame-pointer -c $< -o $@
 
 bench: install
 	$(BIN)/pytest bench --benchmark-only

@@ -32,6 +32,8 @@ cpu = Extension(
         "-std=c++17",
         "-O3",
         "-g0",  # Python's own flags ask for debug information: six times the file
+        "-fno-exceptions",
+        "-fno-rtti",
         "-ffp-contract=fast",
         "-fopenmp",
         "-fvisibility=hidden",

@@ -4,12 +4,23 @@
 #include "checks.h"
 #include "cpu_ops.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace {
+
+#if defined(__x86_64__)
+bool has_f16c() {  // clang 14 has no such name for __builtin_cpu_supports
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
 
 int32_t best_isa() {
 #if defined(__x86_64__)
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                      __builtin_cpu_supports("f16c");
+    const bool avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
         return __builtin_cpu_supports("avx512bf16") ? MULTILORA_AVX512_BF16 : MULTILORA_AVX512;
@@ -46,7 +57,7 @@ void run(void (*kernel)(const Args&), Args args) {
 
 void select_isa(int32_t most, int32_t* chosen) {
     const int32_t best = best_isa();
-    *chosen = most < best ? most : best;
+    *chosen = most < MULTILORA_GENERIC ? MULTILORA_GENERIC : most < best ? most : best;
     kernels = table_of(*chosen);
 }
 
