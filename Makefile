@@ -91,7 +91,8 @@ build/$(CLANG)/_cpu.so: $(CSRC:%=build/$(CLANG)/%.o)
 # With ASan and UBSan, under the tests of the kernels, one instruction set at a time (a machine that
 # lacks one runs the next lower). g++ only; leaks are Python's own.
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
-SANITIZED_TESTS := $(addprefix tests/kernels/test_,ops.py packed.py native.py sanitizer.py)
+SANITIZED_TESTS := $(addsuffix .py,$(addprefix tests/kernels/test_,\
+                     ops packed native hostile_indices sanitizer))
 
 sanitize: install build/sanitize/_cpu.so
 	for isa in generic avx2 avx512; do \

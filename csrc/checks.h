@@ -10,11 +10,13 @@ bool within(int64_t value, int64_t least, int64_t end) { return value >= least &
 
 int32_t check(const LoraArgs& g) {
     if (!within(*g.num_tiles, 0, g.tiles + 1)) return MULTILORA_BAD_TILES;
+    int64_t end = 0;  // of the tile before: two threads must not have one row
     for (int64_t tile = 0; tile < *g.num_tiles; ++tile) {
         const int64_t slot = g.tile_slots[tile], start = g.tile_starts[tile];
         const int64_t rows = g.tile_lens[tile];
-        if (!within(slot, 0, g.slots) || start < 0 || rows < 0 || start + rows > g.tokens)
+        if (!within(slot, 0, g.slots) || start < end || rows < 0 || start + rows > g.tokens)
             return MULTILORA_BAD_TILES;
+        end = start + rows;
         if (!within(g.num_pages[slot], 0, g.max_pages + 1)) return MULTILORA_BAD_PAGES;
         for (int64_t page = 0; page < g.num_pages[slot]; ++page) {
             if (!within(g.page_ids[slot * g.max_pages + page], 0, g.pages))
@@ -30,6 +32,7 @@ int32_t check(const LoraArgs& g) {
 }
 
 int32_t check(const AttentionArgs& g) {
+    if (!within(g.query_starts[0], 0, g.tokens + 1)) return MULTILORA_BAD_QUERIES;
     for (int64_t seq = 0; seq < g.seqs; ++seq) {
         const int64_t first = g.query_starts[seq], end = g.query_starts[seq + 1];
         const int64_t length = g.seq_lens[seq];

@@ -29,7 +29,7 @@ enum {
 // Which index array names something that is not there.
 enum {
     MULTILORA_OK = 0,
-    MULTILORA_BAD_TILES = 1,      // their number, a slot outside of the table, rows outside of y
+    MULTILORA_BAD_TILES = 1,      // their number or order, a slot not in the table, rows outside of y
     MULTILORA_BAD_PAGES = 2,      // of a slot that a tile names: a count, page id or scale row
     MULTILORA_BAD_IDS = 3,        // a token id outside of the vocabulary
     MULTILORA_BAD_QUERIES = 4,    // query_starts that fall, or leave q

@@ -108,6 +108,8 @@ def rope_store_kv_(
         and k_blocks.stride() == v_blocks.stride()
         and len(k) == len(v) == len(positions) == len(kv_slots) == tokens
         and k.shape[1:] == v.shape[1:] == k_blocks.shape[2:] == v_blocks.shape[2:]
+        and k.shape[2] == dim
+        and k_blocks.shape == v_blocks.shape
         and cos.dtype == sin.dtype == torch.float32
         and positions.dtype == kv_slots.dtype == torch.int64
         and cos.shape == sin.shape

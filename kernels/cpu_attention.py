@@ -72,6 +72,7 @@ def _cpp_can(
         and k_blocks.dtype in native.KV_CODES
         and k_blocks.dtype == v_blocks.dtype
         and k_blocks.stride() == v_blocks.stride()
+        and k_blocks.shape[3] == dim
         and q.stride()[1:] == (dim, 1) == k_blocks.stride()[2:]
         and table.dim() == 2
         and len(table) == len(where[1]) == len(where[2]) - 1
@@ -143,8 +144,8 @@ def _attend(
     for start in range(0, longest, KV_TILE):
         positions = torch.arange(start, start + KV_TILE)
         block = (positions // block_size).clamp_(max=block_table.shape[1] - 1)
-        blocks = block_table[:, block].long().clamp_(min=0)  # [seqs, tile]
         live = positions < seq_lens[:, None]
+        blocks = torch.where(live, block_table[:, block], 0).long()  # [seqs, tile]
         k = _tile(k_blocks, blocks, positions % block_size, live, k_scale)
         v = _tile(v_blocks, blocks, positions % block_size, live, v_scale)
         scores = torch.bmm(x, k.transpose(1, 2)).view(*shape[:3], KV_TILE)

@@ -17,6 +17,7 @@ from .tiles import Table, Tiles
 
 def lora_shrink(x: Tensor, a_pages: Tensor, table: Table, tiles: Tiles, split_k: int) -> Tensor:
     """See `reference.lora_shrink`; the stages apart are for tests and benches."""
+    indices.check_lora(table, tiles, len(x), len(a_pages))
     return reference.lora_shrink(x, a_pages, table, tiles, split_k)
 
 
@@ -29,6 +30,7 @@ def lora_expand_(
     slice_starts: Sequence[int],
 ) -> None:
     """See `reference.lora_expand_`."""
+    indices.check_lora(table, tiles, len(y), len(b_pages))
     reference.lora_expand_(y, planes, b_pages, table, tiles, slice_starts)
 
 
@@ -37,13 +39,14 @@ class _Batch:
 
     def __init__(self, tiles: Tiles, table: Table) -> None:
         count = int(tiles.num_tiles)
-        lens = tiles.lens[:count].long()
-        width = padded(int(lens.max())) if count else ROWS
+        some = tiles.lens[:count].nonzero()[:, 0]  # an empty tile is none
+        lens = tiles.lens[some].long()
+        width = padded(int(lens.max())) if len(some) else ROWS
         lane = torch.arange(width)
         self.real = lane < lens[:, None]  # [tiles, width]
         # Padding repeats row 0 and is dropped at the end.
-        self.rows = torch.where(self.real, tiles.starts[:count].long()[:, None] + lane, 0)
-        self.slots = tiles.slots[:count].long()
+        self.rows = torch.where(self.real, tiles.starts[some].long()[:, None] + lane, 0)
+        self.slots = tiles.slots[some].long()
         self.pages = table.num_pages[self.slots]
 
 
@@ -101,18 +104,20 @@ def lora_embed_(
 def _cpp_can(y: Tensor, a_pages: Tensor, b_pages: Tensor, table: Table, tiles: Tiles) -> bool:
     """Whether types and layouts are those that the C++ form takes."""
     page_ids, page_weights, num_pages, scale_row, scale, bias = table
-    slots, starts, lens, _ = tiles
+    slots, starts, lens, num_tiles = tiles
     return (
         y.dtype in native.DTYPE_CODES
         and a_pages.dtype in native.DTYPE_CODES
         and a_pages.dtype == b_pages.dtype
         and _is_dense(a_pages)
         and _is_dense(b_pages)
+        and page_ids.dim() == 2
         and page_ids.dtype == num_pages.dtype == torch.int32
         and page_weights.dtype == torch.float32
         and page_ids.shape == page_weights.shape
         and len(page_ids) == len(num_pages)
         and len(slots) == len(starts) == len(lens)
+        and num_tiles.numel() == 1
         and all(t.is_contiguous() for t in (page_ids, page_weights, num_pages))
         and all(t.dtype == torch.int32 and t.is_contiguous() for t in tiles)
         and (scale_row is None or _is_dora(scale_row, scale, bias, num_pages, y.shape[1]))

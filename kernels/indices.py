@@ -13,7 +13,7 @@ from .tiles import Table, Tiles
 # Texts of the codes that the C++ functions return, MULTILORA_BAD_... of csrc/cpu_ops.h.
 TILES, PAGES, IDS, QUERIES, LENGTHS, BLOCKS, POSITIONS, SLOTS = range(1, 9)
 MISTAKES = {
-    TILES: "tiles: their number, a slot or a row is out of range",
+    TILES: "tiles: their number, a slot or a row is out of range, or they overlap or go back",
     PAGES: "table: a number of pages, a page id or a scale row is out of range",
     IDS: "ids: a token id is out of the vocabulary",
     QUERIES: "query_starts: they fall, or a row is out of range",
@@ -39,6 +39,8 @@ def check_lora(table: Table, tiles: Tiles, rows: int, pages: int) -> None:
     if not (_within(slots, 0, len(table.num_pages)) and _within(starts, 0, rows + 1)):
         refuse(TILES)
     if not (_within(lens, 0, rows + 1) and _within(starts + lens, 0, rows + 1)):
+        refuse(TILES)
+    if bool((starts[1:] < (starts + lens)[:-1]).any()):
         refuse(TILES)
     max_pages = table.page_ids.shape[1]
     num_pages = table.num_pages[slots]

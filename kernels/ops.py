@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import le
 from typing import Any
 
 import torch
@@ -105,10 +106,12 @@ def lora_(
 
     `y[t] = round(c * y[t] + sum_p B[p]^T (w_p * A[p] x[t]) + bias)` over the pages p of t's slot,
     in table order, in fp32. Pages may have any stride(0). Raises ValueError for shapes that
-    disagree.
+    disagree; on CPU IndexError, with y as it was, for a table or tiles that name what is not there
+    and for tiles that overlap or go back.
     """
     _check_out(y, b_pages, slice_starts)
     _check(x.dim() == 2 and len(x) == len(y), "x and y must have as many rows")
+    _check(a_pages.shape[2:3] == (8,), "a_pages must be [pages, slices, 8, in]")
     _check(
         x.shape[1] == a_pages.shape[3], f"x has {x.shape[1]} columns, a_pages {a_pages.shape[3]}"
     )
@@ -121,8 +124,12 @@ def lora_(
 def lora_embed_(
     y: Tensor, ids: Tensor, a_pages: Tensor, b_pages: Tensor, table: Table, tiles: Tiles
 ) -> None:
-    """`lora_` for an embedding: ids int64 [tokens] choose rows of a_pages [pages, vocab, 8]."""
+    """`lora_` for an embedding: ids int64 [tokens] choose rows of a_pages [pages, vocab, 8].
+
+    Of `ids` those are looked at, and on CPU checked, that stand in a tile.
+    """
     _check_out(y, b_pages, (0, y.shape[1]))
+    _check(a_pages.dim() == 3 and a_pages.shape[2] == 8, "a_pages must be [pages, vocab, 8]")
     _check(ids.shape == y.shape[:1], "ids and y must have as many rows")
     _EMBED(y, ids, a_pages, b_pages, *table, *tiles)
 
@@ -154,6 +161,7 @@ def paged_attention(
 
     A sequence's query rows are the last of its `seq_lens` tokens. Rows of no sequence become 0.
     With `batch_invariant` a token has the same bits alone and in any chunk; on CPU it always has.
+    On CPU IndexError, with `out` as it was, for query rows, lengths or blocks that are not there.
     """
     _check(
         q.dim() == 3 and k_blocks.dim() == 4, "q must be [tokens, heads, dim], pages 4-dimensional"
@@ -182,10 +190,13 @@ def rope_store_kv_(
 ) -> None:
     """Rotates q and k by position (half against half) and stores k and v in their pages.
 
-    With scales, k and v are divided by their head's and cut to the pages' finite range.
+    With scales, k and v are divided by their head's and cut to the pages' finite range. On CPU
+    IndexError, with all as it was, for positions and slots that are not there. Nobody checks that
+    no two tokens have one slot: it would then hold a mixture of them.
     """
     _check(cos.shape[1] * 2 == q.shape[2], "cos and sin must have head_dim / 2 columns")
     _check((k_scale is None) == (v_scale is None), "k_scale and v_scale come together")
+    _check(len(positions) == len(kv_slots) == len(q), "positions and kv_slots must be [tokens]")
     _ROPE(q, k, v, cos, sin, positions, kv_slots, k_blocks, v_blocks, k_scale, v_scale)
 
 
@@ -242,10 +253,12 @@ def _check_out(y: Tensor, b_pages: Tensor, slice_starts: Sequence[int]) -> None:
     _check(
         y.shape[1] == b_pages.shape[2], f"y has {y.shape[1]} columns, b_pages {b_pages.shape[2]}"
     )
+    _check(b_pages.shape[1] == 8, "b_pages must be [pages, 8, out]")
     _check(
         slice_starts[0] == 0 and slice_starts[-1] == y.shape[1],
         "slice_starts must span y's columns",
     )
+    _check(all(map(le, slice_starts, slice_starts[1:])), "slice_starts must not fall")
 
 
 # What torch.ops call: the NamedTuples arrive as their tensors, 6 of a table and 4 of tiles.

@@ -125,6 +125,8 @@ def paged_attention(
     for i, length in enumerate(seq_lens.tolist()):
         rows = slice(int(query_starts[i]), int(query_starts[i + 1]))
         count = rows.stop - rows.start
+        if not count:
+            continue
         blocks = block_table[i, : -(-length // k_blocks.shape[1])].long()
         k = k_blocks[blocks].flatten(0, 1)[:length].to(wide)  # [length, kv_heads, head_dim]
         v = v_blocks[blocks].flatten(0, 1)[:length].to(wide)

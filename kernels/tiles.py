@@ -28,7 +28,10 @@ class Table(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Runs of consecutive tokens with one slot; `num_tiles` of the capacity are real."""
+    """Runs of consecutive tokens with one slot; `num_tiles` of the capacity are real.
+
+    Those are in the order of their tokens and share none.
+    """
 
     slots: Tensor  # int32 [capacity], -1 beyond the real ones
     starts: Tensor  # int32 [capacity], first token

@@ -504,10 +504,26 @@ NONE = make_tiles([], 16)
             lambda: ops.lora_head_(f(2, 5), f(2, 3), f(1, 2, 8, 3), f(1, 8, 5), TABLE, NONE),
             "slices",
         ),
+        (
+            lambda: ops.lora_head_(f(2, 5), f(2, 3), f(1, 1, 7, 3), f(1, 8, 5), TABLE, NONE),
+            "slices, 8, in",
+        ),
+        (
+            lambda: ops.lora_head_(f(2, 5), f(2, 3), f(1, 1, 8, 3), f(1, 7, 5), TABLE, NONE),
+            "pages, 8, out",
+        ),
+        (
+            lambda: ops.lora_(
+                f(2, 5), f(2, 3), f(1, 3, 8, 3), f(1, 8, 5), TABLE, NONE, (0, 4, 3, 5)
+            ),
+            "fall",
+        ),
         (lambda: ops.lora_embed_(f(2, 5), f(3), f(1, 9, 8), f(1, 8, 5), TABLE, NONE), "rows"),
+        (lambda: ops.lora_embed_(f(2, 5), f(2), f(1, 9, 7), f(1, 8, 5), TABLE, NONE), "vocab, 8"),
         (lambda: attend([f(2, 3, 4), *[f(1, 8, 2, 4)] * 2, *[f(0)] * 3], {"scale": 1.0}), "heads"),
         (lambda: ops.rope_store_kv_(f(2, 3, 4), f(1), f(1), f(9, 4), *[f(1)] * 5), "head_dim"),
         (lambda: ops.rope_store_kv_(f(2, 3, 4), f(1), f(1), f(9, 2), *[f(1)] * 6), "together"),
+        (lambda: ops.rope_store_kv_(f(2, 3, 4), f(1), f(1), f(9, 2), *[f(1)] * 5), "tokens"),
         (lambda: ops.rms_norm(f(2, 3), f(4), 1e-5), "weight"),
         (lambda: ops.silu_mul(f(2, 3)), "even"),
         (lambda: ops.apply_token_mask_(f(2, 33), f(2, 2)), "int32"),
