@@ -83,7 +83,7 @@ build/$(CLANG)/%.o: csrc/%.cpp $(CSRC_HEADERS)
 	$(CLANG) $(CSRC_FLAGS) $(CSRC_WARNINGS) -O3 -c $< -o $@
 
 build/g++/_cpu.so: $(CSRC:%=build/g++/%.o)
-	g++ -fopenmp -shared $^ -o $@
+	g++ -shared $^ -o $@
 
 build/$(CLANG)/_cpu.so: $(CSRC:%=build/$(CLANG)/%.o)
 	$(CLANG) -fopenmp -shared $^ -o $@
@@ -92,7 +92,7 @@ build/$(CLANG)/_cpu.so: $(CSRC:%=build/$(CLANG)/%.o)
 # lacks one runs the next lower). g++ only; leaks are Python's own.
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 SANITIZED_TESTS := $(addsuffix .py,$(addprefix tests/kernels/test_,\
-                     ops packed native hostile_indices sanitizer))
+                     ops packed native hostile_indices threads sanitizer))
 
 sanitize: install build/sanitize/_cpu.so
 	for isa in generic avx2 avx512; do \
@@ -103,7 +103,7 @@ sanitize: install build/sanitize/_cpu.so
 	done
 
 build/sanitize/_cpu.so: $(CSRC:%=build/sanitize/%.o)
-	g++ $(SANITIZERS) -fopenmp -shared $^ -o $@
+	g++ $(SANITIZERS) -shared $^ -o $@
 
 build/sanitize/%.o: csrc/%.cpp $(CSRC_HEADERS)
 	mkdir -p $(@D)

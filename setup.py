@@ -4,6 +4,7 @@ MULTILORA_BUILD_CPP: "" builds it if a compiler works, "0" leaves it out, "1" fa
 """
 
 import os
+import sysconfig
 from glob import glob
 
 from setuptools import Extension, setup
@@ -13,6 +14,10 @@ CHOICES = ("", "0", "1")
 wish = os.environ.get("MULTILORA_BUILD_CPP", "")
 if wish not in CHOICES:
     raise SystemExit(f"MULTILORA_BUILD_CPP must be empty, 0 or 1, not {wish!r}")
+
+# What g++ makes of OpenMP binds to torch's libgomp when it is loaded (kernels/openmp.py): linking
+# would bring the system's beside it. clang's code needs LLVM's runtime.
+compiler = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or ""
 
 cpu = Extension(
     "multilora_kernels._cpu",
@@ -41,7 +46,7 @@ cpu = Extension(
         "-Wextra",
         "-Wno-psabi",
     ],
-    extra_link_args=["-fopenmp"],
+    extra_link_args=["-fopenmp"] if "clang" in compiler else [],
     py_limited_api=True,  # it uses no Python at all: one file serves every version
     optional=wish != "1",
 )

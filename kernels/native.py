@@ -14,9 +14,10 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
-# torch first: the dynamic linker then gives our library torch's libgomp, instead of a second
-# OpenMP with threads of its own.
+# torch first: its OpenMP runtime is the one that our library then uses (openmp.py).
 import torch
+
+from . import openmp
 
 logger = logging.getLogger(__name__)
 
@@ -150,6 +151,7 @@ def find(folder: Path) -> Path | None:
 def load(path: Path) -> ctypes.CDLL | None:
     """The library at `path` with its functions declared, or None (and a warning) if it is unfit."""
     try:
+        openmp.provide()
         lib = ctypes.CDLL(str(path))
         version = lib.multilora_abi_version()
         if version != ABI_VERSION:
@@ -201,4 +203,5 @@ HAS_CPP: bool = LIB is not None
 if not HAS_CPP and PATH is not None and os.environ.get("MULTILORA_CPP_LIBRARY"):
     raise ImportError(f"MULTILORA_CPP_LIBRARY names {PATH}, which cannot be used; see the log")
 if HAS_CPP:
+    openmp.warn_of_many()
     select_isa(os.environ.get("MULTILORA_CPU_ISA") or ISAS[-1])

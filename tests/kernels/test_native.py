@@ -127,20 +127,6 @@ def test_the_environment_can_name_another_build(
         run_python(code, MULTILORA_CPP_LIBRARY=str(other))
 
 
-@needs_cpp
-def test_the_process_has_one_openmp(run_python: Callable[..., str]) -> None:
-    """Two copies of libgomp would be two thread pools on the same cores."""
-    assert native.PATH is not None
-    maps = run_python(
-        "from multilora_kernels import native\n"
-        "import torch\n"
-        "torch.ones(1000, 1000).sum()  # starts torch's threads\n"
-        "print(open('/proc/self/maps').read())"
-    )
-    assert str(native.PATH.resolve()) in maps
-    assert len(set(re.findall(r"/\S*lib[gi]?omp\S*\.so\S*", maps))) == 1
-
-
 # apply_token_mask ---------------------------------------------------------------------------------
 
 
