@@ -105,12 +105,6 @@ inline vf load(const float* p) {
     return out;
 }
 
-inline vf load(const bf16* p) {
-    vh half;
-    std::memcpy(&half, p, sizeof half);
-    return bits_of<vf>(__builtin_convertvector(half, vu) << 16);
-}
-
 inline void store(float* p, vf x) { std::memcpy(p, &x, sizeof x); }
 
 inline void store(bf16* p, vf x) {
@@ -129,8 +123,12 @@ inline vi load_wide(const int8_t* p) {
 inline vi load_wide(const uint8_t* p) {
     return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
+// The masks, all ones, keep g++ 12 from false warnings.
+inline vf load(const bf16* p) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return bits_of<vf>((vu)_mm512_maskz_cvtepu16_epi32(0xFFFF, half) << 16);
+}
 inline vf load(const f16* p) {
-    // The masks, all ones, keep g++ 12 from a false warning.
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return (vf)_mm512_maskz_cvtph_ps(0xFFFF, half);
 }
@@ -146,6 +144,10 @@ inline vi load_wide(const int8_t* p) {
 inline vi load_wide(const uint8_t* p) {
     return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 }
+inline vf load(const bf16* p) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return bits_of<vf>((vu)_mm256_cvtepu16_epi32(half) << 16);
+}
 inline vf load(const f16* p) {
     return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
@@ -159,6 +161,11 @@ inline vi load_wide(const T* p) {  // int8_t or uint8_t
     vi out;
     for (int i = 0; i < kLanes; ++i) out[i] = p[i];
     return out;
+}
+inline vf load(const bf16* p) {
+    vh half;
+    std::memcpy(&half, p, sizeof half);
+    return bits_of<vf>(__builtin_convertvector(half, vu) << 16);
 }
 inline vf load(const f16* p) {
     vf out;
