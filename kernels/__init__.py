@@ -6,6 +6,7 @@ Knows tensors, not adapters, requests or models. The meaning of each op is in `r
 from __future__ import annotations
 
 from . import reference
+from .memory import huge_pages
 from .native import HAS_CPP
 from .ops import (
     apply_token_mask_,
@@ -41,6 +42,7 @@ __all__ = [
     "Table",
     "Tiles",
     "apply_token_mask_",
+    "huge_pages",
     "linear",
     "lora_",
     "lora_embed_",

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
+from .memory import huge_pages
 
 OUTPUTS = 32
 CHUNK = 1 << 19  # weights that are put in panels at a time
@@ -40,6 +41,7 @@ def make(weight: Tensor, kind: str) -> Tensor:
     four_bits = kind == "int4"
     shape = (count, inputs // size, OUTPUTS, size // 2 if four_bits else size)
     panels = torch.empty(shape, dtype=torch.uint8 if four_bits else weight.dtype)
+    huge_pages(panels)
     step = max(CHUNK // (OUTPUTS * max(inputs, 1)), 1)
     for first in range(0, count, step):
         rows = weight[first * OUTPUTS : (first + step) * OUTPUTS]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from multilora_kernels import huge_pages
+
 from .config import ModelConfig
 
 
@@ -23,8 +25,8 @@ class KVCache:
         device: torch.device | str = "cpu",
     ) -> None:
         shape = (config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim)
-        self.k = torch.empty(shape, dtype=dtype, device=device)
-        self.v = torch.empty(shape, dtype=dtype, device=device)
+        self.k = huge_pages(torch.empty(shape, dtype=dtype, device=device))
+        self.v = huge_pages(torch.empty(shape, dtype=dtype, device=device))
 
     @property
     def num_blocks(self) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from multilora_kernels import Table
+from multilora_kernels import Table, huge_pages
 
 from ..errors import AdapterInvalid
 
@@ -137,9 +137,10 @@ class SitePool:
     def reserve(self) -> None:
         """Takes the memory of all pages, which then stays in place."""
         if self._pages is None:
+            a_shape, b_shape = (self.capacity, *self._a_shape), (self.capacity, *self._b_shape)
             self._pages = (
-                torch.empty(self.capacity, *self._a_shape, dtype=self._dtype, device=self._device),
-                torch.empty(self.capacity, *self._b_shape, dtype=self._dtype, device=self._device),
+                huge_pages(torch.empty(a_shape, dtype=self._dtype, device=self._device)),
+                huge_pages(torch.empty(b_shape, dtype=self._dtype, device=self._device)),
             )
 
     def allocate(self, count: int) -> list[int] | None:
