@@ -2,11 +2,12 @@
 
     PARTS=tests,kernels,engine   which parts (default: all)
     OUT=build/gpu                where the results go, one JSON file for each part
-    MINUTES=9                    for all parts together
+    MINUTES=9                    for all parts together (30 in a rehearsal)
 
 Runs from a bare checkout with this machine's own Python; nothing is installed and no network is
 used. Each part is a process of its own, so that one that fails or takes too long costs no other,
-and writes what it has as it goes. `--rehearse` does the same on a CPU with tiny shapes.
+and writes what it has as it goes. `--rehearse` does the same without a GPU, on tiny shapes: see
+`tests/rehearsal.py`.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+REHEARSAL = {"TRITON_INTERPRET": "1", "MULTILORA_TEST_DEVICE": "rehearsal"}
 SHARES = {"tests": 0.35, "kernels": 0.3, "engine": 0.35}  # of the time that is left to them
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rehearse", action="store_true", help="tiny shapes on a CPU")
+    parser.add_argument("--rehearse", action="store_true", help="tiny shapes, without a GPU")
     args = parser.parse_args()
     parts = os.environ.get("PARTS", ",".join(SHARES)).split(",")
     unknown = [part for part in parts if part not in SHARES]
@@ -35,7 +37,7 @@ def main() -> int:
         return 2
     out = Path(os.environ.get("OUT", "build/gpu")).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + 60 * float(os.environ.get("MINUTES", "9"))
+    end = time.monotonic() + 60 * float(os.environ.get("MINUTES", 30 if args.rehearse else 9))
     failed = []
     for i, part in enumerate(parts):
         left = end - time.monotonic()
@@ -52,12 +54,14 @@ def run_part(part: str, out: Path, seconds: float, *, rehearse: bool) -> int:
     """Runs a part in a process of its own; its exit status, 124 when it was ended for time."""
     command = [sys.executable, str(HERE / f"gpu_{part}.py"), "--out", str(out / f"{part}.json")]
     command += ["--seconds", str(int(seconds)), *(["--rehearse"] if rehearse else [])]
+    environment = {**os.environ, **(REHEARSAL if rehearse else {})}
     print(f"{part}: {int(seconds)} s at most", flush=True)
     grace = 20  # a part looks at the clock between two cases
     try:
-        return subprocess.run(command, check=False, timeout=seconds + grace).returncode
+        done = subprocess.run(command, check=False, timeout=seconds + grace, env=environment)
     except subprocess.TimeoutExpired:
         return 124
+    return done.returncode
 
 
 def summary(path: Path) -> str:

@@ -54,6 +54,17 @@ class Report:
         self.content["results"].append(result)
         self.write()
 
+    def fail(self, why: str) -> None:
+        """Notes a case that went wrong; the others go on."""
+        self.content.setdefault("failures", []).append(why)
+        say(why)
+        self.write()
+
+    @property
+    def status(self) -> int:
+        """The exit status of the part."""
+        return 1 if "failures" in self.content else 0
+
     def leave_out(self, what: Any) -> None:
         """Notes a case for which there was no time."""
         self.content["left_out"] += 1
@@ -72,24 +83,26 @@ def parse(description: str) -> tuple[argparse.Namespace, Device, Report]:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=180)
-    parser.add_argument("--rehearse", action="store_true", help="tiny shapes on a CPU")
+    parser.add_argument("--rehearse", action="store_true", help="tiny shapes, without a GPU")
     args = parser.parse_args()
-    device = open_device("cpu" if args.rehearse else "cuda")
+    if args.rehearse:
+        import pytest
+
+        from tests import rehearsal
+
+        rehearsal.install(pytest.MonkeyPatch())  # for the life of this process
+    device = open_device("cuda")
     return args, device, Report(args.out, device, args.seconds)
 
 
 class Clock:
-    """Times work on a device: a GPU's own events, or the wall clock around work on a CPU."""
+    """Times work by the device's own events."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
 
     def seconds(self, work: Callable[[], Any]) -> float:
         """Of one call."""
-        if not self._device.is_cuda:
-            start = time.perf_counter()
-            work()
-            return time.perf_counter() - start
         start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start_event.record()
         work()
@@ -126,23 +139,19 @@ def copy_bandwidth(device: Device, num_bytes: int) -> float:
 
 def machine(device: Device) -> dict[str, Any]:
     """What the numbers were measured on, and with."""
-    found: dict[str, Any] = {
+    properties = torch.cuda.get_device_properties(device.torch)
+    return {
         "device": device.name,
+        "capability": torch.cuda.get_device_capability(device.torch),
+        "memory": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+        "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "system": platform.platform(),
         "commit": commit(),
         "versions": {name: version(name) for name in ("torch", "triton", "transformers", "peft")},
         "clocks": clocks(),
     }
-    if device.is_cuda:
-        properties = torch.cuda.get_device_properties(device.torch)
-        found |= {
-            "capability": torch.cuda.get_device_capability(device.torch),
-            "memory": properties.total_memory,
-            "multiprocessors": properties.multi_processor_count,
-            "cuda": torch.version.cuda,
-        }
-    return found
 
 
 def commit() -> str:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import gc
 import random
+import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 from typing import Any
@@ -40,15 +42,42 @@ class Size:
     chunk: int  # tokens of a step
     requests: int  # of a Punica workload
     answer: int  # longest answer of one
+    batch: int  # requests at once
+    decodes: tuple[tuple[int, int], ...]  # (batch, adapters in it); 0 = loaded, but the base's
 
 
-FULL = Size("llama-3.1-8b", "bfloat16", 16, 64, 1024, 48, 8192, 4096, 64, 128)
-# (batch, adapters in it); 0 = requests of the base although adapters are loaded
-DECODES = (
-    *((1, 1), (32, 0), (32, 32), (8, 8), (64, 64), (64, 8), (32, 6)),
-    *((64, 0), (1, 0), (32, 1), (32, 8), (8, 1)),
+FULL = Size(
+    model="llama-3.1-8b",
+    dtype="bfloat16",
+    rank=16,
+    adapters=64,
+    context=1024,
+    steps=48,
+    prefill=8192,
+    chunk=4096,
+    requests=64,
+    answer=128,
+    batch=32,
+    decodes=(
+        *((1, 1), (32, 0), (32, 32), (8, 8), (64, 64), (64, 8), (32, 6)),
+        *((64, 0), (1, 0), (32, 1), (32, 8), (8, 1)),
+    ),
 )
-PEFT_BATCH, PEFT_ADAPTERS = 32, 8  # each adapter takes PEFT about a second to add
+TINY = Size(
+    model="",  # a checkpoint that is written for it
+    dtype="bfloat16",
+    rank=8,
+    adapters=4,
+    context=20,
+    steps=4,
+    prefill=64,
+    chunk=32,
+    requests=4,
+    answer=3,
+    batch=4,
+    decodes=((1, 1), (4, 0), (4, 4), (4, 2)),
+)
+PEFT_ADAPTERS = 8  # each adapter takes PEFT about a second to add
 POPULARITIES = ("distinct", "uniform", "zipf", "identical")
 
 
@@ -57,7 +86,7 @@ class Session:
 
     def __init__(self, size: Size, device: Device, adapters: int, **settings: Any) -> None:
         start = time.perf_counter()
-        length = max(size.context + 2 * size.steps + 16, size.prefill + 16, 1024 + size.answer)
+        length = max(size.context + 4 * size.steps + 16, size.prefill + 16, 512 + size.answer)
         self.size = size
         self.engine = Engine(
             EngineConfig(
@@ -65,15 +94,11 @@ class Session:
                     "model": size.model,
                     "load_format": "dummy",
                     "dtype": size.dtype,
-                    "device": device.torch.type,
+                    "device": "cuda",
                     "skip_tokenizer_init": True,
                     "enable_prefix_caching": False,
-                    # A GPU's defaults, said aloud for the rehearsal on a CPU.
-                    "enforce_eager": False,
-                    "async_scheduling": True,
-                    "overlap_lora": True,
                     "max_model_len": length,
-                    "max_num_seqs": 64,
+                    "max_num_seqs": max(batch for batch, _ in size.decodes),
                     "max_num_batched_tokens": size.chunk,
                     "max_loras": max(adapters, 1),
                     "lora_pages": max(adapters, 1) * size.rank // 8,
@@ -98,8 +123,10 @@ class Session:
 
     def decode(self, batch: int, adapters: int) -> list[float]:
         """Seconds of each decode step of a batch."""
+        # The first rows go on while the last prompts are computed; none may end before the clock.
+        new = self.size.steps + 8 + 2 * -(-batch * self.size.context // self.size.chunk)
         for i in range(batch):
-            self.add(self.size.context, self.size.steps * 2, i % adapters if adapters else None)
+            self.add(self.size.context, new, i % adapters if adapters else None)
         tokens: dict[str, int] = {}
         while len(tokens) < batch:  # all prompts are computed
             tokens |= {o.request_id: 1 for o in self.engine.step() if o.outputs[0].token_ids}
@@ -110,6 +137,7 @@ class Session:
             start = time.perf_counter()
             self.engine.step()
             times.append(time.perf_counter() - start)
+        assert len(self.engine.request_ids) == batch, "a request ended while the clock ran"
         self.abort_all()
         return times
 
@@ -123,9 +151,9 @@ class Session:
             self.engine.step()
         return self.size.prefill / (time.perf_counter() - start)
 
-    def punica(self, popularity: str, batch: int) -> dict[str, float]:
-        """A closed loop: `batch` requests at any time, adapters by popularity."""
-        draw, count = random.Random(1), self.size.requests
+    def punica(self, popularity: str) -> dict[str, float]:
+        """A closed loop: a batch of requests at any time, adapters by popularity."""
+        draw, count, batch = random.Random(1), self.size.requests, self.size.batch
         slots = slots_of(popularity, min(count, self.size.adapters))
         draw.shuffle(slots)
         # Prompts and answers vary as in chats: most are short.
@@ -170,7 +198,7 @@ def groups(size: Size, device: Device) -> Sequence[tuple[str, Callable[[Report],
         session = Session(size, device, 0)
         report.content["start_seconds"] = round(session.seconds, 1)
         report.content["memory"] = session.engine.memory()
-        for batch in sorted({batch for batch, _ in DECODES}, reverse=True):
+        for batch in sorted({batch for batch, _ in size.decodes}, reverse=True):
             report.add(
                 kind="decode", case="base only", batch=batch, **spread(session.decode(batch, 0))
             )
@@ -178,7 +206,7 @@ def groups(size: Size, device: Device) -> Sequence[tuple[str, Callable[[Report],
 
     def adapted(report: Report) -> None:
         session = Session(size, device, size.adapters)
-        for batch, adapters in DECODES:
+        for batch, adapters in size.decodes:
             case = f"{adapters} adapters" if adapters else "LoRA idle"
             times = session.decode(batch, adapters)
             report.add(kind="decode", case=case, batch=batch, adapters=adapters, **spread(times))
@@ -186,18 +214,18 @@ def groups(size: Size, device: Device) -> Sequence[tuple[str, Callable[[Report],
             rate = session.prefill(adapters)
             report.add(kind="prefill", adapters=adapters, tokens_per_second=rate)
         for popularity in POPULARITIES:
-            report.add(kind="punica", popularity=popularity, **session.punica(popularity, 32))
+            report.add(kind="punica", popularity=popularity, **session.punica(popularity))
 
     def sequential(report: Report) -> None:
         settings = {"overlap_lora": False, "async_scheduling": False}
         for name, value in settings.items():
             session = Session(size, device, size.adapters, **{name: value})
-            for batch, adapters in ((32, 32), (32, 1)):
-                times = session.decode(batch, adapters)
+            for adapters in (size.batch, 1):
+                times = session.decode(size.batch, adapters)
                 report.add(
                     kind="decode",
                     case=f"{name}={value}",
-                    batch=batch,
+                    batch=size.batch,
                     adapters=adapters,
                     **spread(times),
                 )
@@ -229,9 +257,9 @@ def peft(size: Size, device: Device, report: Report) -> None:
     for i in range(1, PEFT_ADAPTERS):
         model.add_adapter(f"a{i}", lora)
     model.eval()
-    ids = torch.randint(3, config.vocab_size, (PEFT_BATCH, size.context), device=device.torch)
+    ids = torch.randint(3, config.vocab_size, (size.batch, size.context), device=device.torch)
     for adapters in (PEFT_ADAPTERS, 1):
-        names = [f"a{i % adapters}" for i in range(PEFT_BATCH)]
+        names = [f"a{i % adapters}" for i in range(size.batch)]
         seconds = []
         for new in (1, 1 + size.steps // 4, 1, 1 + size.steps // 4):  # the first two warm up
             device.synchronize()
@@ -251,7 +279,7 @@ def peft(size: Size, device: Device, report: Report) -> None:
         step = (seconds[3] - seconds[2]) / (size.steps // 4)
         report.add(
             kind="peft decode",
-            batch=PEFT_BATCH,
+            batch=size.batch,
             adapters=adapters,
             milliseconds=[round(step * 1e3, 3)],
         )
@@ -286,7 +314,7 @@ def release(device: Device) -> None:
     device.memory()
 
 
-def main() -> None:
+def main() -> int:
     args, device, report = parse(__doc__ or "")
     size = FULL
     if args.rehearse:
@@ -294,17 +322,21 @@ def main() -> None:
 
         folder = args.out.parent / "tiny"
         write_checkpoint(folder)
-        size = Size(str(folder), "float32", 8, 64, 24, 4, 64, 64, 8, 4)
+        size = replace(TINY, model=str(folder))
     torch.manual_seed(0)
     for name, run in groups(size, device):
         if report.seconds_left < 20 and not args.rehearse:
             report.leave_out(name)
             continue
-        run(report)
+        try:
+            run(report)
+        except Exception:  # what it was costs the others nothing
+            report.fail(f"{name}: {traceback.format_exc()}")
         release(device)
     report.write()
     say(f"{len(report.content['results'])} results")
+    return report.status
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

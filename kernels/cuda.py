@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,9 +15,11 @@ from . import plans
 from .library import implement
 from .tiles import Table, Tiles
 
+OLDEST_TRITON = (3, 6)
+
 
 class TritonMissing(ImportError):
-    """A CUDA op was called where triton is not installed."""
+    """A CUDA op was called where triton is not installed, or is too old."""
 
 
 class NoCudaKernel(NotImplementedError):
@@ -32,6 +36,24 @@ def triton_module(name: str) -> Any:
         raise TritonMissing(
             "the CUDA ops need triton: pip install 'multilora[gpu]', or keep the tensors on the CPU"
         ) from error
+
+
+def check_device(where: torch.device) -> None:
+    """Whether the ops run on a CUDA device, before anything is loaded onto it.
+
+    Raises TritonMissing or `plans.UnsupportedDevice`.
+    """
+    try:
+        found = version("triton")
+    except PackageNotFoundError:
+        found = None
+    if found is None or tuple(map(int, found.split(".")[:2])) < OLDEST_TRITON:
+        wanted = ".".join(map(str, OLDEST_TRITON))
+        raise TritonMissing(
+            f"the CUDA ops need triton {wanted} or newer, {'none' if found is None else found} is "
+            f"installed: pip install 'triton>={wanted}'"
+        )
+    plans.device_of(where)
 
 
 def _lora_shrink(x: Tensor, a_pages: Tensor, *rest: Any) -> Any:
@@ -84,15 +106,24 @@ def _fused(name: str) -> Callable[..., Any]:
     return lambda *args: getattr(triton_module("fused"), name)(*args)
 
 
+KERNELS: dict[str, Callable[..., Any]] = {
+    "lora_shrink": _lora_shrink,
+    "lora_splits": _lora_splits,
+    "lora_expand_": _lora_expand_,
+    "lora_": _lora_,
+    "lora_embed_": _lora_embed_,
+    "paged_attention": _paged_attention,
+    "linear": _linear,
+    "linear_packed": _linear_packed,
+    **{
+        name: _fused(name)
+        for name in ("rope_store_kv_", "rms_norm", "silu_mul", "apply_token_mask_")
+    },
+}
+"""What each op does with CUDA tensors. None of it looks where a tensor lies."""
+
+
 def register() -> None:
     """Tells torch's dispatcher; the ops must be defined."""
-    implement("lora_shrink", "CUDA", _lora_shrink)
-    implement("lora_splits", "CUDA", _lora_splits)
-    implement("lora_expand_", "CUDA", _lora_expand_)
-    implement("lora_", "CUDA", _lora_)
-    implement("lora_embed_", "CUDA", _lora_embed_)
-    implement("paged_attention", "CUDA", _paged_attention)
-    implement("linear", "CUDA", _linear)
-    implement("linear_packed", "CUDA", _linear_packed)
-    for name in ("rope_store_kv_", "rms_norm", "silu_mul", "apply_token_mask_"):
-        implement(name, "CUDA", _fused(name))
+    for name, function in KERNELS.items():
+        implement(name, "CUDA", function)

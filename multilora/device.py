@@ -1,7 +1,7 @@
 """What differs between a CPU and a GPU, in one place: memory, copies, streams, captured graphs.
 
 `Device` is a CPU: work is done when a call returns, so most of it is the identity. `CudaDevice` has
-the same methods. Nothing else in this package asks which of the two it runs on, but for defaults.
+the same methods. Nothing else asks which of the two it runs on, but for defaults and `limits`.
 """
 
 from __future__ import annotations
@@ -139,6 +139,7 @@ class CudaDevice(Device):
     """An NVIDIA GPU. All work runs on the current stream unless it is forked to the side."""
 
     is_cuda = True
+    WARM_UPS = 3  # runs before a capture
 
     def __init__(self, index: int) -> None:
         self.torch = torch.device("cuda", index)
@@ -179,11 +180,11 @@ class CudaDevice(Device):
         return _CudaSide(_cuda.Stream(self.torch))
 
     def capture(self, work: Callable[[], Tensor]) -> Replay:
-        """Runs the work three times, for compilers and libraries to settle, then captures it."""
+        """Runs the work a few times, for compilers and libraries to settle, then captures it."""
         stream = _cuda.Stream(self.torch)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(3):
+            for _ in range(self.WARM_UPS):
                 work()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()

@@ -6,6 +6,7 @@ side runs, in order, with memories apart as on a GPU, and the calls are kept.
 
 from __future__ import annotations
 
+import time
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -24,29 +25,31 @@ if TYPE_CHECKING:
 class FakeCuda(CudaDevice):
     """A CudaDevice whose tensors are on the CPU."""
 
-    def __init__(self) -> None:
-        super().__init__(0)
+    def __init__(self, index: int = 0) -> None:
+        super().__init__(index)
         self.torch = torch.device("cpu")
 
 
 class Calls(list[str]):
     """The names of the calls, in order."""
 
-    def stream(self, name: str) -> Any:
-        """A stream that says who waits for whom."""
-        return SimpleNamespace(
-            name=name, wait_stream=lambda other: self.append(f"{name} waits for {other.name}")
-        )
-
 
 def install(patch: pytest.MonkeyPatch) -> Calls:
     """Puts the stand-in in place of torch.cuda's functions."""
-    calls, made = Calls(), []
-    main_stream = calls.stream("main")
+    calls = Calls()
 
-    def new_stream(*_: Any) -> Any:
-        made.append(calls.stream(f"stream {len(made)}"))
-        return made[-1]
+    class Stream:
+        made = 0
+
+        def __init__(self, *_: Any) -> None:
+            self.name = f"stream {Stream.made}"
+            Stream.made += 1
+
+        def wait_stream(self, other: Stream) -> None:
+            calls.append(f"{self.name} waits for {other.name}")
+
+    main_stream = Stream()
+    main_stream.name, Stream.made = "main", 0
 
     @contextmanager
     def on_stream(stream: Any) -> Iterator[None]:
@@ -72,14 +75,28 @@ def install(patch: pytest.MonkeyPatch) -> Calls:
             return 7
 
     class Event:
+        def __init__(self, enable_timing: bool = False) -> None:
+            self.time = 0.0
+
         def record(self) -> None:
+            self.time = time.perf_counter()
             calls.append("record")
 
         def synchronize(self) -> None:
             calls.append("wait")
 
+        def elapsed_time(self, end: Event) -> float:  # ms
+            return 1e3 * (end.time - self.time)
+
+    card = SimpleNamespace(major=9, minor=0, multi_processor_count=132, total_memory=80 * 10**9)
+
     names = {
-        "Stream": new_stream,
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "get_device_properties": lambda *_: card,
+        "get_device_capability": lambda *_: (card.major, card.minor),
+        "Stream": Stream,
         "current_stream": lambda *_: main_stream,
         "stream": on_stream,
         "graph": capturing,

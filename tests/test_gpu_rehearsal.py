@@ -1,4 +1,4 @@
-"""`make gpu`, rehearsed on the CPU from start to end: all but the launches of CUDA kernels."""
+"""`make gpu`, rehearsed from start to end without a GPU."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = {"tests": 90, "kernels": 100, "engine": 25}  # and how many results each has at least
+PARTS = {"tests": 88, "kernels": 130, "engine": 20}  # and how many results each has at least
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_every_part_runs_from_a_bare_checkout(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
+    pytest.importorskip("triton")
     done = subprocess.run(
         [sys.executable, str(ROOT / "bench" / "gpu.py"), "--rehearse"],
         env={**os.environ, "OUT": str(tmp_path)},
@@ -31,7 +33,7 @@ def test_every_part_runs_from_a_bare_checkout(tmp_path: Path) -> None:
         found = json.loads((tmp_path / f"{part}.json").read_text())
         assert len(found["results"]) >= count
         assert found["left_out"] == 0
-        assert found["machine"]["device"] == "cpu"
+        assert found["machine"]["device"] == "a fake GPU"
         assert found["machine"]["versions"]["torch"]
     kinds = {result["kind"] for result in found["results"]}
     assert kinds == {"decode", "prefill", "punica", "peft decode"}

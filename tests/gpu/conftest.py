@@ -1,18 +1,26 @@
-"""Tests that need a GPU. `MULTILORA_TEST_DEVICE=cpu` runs them on a CPU, as a rehearsal."""
+"""Tests that need a GPU; with MULTILORA_TEST_DEVICE=rehearsal they do without: see `rehearsal`."""
 
 from __future__ import annotations
 
-import os
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-from multilora.device import Device, open_device
+from multilora.device import open_device
+from tests import rehearsal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from multilora.device import Device
 
 
 @pytest.fixture(scope="session")
-def device() -> Device:
-    name = os.environ.get("MULTILORA_TEST_DEVICE", "cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        pytest.skip("there is no GPU; MULTILORA_TEST_DEVICE=cpu rehearses on the CPU")
-    return open_device(name)
+def device() -> Iterator[Device]:
+    with pytest.MonkeyPatch.context() as patch:
+        if rehearsal.REHEARSED and not rehearsal.libraries:
+            rehearsal.install(patch)
+        if not torch.cuda.is_available():
+            pytest.skip("there is no GPU; `make gpu-rehearsal` does without")
+        yield open_device("cuda")

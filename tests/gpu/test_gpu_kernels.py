@@ -12,6 +12,7 @@ from torch import Tensor
 import multilora_kernels as mk
 from multilora.device import Device
 from multilora_kernels import reference
+from tests.rehearsal import REHEARSED
 
 pytestmark = pytest.mark.gpu
 
@@ -20,7 +21,10 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 4e-3}
 RANKS = (8, 16, 64, 128)
 SLICES = (0, 512, 640, 768)
-INNER = 1024
+INNER = 256 if REHEARSED else 1024
+LORA_ROWS = (
+    [(1, 16), (23, 16), (70, 64)] if REHEARSED else [(1, 16), (23, 16), (130, 64), (512, 64)]
+)
 
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -83,7 +87,7 @@ def error(found: Tensor, wanted: Tensor) -> float:
 
 @by_dtype
 @pytest.mark.parametrize("popularity", ["distinct", "identical", "skewed", "half base", "base"])
-@pytest.mark.parametrize(("tokens", "tile"), [(1, 16), (23, 16), (130, 64), (512, 64)])
+@pytest.mark.parametrize(("tokens", "tile"), LORA_ROWS)
 def test_lora(device: Device, dtype: torch.dtype, popularity: str, tokens: int, tile: int) -> None:
     lora, slots = lora_of(dtype), token_slots(popularity, tokens)
     x, y = torch.randn(tokens, INNER).to(dtype), torch.randn(tokens, SLICES[-1]).to(dtype)
@@ -145,9 +149,7 @@ def test_the_stages_apart_are_the_whole(device: Device, dtype: torch.dtype) -> N
         planes = mk.lora_shrink(x, lora.a, lora.table, tiles, mk.lora_splits(x, lora.a))
     side.join()
     mk.lora_expand_(y, planes, lora.b, lora.table, tiles, SLICES)
-    assert error(y, wanted) < TOLERANCE[dtype]
-    if device.is_cuda:  # on a CPU the stages are the reference's, in float64
-        assert torch.equal(y, wanted)
+    assert torch.equal(y, wanted)
 
 
 @by_dtype
