@@ -5,7 +5,7 @@ Knows tensors, not adapters, requests or models. The meaning of each op is in `r
 
 from __future__ import annotations
 
-from . import reference
+from . import cuda, plans, reference
 from .memory import huge_pages
 from .native import HAS_CPP
 from .ops import (
@@ -42,6 +42,7 @@ __all__ = [
     "Table",
     "Tiles",
     "apply_token_mask_",
+    "cuda",
     "huge_pages",
     "linear",
     "lora_",
@@ -54,6 +55,7 @@ __all__ = [
     "pack",
     "pack_quantized",
     "paged_attention",
+    "plans",
     "quantize",
     "reference",
     "rms_norm",

@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .plans import FP8_SM, HEAD_DIMS
 from .segments import (
     OCTAVE,
     OCTAVES,
@@ -267,7 +268,8 @@ def form(split: bool, batch_invariant: bool, itemsize: int, head_dim: int, sm: i
     """Tile sizes; they depend on the architecture, the op and its shapes alone."""
     if itemsize == 4:  # for tests: no tensor cores, and more rows would spill
         return Form(16, 16, 4, 2)
-    kv = 64 if sm >= 90 or head_dim <= 64 else 32  # mma.sync keeps q in registers: 64 would spill
+    # mma.sync, which sm_80 to 89 and 120 have alone, keeps q in registers: 64 would spill.
+    kv = 64 if 90 <= sm < 120 or head_dim <= 64 else 32
     if batch_invariant:
         return Form(64, kv, 8, 3)  # 8 warps: with 4 the two accumulators spill
     return Form(SHORT_ROWS, 64, 4, 5) if split else Form(128, kv, 8, 3)
@@ -331,14 +333,14 @@ def paged_attention(
 
 def _check(q: Tensor, k_blocks: Tensor, v_blocks: Tensor, block_table: Tensor, sm: int) -> None:
     head_dim = q.shape[2]
-    if head_dim < 16 or head_dim & (head_dim - 1):
-        raise ValueError(f"head_dim {head_dim}: paged attention on CUDA wants a power of 2 >= 16")
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(f"head_dim {head_dim}: paged attention on CUDA wants one of {HEAD_DIMS}")
     if k_blocks.dtype != v_blocks.dtype or k_blocks.dtype not in (q.dtype, _FP8):
         raise ValueError(
             f"KV blocks are {k_blocks.dtype} and {v_blocks.dtype}, q is {q.dtype}: store them in "
             "q's dtype or in float8_e4m3fn"
         )
-    if k_blocks.dtype == _FP8 and sm < 89:
+    if k_blocks.dtype == _FP8 and sm < FP8_SM:
         raise ValueError(f"sm_{sm} has no e4m3: keep KV in {q.dtype}, or take an sm_89 or later")
     if any(t.stride(-1) != 1 for t in (q, k_blocks, v_blocks, block_table)):
         raise ValueError("q, KV blocks and block_table must be contiguous in their last dimension")

@@ -21,6 +21,10 @@ FOLDER = Path(__file__).with_suffix("")
 ARCHITECTURES = (80, 90, 100)
 """Those with a table of their own; others take that of the next lower one."""
 ANY = "*"
+HEAD_DIMS = (16, 32, 64, 128)
+"""Those that paged attention is compiled for: wider ones spill, or want too much shared memory."""
+FP8_SM = 89
+"""The first architecture with e4m3."""
 
 Plan = Mapping[str, int]
 

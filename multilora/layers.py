@@ -14,7 +14,7 @@ import multilora_kernels as mk
 from .batch import ForwardBatch
 from .checkpoint import Part
 from .config import ModelConfig
-from .errors import CheckpointError, ConfigError
+from .errors import CheckpointError
 from .kv_cache import KVCache
 from .quant import Scheme
 from .sites import Site
@@ -42,8 +42,6 @@ class Linear(nn.Module):
         self.site, self.layer, self.scheme = site, layer, scheme
         self.weight = torch.empty(0, site.in_, dtype=dtype)
         self.bias = _parameter(site.out, dtype=dtype) if bias else None
-        if scheme is not None and self.weight.device.type != "cpu":
-            raise ConfigError("quantization works on device='cpu' only; leave one of them out")
 
     def forward(self, x: Tensor, batch: ForwardBatch) -> Tensor:
         """x [tokens, in] -> [tokens, out]. The bias comes last, outside of DoRA's scale."""

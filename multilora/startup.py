@@ -14,6 +14,7 @@ from .device import Device, open_device
 from .dummy import SHAPES, load_random, shape_of
 from .errors import ConfigError
 from .kv_cache import KVCache
+from .limits import check
 from .memory import Needs, num_blocks
 from .models import MODELS
 from .quant import schemes_of
@@ -45,6 +46,7 @@ def start(config: EngineConfig) -> Parts:
     device = open_device(config.device)
     is_dummy = config.load_format == "dummy"
     shape = shape_of(config.model) if is_dummy else read_config(config.model)
+    check(device, config, shape)
     dtype: torch.dtype = getattr(torch, shape.dtype if config.dtype == "auto" else config.dtype)
     length = _max_model_len(config, shape)
     tokenizer = _tokenizer(config)

@@ -50,6 +50,7 @@ FLOORS = {
     # memory
     "multilora.blocks": 3,
     "multilora.memory": 3,
+    "multilora.limits": 3,
     "multilora.kv_cache": 3,
     "multilora.adapters.pages": 3,
     "multilora.adapters.store": 3,

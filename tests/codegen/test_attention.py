@@ -42,6 +42,11 @@ TABLE = [
     Expect(80, BF16, 64, 16, False, 104, ("HMMA", 40), ("HMMA", 36)),
     Expect(100, BF16, 128, 16, False, 168, ("HMMA", 75), ("UTCHMMA", 100)),
     Expect(100, BF16, 128, 16, True, 168, ("UTCHMMA", 84), ("UTCHMMA", 84)),
+    Expect(89, FP8, 128, 16, False, 224, ("HMMA", 42), ("HMMA", 44)),
+    Expect(120, BF16, 128, 16, False, 168, ("HMMA", 75), ("HMMA", 52)),
+    Expect(120, BF16, 128, 16, True, 224, ("HMMA", 84), ("HMMA", 84)),
+    Expect(120, FP8, 128, 16, False, 224, ("HMMA", 42), ("HMMA", 84)),
+    Expect(90, BF16, 32, 16, False, 128, ("HMMA", 24), ("HGMMA", 28)),
 ]
 
 USUAL = (0, 3, 4, 7)
