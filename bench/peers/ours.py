@@ -12,7 +12,7 @@ from multilora.errors import ConfigError
 
 from .base import Clock, NotSupportedError, Peer
 
-# Activations, adapters and KV of quantised bases have 16 bits; the other engines round activations to 8.
+# Activations, adapters and KV of quantised bases have 16 bits; the others round activations to 8.
 SETTINGS: dict[str, dict[str, Any]] = {
     "fp32": {"dtype": "float32"},
     "bf16": {"dtype": "bfloat16"},
