@@ -92,7 +92,8 @@ build/$(CLANG)/_cpu.so: $(CSRC:%=build/$(CLANG)/%.o)
 # lacks one runs the next lower). g++ only; leaks are Python's own.
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 SANITIZED_TESTS := $(addsuffix .py,$(addprefix tests/kernels/test_,\
-                     ops packed native hostile_indices threads sanitizer))
+                     ops packed native hostile_indices threads top_logprobs \
+                     sanitizer))
 
 sanitize: install build/sanitize/_cpu.so
 	for isa in generic avx2 avx512; do \

@@ -12,6 +12,7 @@ struct Kernels {
     void (*norm)(const NormArgs&);
     void (*rope)(const RopeArgs&);
     void (*gemm)(const GemmArgs&);
+    void (*top)(const TopArgs&);
 };
 
 namespace generic {

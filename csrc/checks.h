@@ -55,6 +55,13 @@ int32_t check(const RopeArgs& g) {
     return MULTILORA_OK;
 }
 
+int32_t check(const TopArgs& g) {
+    for (int64_t row = 0; row < g.rows; ++row) {
+        if (!within(g.targets[row], 0, g.vocab)) return MULTILORA_BAD_IDS;
+    }
+    return MULTILORA_OK;
+}
+
 // Multiply-adds of a call, about, of arguments that are checked.
 int64_t work_of(const LoraArgs& g) {
     int64_t rows = 0;
@@ -77,5 +84,7 @@ int64_t work_of(const SiluArgs& g) { return 8 * g.tokens * g.inter; }
 int64_t work_of(const NormArgs& g) { return 4 * g.tokens * g.hidden; }
 
 int64_t work_of(const GemmArgs& g) { return g.rows * g.in * g.out; }
+
+int64_t work_of(const TopArgs& g) { return 8 * g.rows * g.vocab; }
 
 }  // namespace

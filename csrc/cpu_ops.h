@@ -14,7 +14,7 @@
 
 // Raised whenever a function below changes its meaning or its arguments. The loader ignores a
 // library that says another number than kernels/native.py.
-#define MULTILORA_ABI_VERSION 7
+#define MULTILORA_ABI_VERSION 8
 
 // Element types, by the `dtype` arguments below; int8 of KV pages and packed weights, int4 of packed
 // weights alone.
@@ -205,3 +205,20 @@ struct GemmArgs {
     int32_t num_threads;  //
 };
 MULTILORA_API void gemm(const GemmArgs* args);
+
+// The target and the `top` likeliest tokens of each row, their log probabilities and ranks.
+struct TopArgs {
+    const void* logits;      // dtype [rows, vocab]
+    const int64_t* targets;  // [rows]
+    int64_t* ids;            // [rows, 1 + top]
+    float* logprobs;         // [rows, 1 + top]
+    int64_t* ranks;          // [rows, 1 + top]
+    int64_t logits_stride;   // from row to row
+    int64_t rows;            //
+    int64_t vocab;           //
+    int64_t top;             // at most MULTILORA_MOST_TOP and vocab
+    int32_t dtype;           // f32, bf16 or f16
+    int32_t num_threads;     //
+};
+#define MULTILORA_MOST_TOP 256
+MULTILORA_API int32_t top_logprobs(const TopArgs* args);

@@ -84,3 +84,9 @@ void silu_mul(const SiluArgs* args) { run(kernels.silu, *args); }
 void rms_norm(const NormArgs* args) { run(kernels.norm, *args); }
 
 void gemm(const GemmArgs* args) { run(kernels.gemm, *args); }
+
+int32_t top_logprobs(const TopArgs* args) {
+    const int32_t code = check(*args);
+    if (code == MULTILORA_OK) run(kernels.top, *args);
+    return code;
+}

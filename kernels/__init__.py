@@ -21,6 +21,7 @@ from .ops import (
     rms_norm,
     rope_store_kv_,
     silu_mul,
+    top_logprobs,
 )
 from .packed import (
     PackedWeight,
@@ -62,6 +63,7 @@ __all__ = [
     "rope_store_kv_",
     "silu_mul",
     "tile_capacity",
+    "top_logprobs",
     "unpack",
     "unpack_rows",
     "worth_packing",

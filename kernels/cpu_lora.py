@@ -44,8 +44,8 @@ class _Batch:
         width = padded(int(lens.max())) if len(some) else ROWS
         lane = torch.arange(width)
         self.real = lane < lens[:, None]  # [tiles, width]
-        # Padding repeats row 0 and is dropped at the end.
-        self.rows = torch.where(self.real, tiles.starts[some].long()[:, None] + lane, 0)
+        # Padding repeats a tile's first row and is dropped at the end.
+        self.rows = tiles.starts[some].long()[:, None] + torch.where(self.real, lane, 0)
         self.slots = tiles.slots[some].long()
         self.pages = table.num_pages[self.slots]
 

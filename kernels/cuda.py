@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import plans
+from . import plans, reference
 from .library import implement
 from .tiles import Table, Tiles
 
@@ -115,6 +115,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "paged_attention": _paged_attention,
     "linear": _linear,
     "linear_packed": _linear_packed,
+    "top_logprobs": reference.top_logprobs,
     **{
         name: _fused(name)
         for name in ("rope_store_kv_", "rms_norm", "silu_mul", "apply_token_mask_")

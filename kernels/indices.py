@@ -86,6 +86,12 @@ def check_rope(positions: Tensor, kv_slots: Tensor, cos: Tensor, k_blocks: Tenso
         refuse(SLOTS)
 
 
+def check_targets(targets: Tensor, vocab: int) -> None:
+    """Of the targets of `top_logprobs`."""
+    if not _within(targets, 0, vocab):
+        refuse(IDS)
+
+
 def _within(values: Tensor, least: int, end: int) -> bool:
     """Whether least <= every value < end."""
     if not values.numel():

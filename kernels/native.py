@@ -21,7 +21,7 @@ from . import openmp
 
 logger = logging.getLogger(__name__)
 
-ABI_VERSION = 7  # MULTILORA_ABI_VERSION of csrc/cpu_ops.h
+ABI_VERSION = 8  # MULTILORA_ABI_VERSION of csrc/cpu_ops.h
 
 # The functions of csrc/cpu_ops.h take these structures; fields in its order, under its names.
 _Fields = list[tuple[str, type]]
@@ -107,6 +107,16 @@ class GemmArgs(ctypes.Structure):
     )
 
 
+class TopArgs(ctypes.Structure):
+    """What `top_logprobs` takes."""
+
+    _fields_ = _fields(
+        (c_void_p, "logits targets ids logprobs ranks"),
+        (c_int64, "logits_stride rows vocab top"),
+        (c_int32, "dtype num_threads"),
+    )
+
+
 # Argument types of every function in csrc/cpu_ops.h, in its order.
 SIGNATURES: dict[str, tuple[Any, ...]] = {
     "select_isa": (c_int32, c_void_p),  # most, chosen
@@ -126,10 +136,13 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "rms_norm": (POINTER(NormArgs),),
     "rope_store_kv": (POINTER(RopeArgs),),
     "gemm": (POINTER(GemmArgs),),
+    "top_logprobs": (POINTER(TopArgs),),
 }
 
 # Those that check what their index arrays name, and return a code of MISTAKES; the others nothing.
-CHECKED = frozenset({"lora", "paged_attention", "rope_store_kv"})
+CHECKED = frozenset({"lora", "paged_attention", "rope_store_kv", "top_logprobs"})
+
+MOST_TOP = 256  # MULTILORA_MOST_TOP
 
 # What `select_isa` takes and says; every entry is a step up from the one before.
 ISAS = ("generic", "avx2", "avx512", "avx512_bf16")

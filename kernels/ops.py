@@ -48,6 +48,7 @@ _ROPE = define(
 _NORM = define("rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!)? residual) -> Tensor")
 _SILU = define("silu_mul(Tensor x) -> Tensor")
 _MASK = define("apply_token_mask_(Tensor(a!) logits, Tensor mask) -> ()")
+_TOP = define("top_logprobs(Tensor logits, Tensor targets, int top) -> (Tensor, Tensor, Tensor)")
 _LINEAR = define(
     "linear(Tensor x, Tensor weight, Tensor? bias, bool batch_invariant=False) -> Tensor"
 )
@@ -224,6 +225,22 @@ def apply_token_mask_(logits: Tensor, mask: Tensor) -> None:
     _MASK(logits, mask)
 
 
+def top_logprobs(
+    logits: Tensor,  # [rows, vocab]
+    targets: Tensor,  # int64 [rows]
+    top: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # int64 ids, fp32 logprobs, int64 ranks, each [rows, 1 + top]
+    """Of each row the target and the `top` likeliest tokens, with log probabilities and ranks.
+
+    A rank is 1 + the number of larger logits; of equal ones the lowest ids come first. `top` is cut
+    to the vocabulary. A row's bits are its own. On CPU IndexError for a target outside of it.
+    """
+    _check(logits.dim() == 2 and len(targets) == len(logits), "targets must be [rows]")
+    _check(top >= 0, f"top must not be negative, but is {top}")
+    found: tuple[Tensor, Tensor, Tensor] = _TOP(logits, targets, min(top, logits.shape[1]))
+    return found
+
+
 def linear(
     x: Tensor,
     weight: Tensor | PackedWeight,
@@ -294,7 +311,7 @@ implement(
 )
 implement("linear_packed", "CPU", lambda x, *r: packed.linear(x, PackedWeight(*r[:6]), r[6]))
 implement("linear", "CPU", lambda x, weight, bias, *_: cpu.linear(x, weight, bias))
-for _name in ("rope_store_kv_", "rms_norm", "silu_mul", "apply_token_mask_"):
+for _name in ("rope_store_kv_", "rms_norm", "silu_mul", "apply_token_mask_", "top_logprobs"):
     implement(_name, "CPU", getattr(cpu, _name))
 
 
@@ -306,6 +323,14 @@ def _meta_shrink(x: Tensor, a_pages: Tensor, page_ids: Tensor, *rest: Any) -> Te
 implement("lora_shrink", "Meta", _meta_shrink)
 implement("lora_splits", "Meta", lambda _x, _a: 1)
 implement("paged_attention", "Meta", lambda q, *_: torch.empty_like(q))
+
+
+def _meta_top(logits: Tensor, _: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
+    ids = logits.new_empty((len(logits), 1 + top), dtype=torch.int64)
+    return ids, torch.empty_like(ids, dtype=torch.float32), torch.empty_like(ids)
+
+
+implement("top_logprobs", "Meta", _meta_top)
 implement("rms_norm", "Meta", lambda x, *_: torch.empty_like(x))
 implement("silu_mul", "Meta", lambda x: x.new_empty((*x.shape[:-1], x.shape[-1] // 2)))
 implement("linear", "Meta", lambda x, weight, *_: x.new_empty((*x.shape[:-1], len(weight))))

@@ -209,6 +209,37 @@ def apply_token_mask_(
     logits.masked_fill_(bits.flatten(1)[:, : logits.shape[1]] == 0, float("-inf"))
 
 
+def top_logprobs(
+    logits: Tensor,  # [rows, vocab]
+    targets: Tensor,  # int64 [rows]
+    top: int,  # at most vocab
+) -> tuple[Tensor, Tensor, Tensor]:  # int64 ids, fp32 logprobs, int64 ranks, each [rows, 1 + top]
+    """Of each row the target, then the `top` likeliest tokens, of equal ones the lowest ids.
+
+    A rank is 1 + the number of larger logits. NaN is likelier than all, and makes every log
+    probability of its row NaN. Never looks at a value, so that a GPU need not wait; row by row,
+    because `log_softmax` of many rows may round otherwise.
+    """
+    ids = torch.empty(len(logits), 1 + top, dtype=torch.int64, device=logits.device)
+    ranks, logprobs = torch.empty_like(ids), torch.empty_like(ids, dtype=torch.float32)
+    for i, row in enumerate(logits):
+        x = row.to(torch.float32, copy=True)
+        best = _sortable(x).topk(top).indices
+        ids[i] = torch.cat((targets[i : i + 1], best))
+        logprobs[i] = x.log_softmax(-1)[ids[i]]
+        likeliest = x[best]
+        ranks[i, 1:] = 1 + (likeliest[None] > likeliest[:, None]).sum(-1)
+        ranks[i, :1] = 1 + (x > x[ids[i, :1]]).sum(-1, keepdim=True)
+    return ids, logprobs, ranks
+
+
+def _sortable(logits: Tensor) -> Tensor:
+    """int64 [vocab] keys in the order of fp32 logits, the lower id first among equal ones."""
+    bits = (logits + 0.0).view(torch.int32)  # -0 becomes 0
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+    return (ordered << 32) - torch.arange(len(logits), device=logits.device)
+
+
 def linear(
     x: Tensor,  # [tokens, in]
     weight: Tensor,  # [out, in]; a quantised one is dequantised first

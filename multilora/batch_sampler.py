@@ -154,8 +154,8 @@ def choose(
 
 def _greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The lowest id of the largest logit of each row, and where that is not finite."""
-    tokens = logits.argmax(-1)
-    return tokens, ~logits.gather(-1, tokens[:, None])[:, 0].isfinite()
+    values, tokens = logits.max(-1)
+    return tokens, ~values.isfinite()
 
 
 def _draw(logits: Tensor, sent: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+import multilora_kernels as mk
+
 from .request import Logprob, SamplingParams, TokenLogprobs
 
 if TYPE_CHECKING:
@@ -68,13 +70,17 @@ def sample(
         return []
     assert logits.shape[0] >= len(rows), f"{logits.shape[0]} rows of logits for {len(rows)} rows"
     logits = logits[: len(rows)]
-    best = logits.argmax(-1, keepdim=True)
-    # argmax finds NaN first, then +inf, and -inf only where nothing is finite.
-    healthy = logits.gather(-1, best).isfinite()
-    choices: list[list[int]] = torch.cat((best, healthy.to(best.dtype)), -1).tolist()
-    return [
-        _finish(logits[i], row, token) if ok else _FAILED
+    # max finds NaN first, then +inf, and -inf only where nothing is finite; and the lowest id.
+    values, best = logits.max(-1, keepdim=True)
+    choices: list[list[int]] = torch.cat((best, values.isfinite().to(best.dtype)), -1).tolist()
+    tokens = [
+        _choose(logits[i], row, token) if ok else None
         for i, (row, (token, ok)) in enumerate(zip(rows, choices, strict=True))
+    ]
+    logprobs = _logprobs(logits, rows, tokens)
+    return [
+        _FAILED if token is None else Sampled(token, logprobs.get(i), False)
+        for i, token in enumerate(tokens)
     ]
 
 
@@ -89,27 +95,40 @@ def token_logprobs(
     A row with NaN gives its target a NaN.
     """
     assert logits.shape[0] >= len(targets), f"{logits.shape[0]} rows for {len(targets)} targets"
-    device = logits.device
-    return [
-        as_logprobs(*rank(logits[i], torch.tensor([target], device=device), top))
-        for i, target in enumerate(targets)
-    ]
+    chosen = torch.tensor(targets, dtype=torch.int64, device=logits.device)
+    found = mk.top_logprobs(logits[: len(targets)], chosen, top)
+    return [as_logprobs(*parts) for parts in zip(*found, strict=True)]
 
 
-def _finish(logits: Tensor, row: SampleRow, best: int) -> Sampled:
-    """The choice for one healthy row (logits [vocab]) whose largest logit is at `best`."""
-    params = row.params
-    greedy = params.temperature < GREEDY_BELOW
-    token: int | None = best
-    if not greedy or _adjusts(row):
-        adjusted = _adjust(_own(logits), row)
-        token = _argmax(adjusted) if greedy else _draw(adjusted, row)
-    if token is None:
-        return _FAILED
-    if params.logprobs is None:
-        return Sampled(token, None, False)
-    chosen = torch.tensor([token], device=logits.device)
-    return Sampled(token, as_logprobs(*rank(logits, chosen, params.logprobs)), False)
+def _choose(logits: Tensor, row: SampleRow, best: int) -> int | None:
+    """The token of a healthy row (logits [vocab]) whose largest logit is at `best`."""
+    greedy = row.params.temperature < GREEDY_BELOW
+    if greedy and not _adjusts(row):
+        return best
+    adjusted = _adjust(_own(logits), row)
+    return _argmax(adjusted) if greedy else _draw(adjusted, row)
+
+
+def _logprobs(
+    logits: Tensor,  # [rows, vocab]
+    rows: Sequence[SampleRow],
+    tokens: Sequence[int | None],
+) -> dict[int, TokenLogprobs]:
+    """What `rank` says of the rows that have a token and want it, by their place in `rows`."""
+    wanted = {
+        i: row.params.logprobs
+        for i, row in enumerate(rows)
+        if tokens[i] is not None and row.params.logprobs is not None
+    }
+    if not wanted:
+        return {}
+    chosen = torch.tensor([tokens[i] for i in wanted], device=logits.device)
+    logits = logits if len(wanted) == len(logits) else logits[list(wanted)]
+    found = zip(*mk.top_logprobs(logits, chosen, max(wanted.values())), strict=True)
+    return {
+        i: as_logprobs(*(part[: 1 + top] for part in parts))
+        for (i, top), parts in zip(wanted.items(), found, strict=True)
+    }
 
 
 def _own(row: Tensor) -> Tensor:
@@ -236,28 +255,14 @@ def rank(
     top: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # int64 ids, fp32 logprobs, int64 ranks, each [1 + top]
     """The target, then the `top` likeliest. Never looks at a value, so that a GPU need not wait."""
-    logits = _own(logits)
-    order = _sortable(logits)
-    best = order.topk(min(top, len(logits))).indices
-    ids = torch.cat((target, best))
-    values = logits[ids]
-    likeliest = logits[best]
-    ranks = 1 + (likeliest[None] > likeliest[:, None]).sum(-1)
-    own = 1 + (logits > values[:1]).sum(-1, keepdim=True)
-    return ids, logits.log_softmax(-1)[ids], torch.cat((own, ranks))
+    ids, logprobs, ranks = mk.top_logprobs(logits[None], target, top)
+    return ids[0], logprobs[0], ranks[0]
 
 
 def as_logprobs(ids: Tensor, logprobs: Tensor, ranks: Tensor) -> TokenLogprobs:
     """What `rank` found, in its order, the target once."""
     found = zip(ids.tolist(), logprobs.tolist(), ranks.tolist(), strict=True)
     return {token: Logprob(logprob, place) for token, logprob, place in found}
-
-
-def _sortable(logits: Tensor) -> Tensor:
-    """int64 [vocab] keys in the order of fp32 logits, the lower id first among equal ones."""
-    bits = (logits + 0.0).view(torch.int32)  # -0 becomes 0
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
-    return (ordered << 32) - torch.arange(len(logits), device=logits.device)
 
 
 def uniform(seed: int, position: int) -> int:

@@ -26,6 +26,7 @@ OPS = (
     "rms_norm",
     "rope_store_kv_",
     "silu_mul",
+    "top_logprobs",
 )
 
 

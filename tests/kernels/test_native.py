@@ -55,7 +55,7 @@ def test_the_signature_table_matches_the_header() -> None:
 
 def test_the_structures_match_the_header() -> None:
     bodies = re.findall(r"struct (\w+Args) \{(.*?)\};", header(), re.DOTALL)
-    assert len(bodies) == 6
+    assert len(bodies) == 7
     for name, body in bodies:
         fields = [line for line in body.split(";") if line.strip()]
         declared = [(re.findall(r"\w+", field)[-1], kind_of(field)) for field in fields]
@@ -71,6 +71,7 @@ def test_every_code_of_the_header_has_its_text() -> None:
 def test_the_header_and_the_loader_agree_on_version_and_dtypes() -> None:
     text = header()
     assert f"#define MULTILORA_ABI_VERSION {native.ABI_VERSION}\n" in text
+    assert f"#define MULTILORA_MOST_TOP {native.MOST_TOP}\n" in text
     found = re.findall(r"MULTILORA_(B?F\d+|I8) = (\d)", text)
     named = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8}
     assert {named[name]: int(code) for name, code in found} == native.KV_CODES

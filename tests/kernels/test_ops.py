@@ -368,6 +368,7 @@ def op_calls() -> dict[str, list[Any]]:
         "rms_norm": [x, torch.randn(6), 1e-5, torch.randn(4, 6)],
         "silu_mul": [x],
         "apply_token_mask_": [x, torch.tensor([[5]] * 4, dtype=torch.int32)],
+        "top_logprobs": [x, torch.tensor([5, 0, 1, 2]), 2],
         "linear": [x, torch.randn(3, 6), torch.randn(3)],
         "linear_packed": [x, *ops.pack(torch.randn(3, 6)), torch.randn(3)],
     }

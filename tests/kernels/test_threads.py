@@ -98,6 +98,7 @@ def calls_of(seed: int) -> dict[str, Callable[[], Tensor]]:
         "rms_norm": lambda: ops.rms_norm(torch.cat([x] * 4), weight[0], 1e-5),
         "silu_mul": lambda: ops.silu_mul(torch.cat([x] * 4)),
         "apply_token_mask_": mask_call(seed),
+        "top_logprobs": lambda: torch.cat(ops.top_logprobs(x, torch.arange(40), 5), 1),
         "linear of float32": lambda: ops.linear(x, packed),
         "linear of int8": lambda: ops.linear(x, eight),
     }
