@@ -36,6 +36,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "int4, group 32": {"quantization": "int4"},
     "int4, group 64": {"quantization": "int4", "quantization_group_size": 64},
     "int4, group 128": {"quantization": "int4", "quantization_group_size": 128},
+    "float32, KV int8": {"kv_cache_dtype": "int8"},
+    "int8, KV int8": {"quantization": "int8", "kv_cache_dtype": "int8"},
 }
 BASE = "base"
 

@@ -186,7 +186,7 @@ def rope_store_kv_(
     kv_slots: Tensor,  # int64 [tokens], block * block_size + offset, -1 = do not store
     k_blocks: Tensor,  # [blocks, block_size, kv_heads, head_dim], written in place
     v_blocks: Tensor,
-    k_scale: Tensor | None = None,  # fp32 [kv_heads], for e4m3 pages
+    k_scale: Tensor | None = None,  # fp32 [kv_heads], for e4m3 pages, on CPU for int8 ones too
     v_scale: Tensor | None = None,
 ) -> None:
     """Rotates q and k by position (half against half) and stores k and v in their pages.

@@ -151,12 +151,13 @@ def rope_store_kv_(
     kv_slots: Tensor,  # int64 [tokens], block * block_size + offset; -1 = do not store
     k_blocks: Tensor,  # [blocks, block_size, kv_heads, head_dim], written in place
     v_blocks: Tensor,
-    k_scale: Tensor | None = None,  # fp32 [kv_heads], of e4m3 blocks
+    k_scale: Tensor | None = None,  # fp32 [kv_heads], of int8 or e4m3 blocks
     v_scale: Tensor | None = None,
 ) -> None:
     """Rotates `q` and `k` by position (half against half) and stores `k` and `v` in pages.
 
-    With scales, what is stored is divided by its head's and cut to the pages' finite range.
+    With scales, what is stored is divided by its head's and cut to the pages' finite range (int8:
+    rounded to the nearest even, -127 to 127).
     """
     wide, half, size = _wide(q), q.shape[-1] // 2, k_blocks.shape[1]
     c, s = cos[positions, None].to(wide), sin[positions, None].to(wide)
@@ -168,8 +169,11 @@ def rope_store_kv_(
     def stored(x: Tensor, scale: Tensor | None) -> Tensor:
         if scale is None:
             return x.to(k_blocks.dtype)
+        x = x.to(wide) / scale[:, None].to(wide)
+        if k_blocks.dtype == torch.int8:
+            return x.round().clamp(-127, 127).to(torch.int8)
         largest = torch.finfo(k_blocks.dtype).max
-        return (x.to(wide) / scale[:, None].to(wide)).clamp(-largest, largest).to(k_blocks.dtype)
+        return x.clamp(-largest, largest).to(k_blocks.dtype)
 
     q.copy_(rotate(q))
     keep = kv_slots >= 0

@@ -89,6 +89,7 @@ def generate(
     quantization_group_size: Annotated[
         int | None, typer.Option(help="Input columns that share a scale: 32, 64 or 128.")
     ] = None,
+    kv_cache_dtype: Annotated[str, typer.Option(help="auto, int8 (CPU), fp8 (GPU).")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")] = "cpu",
     load_format: Annotated[str, typer.Option(help="auto, or dummy: random weights.")] = "auto",
 ) -> None:
@@ -106,6 +107,7 @@ def generate(
         load_format=load_format,
         quantization=quantization,
         quantization_group_size=quantization_group_size,
+        kv_cache_dtype=kv_cache_dtype,
     )
     prompts: list[Any] = [_encode(llm, one) for one in prompt] if chat else list(prompt)
     if len(prompts) == 1:

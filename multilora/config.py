@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATIONS = ("int8", "int4")
 GROUP_SIZES = (32, 64, 128)
+KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3", "int8")
 LOAD_FORMATS = ("auto", "dummy")
 DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 
@@ -216,6 +217,7 @@ class EngineConfig:
 
     max_model_len: int | None = None  # prompt + output tokens; None = the model's own limit
     block_size: int = 16  # tokens in a KV block
+    kv_cache_dtype: str = "auto"  # "auto" = the model's; "int8" on a CPU, "fp8" (e4m3) on a GPU
     num_kv_blocks: int | None = None  # None = enough for max_num_seqs full requests or 4 GiB
     max_num_seqs: int = 64  # requests that run at once
     max_num_batched_tokens: int = 512  # tokens in one step: the prefill chunk
@@ -250,6 +252,11 @@ class EngineConfig:
                 raise ConfigError(
                     f"{name} must be one of auto, {', '.join(DTYPES)}, not {getattr(self, name)!r}"
                 )
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise ConfigError(
+                f"kv_cache_dtype must be one of {', '.join(KV_CACHE_DTYPES)}, not "
+                f"{self.kv_cache_dtype!r}"
+            )
         self._check_quantization()
         if self.max_lora_rank % 8:
             raise ConfigError(f"max_lora_rank must be a multiple of 8, not {self.max_lora_rank}")

@@ -179,19 +179,21 @@ class Attention(nn.Module):
         fused = self.qkv(x, batch).view(len(x), -1, dim)
         heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
         q, k, v = fused.split((heads, kv_heads, kv_heads), 1)
-        k_blocks, v_blocks = cache.layer(self.layer)
+        pages = cache.layer(self.layer)
         cos, sin = rope.tables(batch.max_seq_len)
-        mk.rope_store_kv_(q, k, v, cos, sin, batch.positions, batch.kv_slots, k_blocks, v_blocks)
+        mk.rope_store_kv_(q, k, v, cos, sin, batch.positions, batch.kv_slots, *pages)
         out = mk.paged_attention(
             q,
-            k_blocks,
-            v_blocks,
+            pages.k,
+            pages.v,
             batch.block_table,
             batch.seq_lens,
             batch.query_starts,
             scale=self.scale,
             max_query_len=batch.max_query_len,
             max_seq_len=batch.max_seq_len,
+            k_scale=pages.k_scale,
+            v_scale=pages.v_scale,
             batch_invariant=batch.batch_invariant,
         )
         out_x: Tensor = self.o(out.view(len(x), -1), batch)

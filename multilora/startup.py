@@ -13,7 +13,8 @@ from .config import EngineConfig, ModelConfig
 from .device import Device, open_device
 from .dummy import SHAPES, load_random, shape_of
 from .errors import ConfigError
-from .kv_cache import KVCache
+from .kv_cache import DTYPES, KVCache
+from .kv_scales import measure
 from .limits import check
 from .memory import Needs, num_blocks
 from .models import MODELS
@@ -72,9 +73,12 @@ def _runner(
 ) -> tuple[Runner, Needs]:
     """The runner with as many KV blocks as fit, its decode steps captured."""
     shape, size = model.config, config.block_size
+    kv_dtype, scales = DTYPES.get(config.kv_cache_dtype, dtype), None
+    if config.kv_cache_dtype in DTYPES:
+        scales = measure(model, max_model_len, kv_dtype)
 
     def cache(blocks: int) -> KVCache:
-        return KVCache(shape, blocks, size, dtype, device.torch)
+        return KVCache(shape, blocks, size, kv_dtype, device.torch, scales)
 
     runner = Runner(config, device, model, cache(1), store, sites_of(shape), max_model_len)
     memory = device.memory()
@@ -82,7 +86,7 @@ def _runner(
         base=model.num_bytes,
         activations=0 if memory is None else device.peak_of(runner.rehearse),
         rank_pages=store.reserved_bytes,
-        block=KVCache.block_bytes(shape, size, dtype),
+        block=KVCache.block_bytes(shape, size, kv_dtype),
         max_blocks=config.max_num_seqs * -(-max_model_len // size),
     )
     runner.cache = cache(num_blocks(config, needs, memory))

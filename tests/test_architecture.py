@@ -68,6 +68,7 @@ FLOORS = {
     "multilora.rows": 5,
     "multilora.inputs": 5,
     "multilora.graphs": 5,
+    "multilora.kv_scales": 5,
     "multilora.runner": 5,
     # engine
     "multilora.answers": 6,

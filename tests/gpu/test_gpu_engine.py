@@ -111,6 +111,17 @@ def test_every_way_to_run_gives_the_same_answers(
     assert sum(same) >= 0.8 * TOKENS * len(SPECS)
 
 
+def test_e4m3_pages_change_little(root: Path, device: Device) -> None:
+    found = run(engine_of(root, device, kv_cache_dtype="fp8"), jobs(prompt_logprobs=0))
+    with cpu_ops():
+        exact = run(
+            engine_of(root, "cpu", dtype="float32", lora_dtype="float32"), jobs(prompt_logprobs=0)
+        )
+    for mine, theirs in zip(found, exact, strict=True):
+        gaps = [abs(a - b) for a, b in zip(scores(mine), scores(theirs), strict=True)]
+        assert mean(gaps) < 0.06
+
+
 def test_batch_invariant_answers_do_not_depend_on_the_batch(root: Path, device: Device) -> None:
     engine = engine_of(root, device, batch_invariant=True)
     work = jobs(temperature=1.0, logprobs=3)

@@ -301,6 +301,27 @@ def test_rope_store_kv_into_e4m3_pages() -> None:
         torch.testing.assert_close(stored[0], want, rtol=1 / 16, atol=1e-2)
 
 
+def test_int8_pages_are_read_as_they_were_stored() -> None:
+    """Rounded to the nearest code, cut at 127; attention over them is that over their values."""
+    args = make_rope(torch.float32)
+    args[1][0] *= 1000  # beyond 127 codes
+    scales = torch.tensor([0.02, 0.05]), torch.tensor([0.03, 0.01])
+    plain = [t.clone() for t in args]
+    ops.rope_store_kv_(*plain)
+    args[7:] = [torch.zeros(blocks.shape, dtype=torch.int8) for blocks in args[7:]]
+    ops.rope_store_kv_(*args, *scales)
+    read = []
+    for found, wide, scale in zip(args[7:], plain[7:], scales, strict=True):
+        codes, wide = (t.flatten(0, 1)[[3, 0, 23, 8]] for t in (found, wide))
+        assert torch.equal(codes, (wide / scale[:, None]).round().clamp(-127, 127).to(torch.int8))
+        read.append(found.float() * scale[:, None])
+    where = torch.tensor([[0, 1]]).int(), torch.tensor([4]).int(), torch.tensor([0, 2]).int()
+    grid = {"scale": 0.3, "max_query_len": 2, "max_seq_len": 4}
+    q = args[0][:2]
+    found = ops.paged_attention(q, *args[7:], *where, k_scale=scales[0], v_scale=scales[1], **grid)
+    assert_close(found, reference.paged_attention(up(q)[0], *up(*read), *where, scale=0.3))
+
+
 @pytest.mark.parametrize("rows", [0, 1, 17])
 @pytest.mark.parametrize("with_residual", [False, True])
 @dtypes

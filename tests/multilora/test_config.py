@@ -250,6 +250,7 @@ def test_an_unknown_setting_lists_the_known_ones() -> None:
         {"gpu_memory_utilization": 0},
         {"gpu_memory_utilization": True},
         {"seed": 1.5},
+        {"kv_cache_dtype": "int4"},
         {"quantization": "int2"},
         {"quantization": 8},
         {"quantization_group_size": 48, "quantization": "int4"},

@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
     from multilora.engine import Engine
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int4": torch.float32}
+KINDS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "fp32": (torch.float32, {}),
+    "bf16": (torch.bfloat16, {}),
+    "int4": (torch.float32, {"quantization": "int4"}),
+    "int8 pages": (torch.bfloat16, {"kv_cache_dtype": "int8"}),
+}
 RANKS = {"a": 4, "b": 8, "c": 16, "d": 64}
 SPECS: tuple[Any, ...] = (None, *RANKS, {"a": 0.5, "d": -0.75}, {"b": 1.0, "c": 0.25})
 CASES, MANY_CASES = 5, 125  # in each of the tests below, for each dtype
@@ -34,16 +39,16 @@ class World:
     base: Path
     adapters: dict[str, Path]
     alone: Callable[[int], Any]
-    quantization: str | None = None
+    settings: dict[str, Any]
 
     def engine(self, **settings: Any) -> Engine:
-        return make_engine(self.base, self.adapters, quantization=self.quantization, **settings)
+        return make_engine(self.base, self.adapters, **{**self.settings, **settings})
 
 
-@pytest.fixture(scope="module", params=DTYPES)
+@pytest.fixture(scope="module", params=KINDS)
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
     root = tmp_path_factory.mktemp(request.param)
-    dtype = DTYPES[request.param]
+    dtype, settings = KINDS[request.param]
     write_checkpoint(root / "base", dtype=dtype)
     adapters = {
         name: write_adapter(root / name, TINY, rank=rank, seed=rank, scale=0.3)
@@ -57,8 +62,7 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     def alone(seed: int) -> Any:
         return facts(run(engine, [job_of(seed)])[0])
 
-    kind = request.param if request.param.startswith("int") else None
-    made = World(root / "base", adapters, alone, kind)
+    made = World(root / "base", adapters, alone, settings)
     engine = made.engine(enable_prefix_caching=False, **ONE_SHOT)
     return made
 

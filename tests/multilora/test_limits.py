@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from multilora import startup
+from multilora.device import open_device
 from multilora.errors import ConfigError
 from multilora_kernels import cuda, plans
 from tests.checkpoints import write_checkpoint
@@ -68,6 +69,7 @@ def test_an_old_triton_or_gpu(
     ("shape", "settings", "match"),
     [
         (TOO_NARROW, {}, r"head_dim 24 of .* a GPU takes 16, 32, 64, 128; use device='cpu'"),
+        ({}, {"kv_cache_dtype": "int8"}, r"'int8' works on a CPU only; on a GPU use 'fp8'"),
         ({}, {"quantization": "int4"}, r"quantization='int4' works on device='cpu' only"),
     ],
 )
@@ -77,6 +79,20 @@ def test_a_base_that_the_kernels_do_not_take(
     write_checkpoint(tmp_path, **shape)
     with pytest.raises(ConfigError, match=match):
         make_engine(tmp_path, device="cuda", **settings)
+
+
+def test_a_gpu_without_e4m3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path)
+    refuse(monkeypatch, "3.6.0", 80)
+    with pytest.raises(ConfigError, match=r"'fp8' needs a GPU with e4m3 .* has 8\.0; use 'auto'"):
+        make_engine(tmp_path, device="cuda", kv_cache_dtype="fp8")
+
+
+def test_a_cpu_without_e4m3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path)
+    monkeypatch.setattr(startup, "open_device", open_device)
+    with pytest.raises(ConfigError, match="'fp8_e4m3' needs a GPU; on a CPU use 'int8'"):
+        make_engine(tmp_path, kv_cache_dtype="fp8_e4m3")
 
 
 def test_a_cpu_takes_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
