@@ -275,6 +275,25 @@ inline void transpose_from(vf* x) {
     if constexpr (H > 1) transpose_from<H / 2>(x);
 }
 
+// lane_sum of N vectors, N = 4 or 8: the same sums, those of several vectors in one.
+template <int N>
+inline void lane_sums(vf (&x)[N], float* sums) {
+    constexpr int kLast = kLanes / N;  // lanes of a vector's own that are left
+#pragma GCC unroll 3
+    for (int half = N / 2; half > 0; half /= 2) {
+        for (int j = 0; j < half; ++j) {
+            if (half * kLast == 8) exchange<kLanes == 16 ? 8 : 4>(x[j], x[j + half], AllLanes());
+            if (half * kLast == 4) exchange<4>(x[j], x[j + half], AllLanes());
+            if (half * kLast == 2) exchange<2>(x[j], x[j + half], AllLanes());
+            if (half * kLast == 1) exchange<1>(x[j], x[j + half], AllLanes());
+            x[j] += x[j + half];
+        }
+    }
+    if constexpr (kLast >= 4) x[0] += turned<2>(x[0], AllLanes());
+    if constexpr (kLast >= 2) x[0] += turned<1>(x[0], AllLanes());
+    for (int j = 0; j < N; ++j) sums[j] = x[0][j * kLast];
+}
+
 // A square of kLanes vectors, rows to columns.
 inline void transpose(vf (&x)[kLanes]) { transpose_from<kLanes / 2>(x); }
 
