@@ -96,7 +96,7 @@ SANITIZED_TESTS := $(addsuffix .py,$(addprefix tests/kernels/test_,\
                      sanitizer))
 
 sanitize: install build/sanitize/_cpu.so
-	for isa in generic avx2 avx512; do \
+	for isa in generic avx2 avx512_bf16; do \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 MULTILORA_CPU_ISA=$$isa \
 	  MULTILORA_CPP_LIBRARY=$(CURDIR)/$(word 2,$^) \

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
@@ -194,22 +195,32 @@ inline void store_some(T* p, vf x, int64_t count) {
     for (int64_t i = 0; i < count; ++i) store(p + i, static_cast<float>(x[i]));
 }
 
-// Scratch memory, aligned for any vector. Not std::vector: what that instantiates here could be
+// Memory, aligned for any vector. Without it the process ends, and says why: no exception may cross
+// the C ABI or leave a parallel region, and half a result is worse than none.
+inline void* allocate(int64_t bytes) {
+    const int64_t whole = (bytes + 64) / 64 * 64;
+    void* data = std::aligned_alloc(64, static_cast<size_t>(whole));
+    if (data == nullptr) {
+        std::fprintf(stderr, "multilora: no memory for %lld bytes in a C++ kernel\n",
+                     static_cast<long long>(whole));
+        std::abort();
+    }
+    return data;
+}
+
+// Scratch memory. Not std::vector: what that instantiates here could be
 // linked into code that must run on an older machine.
 template <typename T>
 class Scratch {
    public:
     explicit Scratch(int64_t count)
-        : data_(static_cast<T*>(std::aligned_alloc(64, bytes(count)))) {}
+        : data_(static_cast<T*>(allocate(count * static_cast<int64_t>(sizeof(T))))) {}
     ~Scratch() { std::free(data_); }
     Scratch(const Scratch&) = delete;
     Scratch& operator=(const Scratch&) = delete;
     T* data() { return data_; }
 
    private:
-    static size_t bytes(int64_t count) {
-        return (static_cast<size_t>(count) * sizeof(T) + 64) / 64 * 64;
-    }
     T* data_;
 };
 

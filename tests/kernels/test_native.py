@@ -128,6 +128,28 @@ def test_the_environment_can_name_another_build(
         run_python(code, MULTILORA_CPP_LIBRARY=str(other))
 
 
+@needs_cpp
+@pytest.mark.skipif(hasattr(native.LIB, "__asan_init"), reason="sanitizers need all addresses")
+def test_a_kernel_without_memory_says_so_and_ends_the_process(
+    run_python: Callable[..., str],
+) -> None:
+    code = """
+import resource, torch
+import multilora_kernels as mk
+torch.set_num_threads(1)
+rows = torch.zeros(1, 8).expand(2**26, 8)  # of 32 bytes in all; in rank space they take 2 GiB
+table = mk.Table(*(torch.ones(s, dtype=torch.int32) for s in ((1, 1), (1, 1), (1,))))
+table = table._replace(page_ids=table.page_ids - 1, page_weights=torch.ones(1, 1))
+tiles = mk.Tiles(*(torch.tensor([n], dtype=torch.int32) for n in (0, 0, 2**26, 1)))
+pages = torch.zeros(1, 1, 8, 8), torch.zeros(1, 8, 8)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, resource.RLIM_INFINITY))
+mk.lora_(rows, rows, *pages, table, tiles, (0, 8))
+"""
+    with pytest.raises(AssertionError, match=r"no memory for 2147483\d* bytes in a C\+\+ kernel"):
+        run_python(code)
+
+
 # apply_token_mask ---------------------------------------------------------------------------------
 
 
