@@ -16,8 +16,8 @@
 // library that says another number than kernels/native.py.
 #define MULTILORA_ABI_VERSION 8
 
-// Element types, by the `dtype` arguments below; int8 of KV pages and packed weights, int4 of packed
-// weights alone.
+// Element types, by the `dtype` arguments below; int8 of KV pages and packed weights, int4 of
+// packed weights alone.
 enum {
     MULTILORA_F32 = 0,
     MULTILORA_BF16 = 1,
@@ -29,23 +29,18 @@ enum {
 // Which index array names something that is not there.
 enum {
     MULTILORA_OK = 0,
-    MULTILORA_BAD_TILES = 1,      // their number or order, a slot not in the table, rows outside of y
-    MULTILORA_BAD_PAGES = 2,      // of a slot that a tile names: a count, page id or scale row
-    MULTILORA_BAD_IDS = 3,        // a token id outside of the vocabulary
-    MULTILORA_BAD_QUERIES = 4,    // query_starts that fall, or leave q
-    MULTILORA_BAD_LENGTHS = 5,    // a sequence shorter than its queries or longer than its blocks
-    MULTILORA_BAD_BLOCKS = 6,     // a block id outside of the cache
+    MULTILORA_BAD_TILES = 1,    // their number or order, a slot not in the table, rows outside of y
+    MULTILORA_BAD_PAGES = 2,    // of a slot that a tile names: a count, page id or scale row
+    MULTILORA_BAD_IDS = 3,      // a token id outside of the vocabulary
+    MULTILORA_BAD_QUERIES = 4,  // query_starts that fall, or leave q
+    MULTILORA_BAD_LENGTHS = 5,  // a sequence shorter than its queries or longer than its blocks
+    MULTILORA_BAD_BLOCKS = 6,   // a block id outside of the cache
     MULTILORA_BAD_POSITIONS = 7,  // a position outside of the tables of cos and sin
     MULTILORA_BAD_SLOTS = 8,      // a KV slot outside of the cache
 };
 
 // Instruction sets, from the least to the most capable.
-enum {
-    MULTILORA_GENERIC = 0,
-    MULTILORA_AVX2 = 1,
-    MULTILORA_AVX512 = 2,
-    MULTILORA_AVX512_BF16 = 3
-};
+enum { MULTILORA_GENERIC = 0, MULTILORA_AVX2 = 1, MULTILORA_AVX512 = 2, MULTILORA_AVX512_BF16 = 3 };
 
 MULTILORA_API int32_t multilora_abi_version(void);
 
@@ -66,19 +61,19 @@ MULTILORA_API void apply_token_mask(void* logits,            // dtype [rows, voc
 // Low-rank deltas: see lora_ and lora_embed_ in kernels/reference.py. A page's own [slices, 8, in]
 // or [8, out] is dense. Types: f32, bf16 or f16.
 struct LoraArgs {
-    void* y;              // dtype [tokens, out], changed in place
-    const void* x;        // dtype [tokens, in]; null where there are ids
-    const int64_t* ids;   // [tokens] for an embedding, whose A pages are [in, 8]; or null
-    int64_t y_stride;     // from row to row
-    int64_t x_stride;     // from row to row
-    int64_t tokens;       //
-    int64_t in;           // columns of x, or the vocabulary
-    int64_t out;          //
-    const void* a;        // page_dtype [pages, slices, 8, in]
-    const void* b;        // page_dtype [pages, 8, out]
-    int64_t a_stride;     // from page to page
-    int64_t b_stride;     // from page to page
-    int64_t pages;        //
+    void* y;                      // dtype [tokens, out], changed in place
+    const void* x;                // dtype [tokens, in]; null where there are ids
+    const int64_t* ids;           // [tokens] for an embedding, whose A pages are [in, 8]; or null
+    int64_t y_stride;             // from row to row
+    int64_t x_stride;             // from row to row
+    int64_t tokens;               //
+    int64_t in;                   // columns of x, or the vocabulary
+    int64_t out;                  //
+    const void* a;                // page_dtype [pages, slices, 8, in]
+    const void* b;                // page_dtype [pages, 8, out]
+    int64_t a_stride;             // from page to page
+    int64_t b_stride;             // from page to page
+    int64_t pages;                //
     const int64_t* slice_starts;  // [slices + 1]
     int64_t slices;               //
     const int32_t* page_ids;      // [slots, max_pages]

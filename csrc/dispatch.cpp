@@ -19,8 +19,7 @@ bool has_f16c() {  // clang 14 has no such name for __builtin_cpu_supports
 
 int32_t best_isa() {
 #if defined(__x86_64__)
-    const bool avx2 =
-        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
         return __builtin_cpu_supports("avx512bf16") ? MULTILORA_AVX512_BF16 : MULTILORA_AVX512;

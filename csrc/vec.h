@@ -134,9 +134,9 @@ inline vf load(const f16* p) {
     return (vf)_mm512_maskz_cvtph_ps(0xFFFF, half);
 }
 inline void store(f16* p, vf x) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                        _mm512_maskz_cvtps_ph(0xFFFF, (__m512)x,
-                                              _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm256_storeu_si256(
+        reinterpret_cast<__m256i*>(p),
+        _mm512_maskz_cvtps_ph(0xFFFF, (__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 #elif defined(MULTILORA_INTRINSICS)
 inline vi load_wide(const int8_t* p) {
