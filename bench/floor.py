@@ -106,7 +106,7 @@ def measure(threads: int) -> Peaks:
         except (OSError, subprocess.CalledProcessError) as error:
             raise RuntimeError("the floor needs g++ (Debian: apt install g++)") from error
         lib = ctypes.CDLL(str(library))
-    data = mmap.mmap(-1, READ)
+    data = mmap.mmap(-1, READ, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     data.madvise(mmap.MADV_HUGEPAGE)
     start = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(data)))
     ctypes.memset(start, 1, READ)

@@ -6,7 +6,7 @@ Knows tensors, not adapters, requests or models. The meaning of each op is in `r
 from __future__ import annotations
 
 from . import cuda, plans, reference
-from .memory import huge_pages
+from .memory import empty_huge
 from .native import HAS_CPP
 from .ops import (
     apply_token_mask_,
@@ -44,7 +44,7 @@ __all__ = [
     "Tiles",
     "apply_token_mask_",
     "cuda",
-    "huge_pages",
+    "empty_huge",
     "linear",
     "lora_",
     "lora_embed_",

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
-from .memory import huge_pages
+from .memory import empty_huge
 
 OUTPUTS = 32
 CHUNK = 1 << 19  # weights that are put in panels at a time
@@ -40,8 +40,7 @@ def make(weight: Tensor, kind: str) -> Tensor:
     count, inputs, size = -(-len(weight) // OUTPUTS), -(-weight.shape[1] // 8) * 8, IN_WORD[kind]
     four_bits = kind == "int4"
     shape = (count, inputs // size, OUTPUTS, size // 2 if four_bits else size)
-    panels = torch.empty(shape, dtype=torch.uint8 if four_bits else weight.dtype)
-    huge_pages(panels)
+    panels = empty_huge(shape, torch.uint8 if four_bits else weight.dtype)
     step = max(CHUNK // (OUTPUTS * max(inputs, 1)), 1)
     for first in range(0, count, step):
         rows = weight[first * OUTPUTS : (first + step) * OUTPUTS]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from multilora_kernels import huge_pages
+from multilora_kernels import empty_huge
 
 from .config import ModelConfig
 
@@ -47,8 +47,8 @@ class KVCache:
         scales: Scales | None = None,  # on the device; of quantised pages
     ) -> None:
         shape = (config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim)
-        self.k = huge_pages(torch.empty(shape, dtype=dtype, device=device))
-        self.v = huge_pages(torch.empty(shape, dtype=dtype, device=device))
+        self.k = empty_huge(shape, dtype, device)
+        self.v = empty_huge(shape, dtype, device)
         self.scales = scales
 
     @property

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from multilora_kernels import Table, huge_pages
+from multilora_kernels import Table, empty_huge
 
 from ..errors import AdapterInvalid
 
@@ -139,8 +139,8 @@ class SitePool:
         if self._pages is None:
             a_shape, b_shape = (self.capacity, *self._a_shape), (self.capacity, *self._b_shape)
             self._pages = (
-                huge_pages(torch.empty(a_shape, dtype=self._dtype, device=self._device)),
-                huge_pages(torch.empty(b_shape, dtype=self._dtype, device=self._device)),
+                empty_huge(a_shape, self._dtype, self._device),
+                empty_huge(b_shape, self._dtype, self._device),
             )
 
     def allocate(self, count: int) -> list[int] | None:
