@@ -8,8 +8,10 @@ The query heads of one KV head lie side by side in a tile, so a tile of BLOCK_RO
 BLOCK_ROWS // group queries. KV is walked in tiles at absolute positions, by online softmax. Two
 forms, and a sequence's own number of query rows alone chooses between them:
 
-- split, for at most `16 // group` query rows: a program for each segment of KV, and
-  `merge_kernel` joins the segments in order. They start at fixed positions, see `segments`.
+- split, for at most `16 // group` query rows: segments of KV are computed apart, and
+  `merge_kernel` joins them in order. They start at fixed positions, see `segments`. Programs share
+  out all segments of the batch, which they count on the device: a graph for 131,072 tokens launches
+  as many programs as one for 8,192, and none of them is empty while others have two.
 - chunk: a program for each tile of query rows walks all KV that its last row sees.
 
 A row's bits depend on its sequence, its position and the form; on neighbours never. The two forms
@@ -31,14 +33,15 @@ from .plans import FP8_SM, HEAD_DIMS
 from .segments import (
     OCTAVE,
     OCTAVES,
+    attend,
     count_segments,
     count_segments_,
     divide,
-    finite,
     join,
     merge_kernel,
     segment_start,
     segment_unit,
+    split_programs,
 )
 
 SHORT_ROWS = 16  # rows (queries x group) up to which a sequence is split over KV
@@ -56,118 +59,41 @@ class Form(NamedTuple):
 
 
 @triton.jit
-def _walk(
-    state,  # top [rows], total [rows], acc [rows, head_dim] so far
-    q,
-    positions,  # [rows], the last position that a row sees
-    first,  # a multiple of BLOCK_KV
-    last,
-    log2_scale,
-    cache,
-    MASKED: tl.constexpr,  # some row does not see all of [first, last)
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-    PRECISION: tl.constexpr,
+def _query_rows(
+    q,  # q_ptr, stride_q_tokens, stride_q_heads
+    pid_head,
+    first_token,
+    first_query,
+    count,  # queries of the sequence
+    GROUP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
 ):
-    """Online softmax over the KV tiles of [first, last); logarithms are of base 2."""
-    top, total, acc = state
-    k_ptr, v_ptr, table_ptr, stride_k_blocks, stride_k_tokens, stride_v_blocks, stride_v_tokens = (
-        cache
-    )
-    offs_kv = tl.arange(0, BLOCK_KV)
-    offs_dim = tl.arange(0, acc.shape[1])
-    for start in range(first, last, BLOCK_KV):
-        place = start + offs_kv
-        mask_kv = place < last
-        if BLOCK_SIZE % BLOCK_KV == 0:  # the tile lies in one block
-            block = tl.load(table_ptr + start // BLOCK_SIZE).to(tl.int64)
-            offs_token = start % BLOCK_SIZE + offs_kv
-        elif MASKED:
-            block = tl.load(table_ptr + place // BLOCK_SIZE, mask=mask_kv, other=0).to(tl.int64)
-            offs_token = place % BLOCK_SIZE
-        else:
-            block = tl.load(table_ptr + place // BLOCK_SIZE).to(tl.int64)
-            offs_token = place % BLOCK_SIZE
-        offs_k = block * stride_k_blocks + offs_token * stride_k_tokens
-        offs_v = block * stride_v_blocks + offs_token * stride_v_tokens
-        k_ptrs = k_ptr + offs_k[None, :] + offs_dim[:, None]
-        v_ptrs = v_ptr + offs_v[:, None] + offs_dim[None, :]
-        if MASKED:
-            k = tl.load(k_ptrs, mask=mask_kv[None, :], other=0.0).to(q.dtype)
-            v = tl.load(v_ptrs, mask=mask_kv[:, None], other=0.0).to(q.dtype)
-        else:
-            k = tl.load(k_ptrs).to(q.dtype)
-            v = tl.load(v_ptrs).to(q.dtype)
-        scores = tl.dot(q, k, input_precision=PRECISION)
-        if MASKED:
-            seen = mask_kv[None, :] & (place[None, :] <= positions[:, None])
-            scores = tl.where(seen, scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1) * log2_scale)
-        keep = tl.exp2(top - finite(higher))
-        lower = tl.broadcast_to(-finite(higher)[:, None], scores.shape)
-        weights = tl.exp2(tl.fma(scores, tl.full(scores.shape, log2_scale, tl.float32), lower))
-        total = tl.fma(total, keep, tl.sum(weights, 1))
-        acc = tl.dot(weights.to(q.dtype), v, acc * keep[:, None], input_precision=PRECISION)
-        top = higher
-    return top, total, acc
+    """q [BLOCK_ROWS, HEAD_DIM], the rows' queries and heads, which rows there are [rows, 1]."""
+    q_ptr, stride_q_tokens, stride_q_heads = q
+    offs_row = tl.arange(0, BLOCK_ROWS)
+    query = first_query + offs_row // GROUP
+    head = pid_head * GROUP + offs_row % GROUP
+    mask = ((offs_row < BLOCK_ROWS // GROUP * GROUP) & (query < count))[:, None]
+    offs = (first_token + query).to(tl.int64) * stride_q_tokens + head * stride_q_heads
+    rows = tl.load(q_ptr + offs[:, None] + tl.arange(0, HEAD_DIM)[None, :], mask=mask, other=0.0)
+    return rows, query, head, mask
 
 
 @triton.jit
-def _attend(
-    q,
-    positions,
-    first,
-    middle,  # the KV that every row sees ends here, a multiple of BLOCK_KV
-    last,
-    log2_scale,
-    cache,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Attention over [first, last) alone: top [rows], total [rows], acc [rows, head_dim]."""
-    state = (
-        tl.full([q.shape[0]], float("-inf"), tl.float32),
-        tl.zeros([q.shape[0]], tl.float32),
-        tl.zeros(q.shape, tl.float32),
-    )
-    middle = tl.minimum(tl.maximum(middle, first), last)
-    state = _walk(
-        state, q, positions, first, middle, log2_scale, cache,
-        False, BLOCK_SIZE, BLOCK_KV, PRECISION,
-    )  # fmt: skip
-    return _walk(
-        state, q, positions, middle, last, log2_scale, cache,
-        True, BLOCK_SIZE, BLOCK_KV, PRECISION,
-    )  # fmt: skip
-
-
-@triton.jit
-def _attend_kernel(
-    out_ptr,  # [tokens, heads, head_dim], of the chunk form
-    partial_ptr,  # fp32 [segments, seqs, QUERIES, heads, head_dim], of the split form
+def _split_kernel(
+    partial_ptr,  # fp32 [segments, seqs, QUERIES, heads, head_dim]
     stats_ptr,  # fp32 [segments, seqs, QUERIES, heads, 2]: top, total
-    q_ptr,
+    q,
     k_ptr,
     v_ptr,
     table_ptr,
     lens_ptr,
     starts_ptr,
     k_scale_ptr,
-    v_scale_ptr,
     log2_scale,
     num_seqs,
-    stride_q_tokens,
-    stride_q_heads,
-    stride_k_blocks,
-    stride_k_tokens,
-    stride_k_heads,
-    stride_v_blocks,
-    stride_v_tokens,
-    stride_v_heads,
-    stride_table_seqs,
-    SPLIT: tl.constexpr,
-    SEGMENTED: tl.constexpr,
+    strides,  # of K, of V (blocks, tokens, heads each), of the table's rows
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -182,64 +108,106 @@ def _attend_kernel(
     BLOCK_SEQS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    TILE: tl.constexpr = BLOCK_ROWS // GROUP  # queries
+    """Each program takes every num_programs(0)-th of all segments of one KV head."""
+    k_blocks, k_tokens, k_heads, v_blocks, v_tokens, v_heads, table_seqs = strides
     pid_head = tl.program_id(1).to(tl.int64)
-    pid_segment = tl.program_id(2)
-    if SPLIT:
-        seq = tl.program_id(0)
-        first_query = 0
-    else:
-        # The tiles of sequence i begin at starts[i] // TILE + i. The last, longest ones go first.
-        pid_tile = tl.num_programs(0) - 1 - tl.program_id(0)
-        offs_seq = tl.arange(0, BLOCK_SEQS)
-        mask_seq = offs_seq < num_seqs
-        starts = tl.load(starts_ptr + offs_seq, mask=mask_seq, other=0)
-        seq = tl.sum((mask_seq & (starts // TILE + offs_seq <= pid_tile)).to(tl.int32)) - 1
-        first_query = (pid_tile - tl.load(starts_ptr + seq) // TILE - seq) * TILE
+    offs_seq = tl.arange(0, BLOCK_SEQS)
+    mask_seq = offs_seq < num_seqs
+    starts = tl.load(starts_ptr + offs_seq, mask=mask_seq, other=0)
+    counts = tl.load(starts_ptr + 1 + offs_seq, mask=mask_seq, other=0) - starts
+    lens = tl.load(lens_ptr + offs_seq, mask=mask_seq, other=0)
+    segments = count_segments_(lens, UNIT, OCTAVE, OCTAVES)
+    segments = tl.where((counts > 0) & (counts <= SHORT), segments, 0)
+    ends = tl.cumsum(segments, 0)
+    if k_scale_ptr is not None:
+        log2_scale *= tl.load(k_scale_ptr + pid_head)
+    offs_dim = tl.arange(0, HEAD_DIM)
+    for work in range(tl.program_id(0), tl.sum(segments), tl.num_programs(0)):
+        seq = tl.sum((ends <= work).to(tl.int32))
+        segment = work - tl.sum(tl.where(offs_seq < seq, segments, 0))
+        first_token = tl.load(starts_ptr + seq)
+        count = tl.load(starts_ptr + seq + 1) - first_token
+        end = tl.load(lens_ptr + seq)
+        before = end - count  # tokens that were in the cache before this step
+        rows, query, head, mask = _query_rows(
+            q, pid_head, first_token, 0, count, GROUP, BLOCK_ROWS, HEAD_DIM
+        )
+        cache = (
+            k_ptr + pid_head * k_heads, v_ptr + pid_head * v_heads,
+            table_ptr + seq.to(tl.int64) * table_seqs,
+            k_blocks, k_tokens, v_blocks, v_tokens,
+        )  # fmt: skip
+        first = segment_start(segment, UNIT, OCTAVE)
+        last = tl.minimum(end, segment_start(segment + 1, UNIT, OCTAVE))
+        top, total, acc = attend(
+            rows, before + query, first, (before + 1) // BLOCK_KV * BLOCK_KV, last, log2_scale,
+            cache, BLOCK_SIZE, BLOCK_KV, PRECISION,
+        )  # fmt: skip
+        place = (segment * num_seqs + seq).to(tl.int64) * QUERIES + query
+        place = (place * HEADS + head)[:, None]
+        mask = mask & (query < QUERIES)[:, None]
+        tl.store(partial_ptr + place * HEAD_DIM + offs_dim[None, :], acc, mask=mask)
+        stats = tl.join(top, total)
+        tl.store(stats_ptr + place * 2 + tl.arange(0, 2)[None, :], stats, mask=mask)
+
+
+@triton.jit
+def _chunk_kernel(
+    out_ptr,  # [tokens, heads, head_dim]
+    q,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    lens_ptr,
+    starts_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    log2_scale,
+    num_seqs,
+    strides,  # as in `_split_kernel`
+    SEGMENTED: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SHORT: tl.constexpr,
+    UNIT: tl.constexpr,
+    OCTAVE: tl.constexpr,
+    OCTAVES: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    BLOCK_SEQS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A program for a tile of query rows and a KV head: all KV that its last row sees."""
+    TILE: tl.constexpr = BLOCK_ROWS // GROUP  # queries
+    k_blocks, k_tokens, k_heads, v_blocks, v_tokens, v_heads, table_seqs = strides
+    pid_head = tl.program_id(1).to(tl.int64)
+    # The tiles of sequence i begin at starts[i] // TILE + i. The last, longest ones go first.
+    pid_tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    offs_seq = tl.arange(0, BLOCK_SEQS)
+    mask_seq = offs_seq < num_seqs
+    starts = tl.load(starts_ptr + offs_seq, mask=mask_seq, other=0)
+    seq = tl.sum((mask_seq & (starts // TILE + offs_seq <= pid_tile)).to(tl.int32)) - 1
     first_token = tl.load(starts_ptr + seq)
+    first_query = (pid_tile - first_token // TILE - seq) * TILE
     count = tl.load(starts_ptr + seq + 1) - first_token
-    if (first_query >= count) | ((count <= SHORT) != SPLIT):
+    if (first_query >= count) | (count <= SHORT):
         return
     before = tl.load(lens_ptr + seq) - count  # tokens that were in the cache before this step
     end = before + tl.minimum(first_query + TILE, count)  # of what the last row sees
     middle = (before + first_query + 1) // BLOCK_KV * BLOCK_KV
-    if SPLIT:
-        begin = segment_start(pid_segment, UNIT, OCTAVE)
-        if begin >= end:
-            return
-
-    offs_row = tl.arange(0, BLOCK_ROWS)
-    offs_dim = tl.arange(0, HEAD_DIM)
-    query = first_query + offs_row // GROUP
-    head = pid_head * GROUP + offs_row % GROUP
-    mask_row = ((offs_row < TILE * GROUP) & (query < count))[:, None]
-    token = (first_token + query).to(tl.int64)
-    offs_q = token * stride_q_tokens + head * stride_q_heads
-    q = tl.load(q_ptr + offs_q[:, None] + offs_dim[None, :], mask=mask_row, other=0.0)
+    rows, query, head, mask = _query_rows(
+        q, pid_head, first_token, first_query, count, GROUP, BLOCK_ROWS, HEAD_DIM
+    )
     if k_scale_ptr is not None:
         log2_scale *= tl.load(k_scale_ptr + pid_head)
-    positions = before + query
     cache = (
-        k_ptr + pid_head * stride_k_heads,
-        v_ptr + pid_head * stride_v_heads,
-        table_ptr + seq.to(tl.int64) * stride_table_seqs,
-        stride_k_blocks,
-        stride_k_tokens,
-        stride_v_blocks,
-        stride_v_tokens,
-    )
-    if SPLIT:
-        end = tl.minimum(end, segment_start(pid_segment + 1, UNIT, OCTAVE))
-        top, total, acc = _attend(
-            q, positions, begin, middle, end, log2_scale, cache, BLOCK_SIZE, BLOCK_KV, PRECISION
-        )
-        place = (pid_segment * num_seqs + seq).to(tl.int64) * QUERIES + query
-        place = place * HEADS + head
-        mask_row = mask_row & (query < QUERIES)[:, None]
-        tl.store(partial_ptr + place[:, None] * HEAD_DIM + offs_dim[None, :], acc, mask=mask_row)
-        stats = tl.join(top, total)
-        tl.store(stats_ptr + place[:, None] * 2 + tl.arange(0, 2)[None, :], stats, mask=mask_row)
-        return
+        k_ptr + pid_head * k_heads, v_ptr + pid_head * v_heads,
+        table_ptr + seq.to(tl.int64) * table_seqs,
+        k_blocks, k_tokens, v_blocks, v_tokens,
+    )  # fmt: skip
+    positions = before + query
     if SEGMENTED:
         top = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_ROWS], tl.float32)
@@ -247,21 +215,21 @@ def _attend_kernel(
         for segment in range(count_segments_(end, UNIT, OCTAVE, OCTAVES)):
             first = segment_start(segment, UNIT, OCTAVE)
             last = tl.minimum(end, segment_start(segment + 1, UNIT, OCTAVE))
-            top_next, total_next, acc_next = _attend(
-                q, positions, first, middle, last, log2_scale, cache,
+            top_next, total_next, acc_next = attend(
+                rows, positions, first, middle, last, log2_scale, cache,
                 BLOCK_SIZE, BLOCK_KV, PRECISION,
             )  # fmt: skip
             top, total, acc = join(top, total, acc, top_next, total_next, acc_next)
     else:
-        top, total, acc = _attend(
-            q, positions, 0, middle, end, log2_scale, cache, BLOCK_SIZE, BLOCK_KV, PRECISION
+        top, total, acc = attend(
+            rows, positions, 0, middle, end, log2_scale, cache, BLOCK_SIZE, BLOCK_KV, PRECISION
         )
     v_scale = 1.0
     if v_scale_ptr is not None:
         v_scale = tl.load(v_scale_ptr + pid_head)
     out = divide(acc, total, v_scale).to(out_ptr.dtype.element_ty)
-    offs_out = (token * HEADS + head)[:, None] * HEAD_DIM + offs_dim[None, :]
-    tl.store(out_ptr + offs_out, out, mask=mask_row)
+    offs_out = ((first_token + query).to(tl.int64) * HEADS + head)[:, None] * HEAD_DIM
+    tl.store(out_ptr + offs_out + tl.arange(0, HEAD_DIM)[None, :], out, mask=mask)
 
 
 def form(split: bool, batch_invariant: bool, itemsize: int, head_dim: int, sm: int) -> Form:
@@ -272,7 +240,7 @@ def form(split: bool, batch_invariant: bool, itemsize: int, head_dim: int, sm: i
     kv = 64 if 90 <= sm < 120 or head_dim <= 64 else 32
     if batch_invariant:
         return Form(64, kv, 8, 3)  # 8 warps: with 4 the two accumulators spill
-    return Form(SHORT_ROWS, 64, 4, 5) if split else Form(128, kv, 8, 3)
+    return Form(SHORT_ROWS, kv, 4, 5) if split else Form(128, kv, 8, 3)
 
 
 def paged_attention(
@@ -308,25 +276,36 @@ def paged_attention(
     partial = q.new_empty((segments, num_seqs, queries, heads, head_dim), dtype=torch.float32)
     stats = q.new_empty((segments, num_seqs, queries, heads, 2), dtype=torch.float32)
     shared: dict[str, Any] = {
-        "HEADS": heads, "GROUP": group, "HEAD_DIM": head_dim, "SHORT": short, "QUERIES": queries,
+        "HEADS": heads, "GROUP": group, "HEAD_DIM": head_dim, "SHORT": short,
         "UNIT": unit, "OCTAVE": OCTAVE, "OCTAVES": OCTAVES,
         "BLOCK_SEQS": triton.next_power_of_2(num_seqs), "enable_fp_fusion": False,
     }  # fmt: skip
+    inputs = (
+        (q, *q.stride()[:2]), k_blocks, v_blocks, block_table, seq_lens, query_starts, k_scale,
+    )  # fmt: skip
+    strides = (*k_blocks.stride()[:3], *v_blocks.stride()[:3], block_table.stride(0))
     for split in (True, False) if max_query_len > short else (True,):
         tile = form(split, batch_invariant, q.itemsize, head_dim, sm)
         rows = max(tile.rows, triton.next_power_of_2(group))
-        tiles = num_seqs if split else tokens // (rows // group) + num_seqs
-        _attend_kernel[(tiles, kv_heads, segments if split else 1)](
-            out, partial, stats, q, k_blocks, v_blocks, block_table, seq_lens, query_starts,
-            k_scale, v_scale, scale * _LOG2_E, num_seqs,
-            *q.stride()[:2], *k_blocks.stride()[:3], *v_blocks.stride()[:3], block_table.stride(0),
-            SPLIT=split, SEGMENTED=batch_invariant, BLOCK_SIZE=k_blocks.shape[1],
-            BLOCK_ROWS=rows, BLOCK_KV=tile.kv, PRECISION="ieee" if q.itemsize == 4 else "tf32",
-            num_warps=tile.warps, num_stages=tile.stages, **shared,
-        )  # fmt: skip
+        tiling: dict[str, Any] = {
+            "BLOCK_SIZE": k_blocks.shape[1], "BLOCK_ROWS": rows, "BLOCK_KV": tile.kv,
+            "PRECISION": "ieee" if q.itemsize == 4 else "tf32",
+            "num_warps": tile.warps, "num_stages": tile.stages, **shared,
+        }  # fmt: skip
+        if split:
+            grid = (split_programs(segments * num_seqs, kv_heads), kv_heads)
+            _split_kernel[grid](
+                partial, stats, *inputs, scale * _LOG2_E, num_seqs, strides,
+                QUERIES=queries, **tiling,
+            )  # fmt: skip
+        else:
+            _chunk_kernel[(tokens // (rows // group) + num_seqs, kv_heads)](
+                out, *inputs, v_scale, scale * _LOG2_E, num_seqs, strides,
+                SEGMENTED=batch_invariant, **tiling,
+            )  # fmt: skip
     merge_kernel[(tokens, kv_heads)](
         out, partial, stats, seq_lens, query_starts, v_scale, num_seqs,
-        BLOCK_GROUP=triton.next_power_of_2(group), num_warps=4, **shared,
+        QUERIES=queries, BLOCK_GROUP=triton.next_power_of_2(group), num_warps=4, **shared,
     )  # fmt: skip
     return out
 

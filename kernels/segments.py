@@ -1,4 +1,4 @@
-"""Segments of KV: where they start, how attention over each is joined in order.
+"""Segments of KV: where they start, attention over one, how they are joined in order.
 
 A row's attention over [0, n) is computed segment by segment, each by an online softmax of its own:
 `top` (log2 of the largest weight), `total` (sum of weights) and `acc` (weighted sum of v), all
@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 OCTAVE = 16  # segments of one length before it doubles
+FULL_GRID = 512  # programs that fill a GPU: two on a multiprocessor, and spare ones
 OCTAVES = 12  # doublings that kernels count: positions beyond any context
 
 
@@ -38,6 +39,93 @@ def count_segments_(length, UNIT: tl.constexpr, OCTAVE: tl.constexpr, OCTAVES: t
 def finite(top):
     """`top`, with 0 for rows that have seen nothing: -inf - -inf would be NaN."""
     return tl.where(top == float("-inf"), 0.0, top)
+
+
+@triton.jit
+def _walk(
+    state,  # top [rows], total [rows], acc [rows, head_dim] so far
+    q,
+    positions,  # [rows], the last position that a row sees
+    first,  # a multiple of BLOCK_KV
+    last,
+    log2_scale,
+    cache,
+    MASKED: tl.constexpr,  # some row does not see all of [first, last)
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Online softmax over the KV tiles of [first, last); logarithms are of base 2."""
+    top, total, acc = state
+    k_ptr, v_ptr, table_ptr, stride_k_blocks, stride_k_tokens, stride_v_blocks, stride_v_tokens = (
+        cache
+    )
+    offs_kv = tl.arange(0, BLOCK_KV)
+    offs_dim = tl.arange(0, acc.shape[1])
+    for start in range(first, last, BLOCK_KV):
+        place = start + offs_kv
+        mask_kv = place < last
+        if BLOCK_SIZE % BLOCK_KV == 0:  # the tile lies in one block
+            block = tl.load(table_ptr + start // BLOCK_SIZE).to(tl.int64)
+            offs_token = start % BLOCK_SIZE + offs_kv
+        elif MASKED:
+            block = tl.load(table_ptr + place // BLOCK_SIZE, mask=mask_kv, other=0).to(tl.int64)
+            offs_token = place % BLOCK_SIZE
+        else:
+            block = tl.load(table_ptr + place // BLOCK_SIZE).to(tl.int64)
+            offs_token = place % BLOCK_SIZE
+        offs_k = block * stride_k_blocks + offs_token * stride_k_tokens
+        offs_v = block * stride_v_blocks + offs_token * stride_v_tokens
+        k_ptrs = k_ptr + offs_k[None, :] + offs_dim[:, None]
+        v_ptrs = v_ptr + offs_v[:, None] + offs_dim[None, :]
+        if MASKED:
+            k = tl.load(k_ptrs, mask=mask_kv[None, :], other=0.0).to(q.dtype)
+            v = tl.load(v_ptrs, mask=mask_kv[:, None], other=0.0).to(q.dtype)
+        else:
+            k = tl.load(k_ptrs).to(q.dtype)
+            v = tl.load(v_ptrs).to(q.dtype)
+        scores = tl.dot(q, k, input_precision=PRECISION)
+        if MASKED:
+            seen = mask_kv[None, :] & (place[None, :] <= positions[:, None])
+            scores = tl.where(seen, scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1) * log2_scale)
+        keep = tl.exp2(top - finite(higher))
+        lower = tl.broadcast_to(-finite(higher)[:, None], scores.shape)
+        weights = tl.exp2(tl.fma(scores, tl.full(scores.shape, log2_scale, tl.float32), lower))
+        total = tl.fma(total, keep, tl.sum(weights, 1))
+        acc = tl.dot(weights.to(q.dtype), v, acc * keep[:, None], input_precision=PRECISION)
+        top = higher
+    return top, total, acc
+
+
+@triton.jit
+def attend(
+    q,
+    positions,
+    first,
+    middle,  # the KV that every row sees ends here, a multiple of BLOCK_KV
+    last,
+    log2_scale,
+    cache,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Attention over [first, last) alone: top [rows], total [rows], acc [rows, head_dim]."""
+    state = (
+        tl.full([q.shape[0]], float("-inf"), tl.float32),
+        tl.zeros([q.shape[0]], tl.float32),
+        tl.zeros(q.shape, tl.float32),
+    )
+    middle = tl.minimum(tl.maximum(middle, first), last)
+    state = _walk(
+        state, q, positions, first, middle, log2_scale, cache,
+        False, BLOCK_SIZE, BLOCK_KV, PRECISION,
+    )  # fmt: skip
+    return _walk(
+        state, q, positions, middle, last, log2_scale, cache,
+        True, BLOCK_SIZE, BLOCK_KV, PRECISION,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -116,6 +204,11 @@ def merge_kernel(
 def segment_unit(kv_heads: int) -> int:
     """Tokens of the first segments: a batch of one 8,192-token sequence must fill a GPU."""
     return 512 if kv_heads > 4 else 256
+
+
+def split_programs(most: int, kv_heads: int) -> int:
+    """Programs of a KV head that share out at most so many segments."""
+    return min(most, max(FULL_GRID // kv_heads, 1))
 
 
 def count_segments(length: int, unit: int) -> int:

@@ -132,6 +132,23 @@ def test_segments_cover_every_position_once(unit: int) -> None:
 
 
 @modes
+@pytest.mark.parametrize("programs", [1, 2, 5])
+def test_how_many_programs_share_the_segments_changes_no_bit(
+    batch_invariant: bool, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make([(1, 700), (3, 300), (0, 0), (1, 64)], torch.bfloat16, kv_heads=1)
+    whole = attend(case, batch_invariant)
+    monkeypatch.setattr(attention, "split_programs", lambda most, kv_heads: programs)
+    assert torch.equal(attend(case, batch_invariant), whole)
+
+
+def test_a_longer_context_needs_no_more_programs() -> None:
+    counts = [segments.count_segments(n, 512) for n in (512, 8192, 131_072)]
+    assert [segments.split_programs(1 * n, 8) for n in counts] == [1, 16, 64]
+    assert [segments.split_programs(64 * n, 8) for n in counts] == [64, 64, 64]
+
+
+@modes
 def test_nothing_to_do(batch_invariant: bool) -> None:
     none = make([], torch.float16)
     assert attend(none, batch_invariant).shape == (0, 4, 16)
