@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from .staging import Field
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+FEW = 1024  # top_k below this needs no order of the whole vocabulary
 _LOW = 27  # bits: products of halves of 53-bit numbers fit in 63
 
 
@@ -105,20 +106,29 @@ class Adjuster:
 
 
 def draw_fields(choices: Sequence[Choice], vocab: int) -> dict[str, Field]:
-    """What `choose` needs from the host for the rows that are not greedy."""
+    """What `choose` needs from the host for the rows that are not greedy.
+
+    Those with a small top_k are apart ("few"): they need no order of the whole vocabulary.
+    """
     random = [(i, c) for i, c in enumerate(choices) if c.row.params.temperature >= GREEDY_BELOW]
-    count = (len(random),)
-    params = [c.row.params for _, c in random]
-    draws = [uniform(c.row.seed, c.position) for _, c in random]
+    few = [(i, c) for i, c in random if 0 < c.row.params.top_k < min(FEW, vocab)]
+    many = [(i, c) for i, c in random if not 0 < c.row.params.top_k < min(FEW, vocab)]
+    return _group_fields("few", few, vocab) | _group_fields("many", many, vocab)
+
+
+def _group_fields(name: str, rows: list[tuple[int, Choice]], vocab: int) -> dict[str, Field]:
+    count = (len(rows),)
+    params = [c.row.params for _, c in rows]
+    draws = [uniform(c.row.seed, c.position) for _, c in rows]
     top_k = [p.top_k if 0 < p.top_k < vocab else vocab for p in params]
     log_min_p = [math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params]
     return {
-        "draw.at": Field([i for i, _ in random], torch.int64, count),
-        "draw.number": Field(draws, torch.int64, count),
-        "draw.top_k": Field(top_k, torch.int64, count),
-        "draw.top_p": Field([p.top_p for p in params], torch.float64, count),
-        "draw.log_min_p": Field(log_min_p, torch.float64, count),
-        "draw.temperature": Field([p.temperature for p in params], torch.float32, count),
+        f"{name}.at": Field([i for i, _ in rows], torch.int64, count),
+        f"{name}.number": Field(draws, torch.int64, count),
+        f"{name}.top_k": Field(top_k, torch.int64, count),
+        f"{name}.top_p": Field([p.top_p for p in params], torch.float64, count),
+        f"{name}.log_min_p": Field(log_min_p, torch.float64, count),
+        f"{name}.temperature": Field([p.temperature for p in params], torch.float32, count),
     }
 
 
@@ -130,7 +140,7 @@ def choose(
     """One token for each row; it is 0 where `failed`, for the reasons of `Sampled.failed`."""
     tokens, failed = _greedy(logits)
     adjusted = [i for i, choice in enumerate(choices) if choice.adjuster is not None]
-    if adjusted or len(sent["draw.at"]):
+    if adjusted or len(sent["few.at"]) or len(sent["many.at"]):
         wide = logits.to(torch.float32, copy=True)
         for i in adjusted:
             adjuster = choices[i].adjuster
@@ -139,11 +149,12 @@ def choose(
         if adjusted:
             tokens, impossible = _greedy(wide)
             failed = failed | impossible
-        if len(sent["draw.at"]):
-            at = sent["draw.at"]
-            drawn, impossible = _draw(wide[at], sent)
-            tokens = tokens.index_copy(0, at, drawn)
-            failed = failed | torch.zeros_like(failed).index_copy(0, at, impossible)
+        for name, draw in (("few", _draw_few), ("many", _draw_many)):
+            group = _Group(*(sent[f"{name}.{field}"] for field in _Group._fields))
+            if len(group.at):
+                drawn, impossible = draw(wide[group.at], group)
+                tokens = tokens.index_copy(0, group.at, drawn)
+                failed = failed | torch.zeros_like(failed).index_copy(0, group.at, impossible)
     tokens = tokens.masked_fill(failed, 0)
     for i in adjusted:
         adjuster = choices[i].adjuster
@@ -158,25 +169,88 @@ def _greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
     return tokens, ~values.isfinite()
 
 
-def _draw(logits: Tensor, sent: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+class _Group(NamedTuple):
+    """The rows that are drawn in one way, [rows] each."""
+
+    at: Tensor  # int64, their places among all rows
+    number: Tensor  # int64, random, below 2**53
+    top_k: Tensor  # int64, at most the vocabulary
+    top_p: Tensor
+    log_min_p: Tensor
+    temperature: Tensor
+
+
+def _draw_many(logits: Tensor, group: _Group) -> tuple[Tensor, Tensor]:
     """A random token for each row of fp32 [rows, vocab] logits, and where none is possible."""
-    logits = logits / sent["draw.temperature"][:, None]
+    logits = logits / group.temperature[:, None]
     # NaN sorts first, as the largest; equal logits keep the order of their ids.
     values, ids = logits.sort(stable=True, dim=-1, descending=True)
-    impossible = ~values[:, 0].isfinite()
-    least = (values[:, 0].double() + sent["draw.log_min_p"]).float()
-    kth = values.gather(1, sent["draw.top_k"][:, None] - 1)[:, 0]
-    floor = torch.maximum(least, kth).clamp(min=torch.finfo(torch.float32).min)
+    floor, _ = _floor(values, group)
     values = values.masked_fill(values < floor[:, None], -math.inf)
     weights = (values.double().softmax(-1) * ONE).long()
     cumulative = weights.cumsum(-1)
-    total = cumulative[:, -1]
     # A token stays while those before it have not yet reached top_p.
-    limit = (sent["draw.top_p"] * total).ceil().long()
-    last = torch.searchsorted(cumulative, limit[:, None]).clamp(max=logits.shape[-1] - 1)
-    threshold = _scaled(cumulative.gather(1, last)[:, 0], sent["draw.number"])
-    place = torch.searchsorted(cumulative, threshold[:, None], right=True)
-    return ids.gather(1, place.clamp(max=logits.shape[-1] - 1))[:, 0], impossible
+    limit = (group.top_p * cumulative[:, -1]).ceil().long()
+    threshold = _scaled(_at(cumulative, _first(cumulative, limit)), group.number)
+    place = _first(cumulative, threshold + 1)  # the first that is above the threshold
+    return _at(ids, place), ~values[:, 0].isfinite()
+
+
+def _draw_few(logits: Tensor, group: _Group) -> tuple[Tensor, Tensor]:
+    """`_draw_many` where every top_k is below FEW: the same tokens without sorting a vocabulary.
+
+    The survivors are the `top` that lie above the top_k-th, and then all that equal it, of which
+    there may be any number: these are counted, never listed.
+    """
+    logits = logits / group.temperature[:, None]
+    values, ids = logits.topk(min(FEW, logits.shape[-1]), dim=-1)
+    floor, kth = _floor(values, group)
+    # Equal ones come from topk in any order: by id, and then by value, which keeps that order.
+    ids, order = ids.sort(dim=-1)
+    values, order = values.gather(1, order).sort(stable=True, dim=-1, descending=True)
+    ids = ids.gather(1, order)
+    top = (values > kth[:, None]) & (values >= floor[:, None])
+    is_equal = (logits == kth[:, None]) & (kth >= floor)[:, None]
+    count = is_equal.sum(-1)
+    scores = (values.double() - values[:, :1]).exp().masked_fill(~top, 0.0)
+    score = (kth.double() - values[:, 0]).exp().masked_fill(count == 0, 0.0)
+    sum_of_scores = scores.sum(-1) + count * score
+    weights = (scores / sum_of_scores[:, None] * ONE).long()
+    weight = (score / sum_of_scores * ONE).long()
+    cumulative = weights.cumsum(-1)
+    above = cumulative[:, -1]
+    total = above + count * weight
+    limit = (group.top_p * total).ceil().long()
+    step = weight.clamp(min=1)
+    among_equal = above + (limit - above + step - 1).div(step, rounding_mode="floor") * step
+    last = torch.where(limit > above, among_equal, _at(cumulative, _first(cumulative, limit)))
+    threshold = _scaled(last, group.number)
+    equal_ids = is_equal.cumsum(-1)  # how many there are up to an id
+    nth = (threshold - above).div(step, rounding_mode="floor").clamp(min=0) + 1
+    found = _at(ids, _first(cumulative, threshold + 1))
+    token = torch.where(threshold < above, found, _first(equal_ids, nth))
+    return token, ~values[:, 0].isfinite()
+
+
+def _floor(values: Tensor, group: _Group) -> tuple[Tensor, Tensor]:
+    """The value under which min_p, top_k or a mask drops a token; that of the top_k-th token.
+
+    `values` are in falling order.
+    """
+    least = (values[:, 0].double() + group.log_min_p).float()
+    kth = _at(values, group.top_k - 1)
+    return torch.maximum(least, kth).clamp(min=torch.finfo(torch.float32).min), kth
+
+
+def _first(rising: Tensor, values: Tensor) -> Tensor:
+    """Where each row of [rows, n] first reaches its value; n - 1 if it never does."""
+    place = torch.searchsorted(rising, values[:, None])[:, 0]
+    return place.clamp(max=rising.shape[-1] - 1)
+
+
+def _at(table: Tensor, places: Tensor) -> Tensor:
+    """One element of each row."""
+    return table.gather(1, places[:, None])[:, 0]
 
 
 def _scaled(total: Tensor, draw: Tensor) -> Tensor:

@@ -70,10 +70,51 @@ def test_equal_logits_are_taken_by_their_ids() -> None:
     assert ours == theirs
 
 
+@pytest.mark.parametrize("kinds", [2, 30, 400])
+def test_a_small_top_k_counts_what_equals_its_last(kinds: int) -> None:
+    """Many more tokens may stay than top_k says: ties with the last are no worse."""
+    draw = random.Random(5)
+    rows = [
+        SampleRow(
+            SamplingParams(
+                temperature=draw.choice((0.5, 1.0)),
+                top_k=draw.choice((1, 2, 50, 1023)),
+                top_p=draw.choice((0.05, 0.5, 0.97, 1.0)),
+                min_p=draw.choice((0.0, 0.0, 0.4)),
+            ),
+            draw.getrandbits(60),
+            [1],
+            [2] * draw.randrange(9),
+            frozenset(),
+        )
+        for _ in range(200)
+    ]
+    logits = torch.randint(-kinds // 2, kinds // 2 + 1, (200, VOCAB)) / 40
+    ours, theirs = both(logits, rows)
+    assert ours == theirs
+
+
+def test_a_small_top_k_sorts_no_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    widths: list[int] = []
+    sort = torch.Tensor.sort
+
+    def watched(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        widths.append(self.shape[-1])
+        return sort(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "sort", watched)
+    row = SampleRow(SamplingParams(top_k=40), 5, [1], [], frozenset())
+    choice = Choice(row, None, 0)
+    sent = Staging(Device(), 4096).send(draw_fields([choice], VOCAB))
+    choose(torch.randn(1, VOCAB), [choice], sent)
+    assert widths
+    assert max(widths) < VOCAB
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_row_without_a_choice_fails_alone(bad: float, temperature: float) -> None:
-    row = SampleRow(SamplingParams(temperature=temperature), 5, [1], [], frozenset())
+@pytest.mark.parametrize(("temperature", "top_k"), [(0.0, 0), (1.0, 0), (1.0, 20)])
+def test_a_row_without_a_choice_fails_alone(bad: float, temperature: float, top_k: int) -> None:
+    row = SampleRow(SamplingParams(temperature=temperature, top_k=top_k), 5, [1], [], frozenset())
     logits = torch.randn(3, VOCAB)
     logits[1, 4 if bad != -float("inf") else slice(None)] = bad
     ours, theirs = both(logits, [row] * 3)
