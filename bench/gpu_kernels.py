@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import gpu_sglang
 import gpu_vllm
 import torch
 from gpu_common import Clock, Report, copy_bandwidth, parse, say
@@ -147,11 +148,11 @@ class Problem:
 
         return [one(a, b) for a, b in dense]
 
-    def agree(self) -> float:
-        """The largest difference of ours from the loop, relative to the largest change."""
-        dense, start = self.dense(), self.y.clone()
+    def error_of(self, way: Callable[[], Tensor]) -> float:
+        """The largest difference from the loop, relative to the largest change."""
+        start = self.y.clone()
         results = []
-        for call in (self.ours()[0], self.looped(dense)[0]):
+        for call in (way, self.looped(self.dense()[:1])[0]):
             self.y.copy_(start)
             results.append(call().float() - start.float())
         self.y.copy_(start)
@@ -202,28 +203,41 @@ def cases(batches: tuple[int, ...]) -> Iterator[Case]:
         yield Case(site, batch, popularity, rank)
 
 
-def measure(case: Case, problem: Problem, repeat: int, bench: Bench) -> None:
-    """Times a case in all ways; a result that is wrong is an error, not a number."""
-    error = problem.agree()
-    if not error <= TOLERANCE:
-        bench.report.fail(f"{case}: ours differs from the loop by {error:.2%}")
-        return
-    dense = problem.dense()
-    vllm = gpu_vllm.ways(problem.x, problem.y, problem.slots, problem.starts, dense)
-    found: dict[str, object] = {}
-    for name, steps in {
+def ways(problem: Problem) -> dict[str, list[Callable[[], Tensor]]]:
+    """Ours and others', one call for each set of weights."""
+    dense, x, y = problem.dense(), problem.x, problem.y
+    found = {
         "ours": problem.ours(),
         "bmm_gather": problem.gathered(dense),
         "loop": problem.looped(dense),
-        "vllm": vllm,
-    }.items():
-        if steps is not None:
+    }
+    vllm = gpu_vllm.ways(x, y, problem.slots, problem.starts, dense)
+    if vllm is not None:
+        found["vllm"] = vllm
+    return found | gpu_sglang.ways(x, y, problem.slots, problem.ranks, problem.starts, dense)
+
+
+def measure(case: Case, problem: Problem, repeat: int, bench: Bench) -> None:
+    """Times a case in all ways; a result that is wrong is an error, not a number."""
+    error = problem.error_of(problem.ours()[0])
+    if not error <= TOLERANCE:
+        bench.report.fail(f"{case}: ours differs from the loop by {error:.2%}")
+        return
+    found: dict[str, object] = {}
+    for name, steps in ways(problem).items():
+        try:
+            wrong = problem.error_of(steps[0])
+            if not wrong <= TOLERANCE:
+                raise ArithmeticError(f"differs from the loop by {wrong:.2%}")
             times = bench.clock.of_graph(steps, repeat)
-            found[name] = {
-                "microseconds": [round(t * 1e6, 3) for t in times],
-                "gigabytes_per_second": round(problem.bytes / times[0] / 1e9, 2),
-                "percent_of_copy": round(100 * problem.bytes / times[0] / bench.copy, 1),
-            }
+        except Exception as error:  # of another project; ours was checked
+            found[name] = f"{type(error).__name__}: {error}"
+            continue
+        found[name] = {
+            "microseconds": [round(t * 1e6, 3) for t in times],
+            "gigabytes_per_second": round(problem.bytes / times[0] / 1e9, 2),
+            "percent_of_copy": round(100 * problem.bytes / times[0] / bench.copy, 1),
+        }
     bench.report.add(
         kind="lora", **vars(case), bytes=problem.bytes, sets=len(problem.sets), error=error, **found
     )
@@ -301,7 +315,7 @@ def main() -> int:
     copy = copy_bandwidth(device, 1 << (20 if args.rehearse else 30))
     bench = Bench(device, Clock(device), report, copy)
     report.content["copy_gigabytes_per_second"] = round(copy / 1e9, 1)
-    report.content["vllm"] = gpu_vllm.state()
+    report.content["vllm"], report.content["sglang"] = gpu_vllm.state(), gpu_sglang.state()
     with torch.inference_mode():
         for shape in shapes:
             attend(shape, plan, bench)
