@@ -190,4 +190,4 @@ def test_1024_tokens_in_chunks_equal_one_shot(world: World) -> None:
 def test_8192_tokens_in_chunks_equal_one_shot(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "base", max_position_embeddings=8448)
     adapters = {"c": write_adapter(tmp_path / "c", TINY, rank=16)}
-    check_long_prompt(World(tmp_path / "base", adapters, lambda seed: seed), 8192, 256)
+    check_long_prompt(World(tmp_path / "base", adapters, lambda seed: seed, {}), 8192, 256)
