@@ -15,6 +15,7 @@ import torch
 
 from multilora.device import CudaDevice
 from multilora.recording import Recording, _Recorder
+from multilora_kernels import cuda
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -113,6 +114,7 @@ def install(patch: pytest.MonkeyPatch) -> Calls:
     }
     for name, value in names.items():
         patch.setattr(torch.cuda, name, value)
+    patch.setattr(cuda, "version", lambda name: "3.6.0")  # of triton, wherever there is none
     for name in ("zeros", "empty"):
         patch.setattr(torch, name, _unpinned(getattr(torch, name)))
     # On a GPU the buffer of a step is another memory than the host's.

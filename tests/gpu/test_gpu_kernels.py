@@ -12,6 +12,7 @@ from torch import Tensor
 import multilora_kernels as mk
 from multilora.device import Device
 from multilora_kernels import reference
+from tests.lora_cases import POPULARITY, Case, make_case, up
 from tests.rehearsal import REHEARSED
 
 pytestmark = pytest.mark.gpu
@@ -100,6 +101,23 @@ def test_lora(device: Device, dtype: torch.dtype, popularity: str, tokens: int, 
     assert error(ours, wanted) < TOLERANCE[dtype]
     base = torch.tensor(slots) < 0
     assert torch.equal(ours.cpu()[base], y[base])
+
+
+@by_dtype
+@pytest.mark.parametrize("pages", [None, torch.float32], ids=["own dtype", "fp32 pages"])
+def test_lora_with_scales_and_bias(
+    device: Device, dtype: torch.dtype, pages: torch.dtype | None
+) -> None:
+    case = make_case(POPULARITY["zipf"], dtype, dora=True)
+    if pages is not None:
+        case = case._replace(a_pages=case.a_pages.to(pages), b_pages=case.b_pages.to(pages))
+    wide = Case(*up(*case))
+    reference.lora_(*wide)
+    there = Case(*(t.to(device.torch) if isinstance(t, Tensor) else t for t in case))
+    table = mk.Table(*(None if t is None else t.to(device.torch) for t in case.table))
+    tiles = mk.Tiles(*(t.to(device.torch) for t in case.tiles))
+    mk.lora_(*there._replace(table=table, tiles=tiles))
+    assert error(there.y, wide.y) < TOLERANCE[dtype]
 
 
 @by_dtype
