@@ -13,6 +13,7 @@ struct Kernels {
     void (*rope)(const RopeArgs&);
     void (*gemm)(const GemmArgs&);
     void (*top)(const TopArgs&);
+    void (*draw)(const DrawArgs&);
 };
 
 namespace generic {

@@ -87,4 +87,6 @@ int64_t work_of(const GemmArgs& g) { return g.rows * g.in * g.out; }
 
 int64_t work_of(const TopArgs& g) { return 8 * g.rows * g.vocab; }
 
+int64_t work_of(const DrawArgs& g) { return 32 * g.rows * g.vocab; }
+
 }  // namespace

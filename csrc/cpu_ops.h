@@ -14,7 +14,7 @@
 
 // Raised whenever a function below changes its meaning or its arguments. The loader ignores a
 // library that says another number than kernels/native.py.
-#define MULTILORA_ABI_VERSION 8
+#define MULTILORA_ABI_VERSION 9
 
 // Element types, by the `dtype` arguments below; int8 of KV pages and packed weights, int4 of
 // packed weights alone.
@@ -217,3 +217,21 @@ struct TopArgs {
 };
 #define MULTILORA_MOST_TOP 256
 MULTILORA_API int32_t top_logprobs(const TopArgs* args);
+
+// A random token of each row: see draw in kernels/reference.py.
+struct DrawArgs {
+    int64_t* tokens;           // [rows], 0 where it failed
+    uint8_t* failed;           // [rows], 0 or 1
+    const void* logits;        // dtype [rows, vocab]
+    const float* temperature;  // [rows], above 0
+    const int64_t* top_k;      // [rows]; from vocab on it keeps all
+    const double* top_p;       // [rows]; from 1 on it keeps all
+    const double* log_min_p;   // [rows]
+    const int64_t* numbers;    // [rows], of 53 random bits
+    int64_t logits_stride;     // from row to row
+    int64_t rows;              //
+    int64_t vocab;             // at least 1
+    int32_t dtype;             // f32, bf16 or f16
+    int32_t num_threads;       //
+};
+MULTILORA_API void draw(const DrawArgs* args);

@@ -89,3 +89,5 @@ int32_t top_logprobs(const TopArgs* args) {
     if (code == MULTILORA_OK) run(kernels.top, *args);
     return code;
 }
+
+void draw(const DrawArgs* args) { run(kernels.draw, *args); }

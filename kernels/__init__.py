@@ -10,6 +10,7 @@ from .memory import empty_huge
 from .native import HAS_CPP
 from .ops import (
     apply_token_mask_,
+    draw,
     linear,
     lora_,
     lora_embed_,
@@ -44,6 +45,7 @@ __all__ = [
     "Tiles",
     "apply_token_mask_",
     "cuda",
+    "draw",
     "empty_huge",
     "linear",
     "lora_",

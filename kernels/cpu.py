@@ -168,6 +168,30 @@ def top_logprobs(logits: Tensor, targets: Tensor, top: int) -> tuple[Tensor, Ten
     return reference.top_logprobs(logits, targets, top)
 
 
+_DRAW_DTYPES = (torch.float32, torch.int64, torch.float64, torch.float64, torch.int64)
+
+
+def draw(logits: Tensor, *each: Tensor) -> tuple[Tensor, Tensor]:
+    """See `reference.draw`, which sorts; C++ does not."""
+    if logits.dtype not in native.DTYPE_CODES:
+        logits = logits.float()
+    rows, vocab = logits.shape
+    tokens, failed = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.bool)
+    if native.LIB is not None and logits.stride(1) == 1:
+        each = tuple(t.to(dtype).contiguous() for t, dtype in zip(each, _DRAW_DTYPES, strict=True))
+        args = native.DrawArgs(
+            tokens.data_ptr(), failed.data_ptr(), logits.data_ptr(), *(t.data_ptr() for t in each),
+            logits.stride(0), rows, vocab, native.DTYPE_CODES[logits.dtype],
+            torch.get_num_threads(),
+        )  # fmt: skip
+        native.LIB.draw(byref(args))
+        return tokens, failed
+    for i in range(rows):  # softmax of many rows may round otherwise
+        own = logits[i : i + 1].to(torch.float32, copy=True)
+        tokens[i : i + 1], failed[i : i + 1] = reference.draw(own, *(t[i : i + 1] for t in each))
+    return tokens, failed
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """See `reference.linear`. The caller pads rows to a multiple of 16."""
     y = _gemm(x, weight)

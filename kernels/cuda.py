@@ -116,6 +116,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "linear": _linear,
     "linear_packed": _linear_packed,
     "top_logprobs": reference.top_logprobs,
+    "draw": reference.draw,
     **{
         name: _fused(name)
         for name in ("rope_store_kv_", "rms_norm", "silu_mul", "apply_token_mask_")

@@ -21,7 +21,7 @@ from . import openmp
 
 logger = logging.getLogger(__name__)
 
-ABI_VERSION = 8  # MULTILORA_ABI_VERSION of csrc/cpu_ops.h
+ABI_VERSION = 9  # MULTILORA_ABI_VERSION of csrc/cpu_ops.h
 
 # The functions of csrc/cpu_ops.h take these structures; fields in its order, under its names.
 _Fields = list[tuple[str, type]]
@@ -117,6 +117,16 @@ class TopArgs(ctypes.Structure):
     )
 
 
+class DrawArgs(ctypes.Structure):
+    """What `draw` takes."""
+
+    _fields_ = _fields(
+        (c_void_p, "tokens failed logits temperature top_k top_p log_min_p numbers"),
+        (c_int64, "logits_stride rows vocab"),
+        (c_int32, "dtype num_threads"),
+    )
+
+
 # Argument types of every function in csrc/cpu_ops.h, in its order.
 SIGNATURES: dict[str, tuple[Any, ...]] = {
     "select_isa": (c_int32, c_void_p),  # most, chosen
@@ -137,6 +147,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "rope_store_kv": (POINTER(RopeArgs),),
     "gemm": (POINTER(GemmArgs),),
     "top_logprobs": (POINTER(TopArgs),),
+    "draw": (POINTER(DrawArgs),),
 }
 
 # Those that check what their index arrays name, and return a code of MISTAKES; the others nothing.

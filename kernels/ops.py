@@ -49,6 +49,10 @@ _NORM = define("rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!)? residua
 _SILU = define("silu_mul(Tensor x) -> Tensor")
 _MASK = define("apply_token_mask_(Tensor(a!) logits, Tensor mask) -> ()")
 _TOP = define("top_logprobs(Tensor logits, Tensor targets, int top) -> (Tensor, Tensor, Tensor)")
+_DRAW = define(
+    "draw(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor log_min_p, "
+    "Tensor numbers) -> (Tensor, Tensor)"
+)
 _LINEAR = define(
     "linear(Tensor x, Tensor weight, Tensor? bias, bool batch_invariant=False) -> Tensor"
 )
@@ -241,6 +245,29 @@ def top_logprobs(
     return found
 
 
+def draw(
+    logits: Tensor,  # [rows, vocab]
+    temperature: Tensor,  # fp32 [rows], above 0
+    top_k: Tensor,  # int64 [rows], at least 1; from vocab on it keeps all
+    top_p: Tensor,  # fp64 [rows], above 0; 1 keeps all
+    log_min_p: Tensor,  # fp64 [rows], at most 0; -inf keeps all
+    numbers: Tensor,  # int64 [rows] in [0, 2**53), uniform: which token it is
+) -> tuple[Tensor, Tensor]:  # int64 [rows] tokens, bool [rows] failed
+    """A random token for each row: the inverse of its cumulative probability, likeliest first.
+
+    A row with NaN or +inf, or without anything finite, fails and has token 0. A row's token is its
+    own.
+    """
+    each = (temperature, top_k, top_p, log_min_p, numbers)
+    _check(logits.dim() == 2 and logits.shape[1] > 0, "logits must be [rows, vocab]")
+    _check(
+        all(t.shape == logits.shape[:1] for t in each),
+        "temperature, top_k, top_p, log_min_p and numbers must be [rows]",
+    )
+    found: tuple[Tensor, Tensor] = _DRAW(logits, *each)
+    return found
+
+
 def linear(
     x: Tensor,
     weight: Tensor | PackedWeight,
@@ -311,7 +338,14 @@ implement(
 )
 implement("linear_packed", "CPU", lambda x, *r: packed.linear(x, PackedWeight(*r[:6]), r[6]))
 implement("linear", "CPU", lambda x, weight, bias, *_: cpu.linear(x, weight, bias))
-for _name in ("rope_store_kv_", "rms_norm", "silu_mul", "apply_token_mask_", "top_logprobs"):
+for _name in (
+    "rope_store_kv_",
+    "rms_norm",
+    "silu_mul",
+    "apply_token_mask_",
+    "top_logprobs",
+    "draw",
+):
     implement(_name, "CPU", getattr(cpu, _name))
 
 
@@ -331,6 +365,13 @@ def _meta_top(logits: Tensor, _: Tensor, top: int) -> tuple[Tensor, Tensor, Tens
 
 
 implement("top_logprobs", "Meta", _meta_top)
+implement(
+    "draw",
+    "Meta",
+    lambda logits, *_: tuple(
+        logits.new_empty(len(logits), dtype=dtype) for dtype in (torch.int64, torch.bool)
+    ),
+)
 implement("rms_norm", "Meta", lambda x, *_: torch.empty_like(x))
 implement("silu_mul", "Meta", lambda x: x.new_empty((*x.shape[:-1], x.shape[-1] // 2)))
 implement("linear", "Meta", lambda x, weight, *_: x.new_empty((*x.shape[:-1], len(weight))))

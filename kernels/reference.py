@@ -244,6 +244,52 @@ def _sortable(logits: Tensor) -> Tensor:
     return (ordered << 32) - torch.arange(len(logits), device=logits.device)
 
 
+ONE = 2**52
+"""Probability 1 as an integer: cumulative probabilities are exact in any order, on any device."""
+
+DRAW_BITS = 53
+_LOW = 27  # bits: products of halves of 53-bit numbers fit in 63
+
+
+def draw(
+    logits: Tensor,  # [rows, vocab]
+    temperature: Tensor,  # fp32 [rows], above 0
+    top_k: Tensor,  # int64 [rows], 1 ..; from vocab on it keeps all
+    top_p: Tensor,  # fp64 [rows], above 0; 1 keeps all
+    log_min_p: Tensor,  # fp64 [rows], at most 0; -inf keeps all
+    numbers: Tensor,  # int64 [rows] in [0, 2**53)
+) -> tuple[Tensor, Tensor]:  # int64 [rows] tokens, bool [rows] failed
+    """A random token for each row: the first at which the sum of probabilities passes its number.
+
+    Likeliest first, of equal ones the lowest ids. top_k keeps what equals the k-th. Never looks at
+    a value, so that a GPU need not wait.
+    """
+    vocab = logits.shape[1]
+    # NaN sorts first, as the largest; equal logits keep the order of their ids.
+    values, ids = (logits.float() / temperature[:, None]).sort(stable=True, descending=True)
+    failed = ~values[:, 0].isfinite()
+    least = (values[:, 0].double() + log_min_p).float()
+    kth = values.gather(1, top_k.clamp(1, vocab)[:, None] - 1)[:, 0]
+    floor = torch.maximum(least, kth).clamp(min=torch.finfo(torch.float32).min)
+    values = values.masked_fill(values < floor[:, None], -torch.inf)
+    cumulative = (values.double().softmax(-1) * ONE).round().long().cumsum(-1)
+    # A token stays while those before it have not yet reached top_p.
+    limit = (top_p * cumulative[:, -1]).ceil().long()
+    last = torch.searchsorted(cumulative, limit[:, None]).clamp(max=vocab - 1)
+    threshold = scaled(cumulative.gather(1, last)[:, 0], numbers)
+    place = torch.searchsorted(cumulative, threshold[:, None], right=True).clamp(max=vocab - 1)
+    return ids.gather(1, place)[:, 0].masked_fill(failed, 0), failed
+
+
+def scaled(total: Tensor, number: Tensor) -> Tensor:
+    """`total * number >> 53` of int64 numbers below 2**53 each, exactly."""
+    a1, a0 = total >> (_LOW - 1), total & (1 << (_LOW - 1)) - 1
+    b1, b0 = number >> _LOW, number & (1 << _LOW) - 1
+    # total * number = a1 b1 2**53 + (a1 b0 + 2 a0 b1) 2**26 + a0 b0
+    rest = (a1 * b0 + 2 * a0 * b1 + (a0 * b0 >> (_LOW - 1))) >> (DRAW_BITS - _LOW + 1)
+    return a1 * b1 + rest
+
+
 def linear(
     x: Tensor,  # [tokens, in]
     weight: Tensor,  # [out, in]; a quantised one is dequantised first
