@@ -272,7 +272,7 @@ def draw(
     kth = values.gather(1, top_k.clamp(1, vocab)[:, None] - 1)[:, 0]
     floor = torch.maximum(least, kth).clamp(min=torch.finfo(torch.float32).min)
     values = values.masked_fill(values < floor[:, None], -torch.inf)
-    cumulative = (values.double().softmax(-1) * ONE).round().long().cumsum(-1)
+    cumulative = (values.double().softmax(-1) * ONE).long().cumsum(-1)
     # A token stays while those before it have not yet reached top_p.
     limit = (top_p * cumulative[:, -1]).ceil().long()
     last = torch.searchsorted(cumulative, limit[:, None]).clamp(max=vocab - 1)

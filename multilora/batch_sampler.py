@@ -17,14 +17,16 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from .sampler import DRAW_BITS, GREEDY_BELOW, ONE, SampleRow, uniform
+from multilora_kernels import reference
+from multilora_kernels.reference import ONE
+
+from .sampler import GREEDY_BELOW, SampleRow, draw_columns
 from .staging import Field
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 FEW = 1024  # top_k below this needs no order of the whole vocabulary
-_LOW = 27  # bits: products of halves of 53-bit numbers fit in 63
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,18 +119,11 @@ def draw_fields(choices: Sequence[Choice], vocab: int) -> dict[str, Field]:
 
 
 def _group_fields(name: str, rows: list[tuple[int, Choice]], vocab: int) -> dict[str, Field]:
-    count = (len(rows),)
-    params = [c.row.params for _, c in rows]
-    draws = [uniform(c.row.seed, c.position) for _, c in rows]
-    top_k = [p.top_k if 0 < p.top_k < vocab else vocab for p in params]
-    log_min_p = [math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params]
+    columns = draw_columns([(c.row, c.position) for _, c in rows], vocab)
+    columns.insert(0, ([i for i, _ in rows], torch.int64))
     return {
-        f"{name}.at": Field([i for i, _ in rows], torch.int64, count),
-        f"{name}.number": Field(draws, torch.int64, count),
-        f"{name}.top_k": Field(top_k, torch.int64, count),
-        f"{name}.top_p": Field([p.top_p for p in params], torch.float64, count),
-        f"{name}.log_min_p": Field(log_min_p, torch.float64, count),
-        f"{name}.temperature": Field([p.temperature for p in params], torch.float32, count),
+        f"{name}.{field}": Field(values, kind, (len(rows),))
+        for field, (values, kind) in zip(_Group._fields, columns, strict=True)
     }
 
 
@@ -170,30 +165,19 @@ def _greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Group(NamedTuple):
-    """The rows that are drawn in one way, [rows] each."""
+    """The rows that are drawn in one way, [rows] each; after their places as in `draw_columns`."""
 
     at: Tensor  # int64, their places among all rows
-    number: Tensor  # int64, random, below 2**53
+    temperature: Tensor
     top_k: Tensor  # int64, at most the vocabulary
     top_p: Tensor
     log_min_p: Tensor
-    temperature: Tensor
+    number: Tensor  # int64, random, below 2**53
 
 
 def _draw_many(logits: Tensor, group: _Group) -> tuple[Tensor, Tensor]:
     """A random token for each row of fp32 [rows, vocab] logits, and where none is possible."""
-    logits = logits / group.temperature[:, None]
-    # NaN sorts first, as the largest; equal logits keep the order of their ids.
-    values, ids = logits.sort(stable=True, dim=-1, descending=True)
-    floor, _ = _floor(values, group)
-    values = values.masked_fill(values < floor[:, None], -math.inf)
-    weights = (values.double().softmax(-1) * ONE).long()
-    cumulative = weights.cumsum(-1)
-    # A token stays while those before it have not yet reached top_p.
-    limit = (group.top_p * cumulative[:, -1]).ceil().long()
-    threshold = _scaled(_at(cumulative, _first(cumulative, limit)), group.number)
-    place = _first(cumulative, threshold + 1)  # the first that is above the threshold
-    return _at(ids, place), ~values[:, 0].isfinite()
+    return reference.draw(logits, *group[1:])
 
 
 def _draw_few(logits: Tensor, group: _Group) -> tuple[Tensor, Tensor]:
@@ -224,7 +208,7 @@ def _draw_few(logits: Tensor, group: _Group) -> tuple[Tensor, Tensor]:
     step = weight.clamp(min=1)
     among_equal = above + (limit - above + step - 1).div(step, rounding_mode="floor") * step
     last = torch.where(limit > above, among_equal, _at(cumulative, _first(cumulative, limit)))
-    threshold = _scaled(last, group.number)
+    threshold = reference.scaled(last, group.number)
     equal_ids = is_equal.cumsum(-1)  # how many there are up to an id
     nth = (threshold - above).div(step, rounding_mode="floor").clamp(min=0) + 1
     found = _at(ids, _first(cumulative, threshold + 1))
@@ -251,12 +235,3 @@ def _first(rising: Tensor, values: Tensor) -> Tensor:
 def _at(table: Tensor, places: Tensor) -> Tensor:
     """One element of each row."""
     return table.gather(1, places[:, None])[:, 0]
-
-
-def _scaled(total: Tensor, draw: Tensor) -> Tensor:
-    """`total * draw >> 53` of int64 numbers below 2**53 each, exactly."""
-    a1, a0 = total >> (_LOW - 1), total & (1 << (_LOW - 1)) - 1
-    b1, b0 = draw >> _LOW, draw & (1 << _LOW) - 1
-    # total * draw = a1 b1 2**53 + (a1 b0 + 2 a0 b1) 2**26 + a0 b0
-    rest = (a1 * b0 + 2 * a0 * b1 + (a0 * b0 >> (_LOW - 1))) >> (DRAW_BITS - _LOW + 1)
-    return a1 * b1 + rest

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import multilora_kernels as mk
+from multilora_kernels.reference import DRAW_BITS
 
 from .request import Logprob, SamplingParams, TokenLogprobs
 
@@ -27,10 +28,7 @@ if TYPE_CHECKING:
 GREEDY_BELOW = 1e-5
 """Temperatures under this mean greedy: dividing by them would only overflow."""
 
-ONE = 2**52  # probability 1 as an integer: sums stay far from 2**63
-DRAW_BITS = 53
 _MASK64 = 2**64 - 1
-_HEAD, _HEAD_GROWTH = 1024, 16  # how many of the likeliest tokens to sort at first, and then
 _GAMMA = 0x9E3779B97F4A7C15  # splitmix64's increment, 2**64 / golden ratio
 
 
@@ -73,10 +71,7 @@ def sample(
     # max finds NaN first, then +inf, and -inf only where nothing is finite; and the lowest id.
     values, best = logits.max(-1, keepdim=True)
     choices: list[list[int]] = torch.cat((best, values.isfinite().to(best.dtype)), -1).tolist()
-    tokens = [
-        _choose(logits[i], row, token) if ok else None
-        for i, (row, (token, ok)) in enumerate(zip(rows, choices, strict=True))
-    ]
+    tokens = _choose(logits, rows, [token if ok else None for token, ok in choices])
     logprobs = _logprobs(logits, rows, tokens)
     return [
         _FAILED if token is None else Sampled(token, logprobs.get(i), False)
@@ -100,13 +95,31 @@ def token_logprobs(
     return [as_logprobs(*parts) for parts in zip(*found, strict=True)]
 
 
-def _choose(logits: Tensor, row: SampleRow, best: int) -> int | None:
-    """The token of a healthy row (logits [vocab]) whose largest logit is at `best`."""
-    greedy = row.params.temperature < GREEDY_BELOW
-    if greedy and not _adjusts(row):
-        return best
-    adjusted = _adjust(_own(logits), row)
-    return _argmax(adjusted) if greedy else _draw(adjusted, row)
+def _choose(
+    logits: Tensor,  # [rows, vocab]
+    rows: Sequence[SampleRow],
+    best: list[int | None],  # where each row's largest logit is; None for a row that has failed
+) -> list[int | None]:
+    """The tokens of all rows; None where there is none to choose."""
+    tokens, plain, adjusted = list(best), [], {}
+    for i, row in enumerate(rows):
+        greedy = row.params.temperature < GREEDY_BELOW
+        if best[i] is None:
+            continue
+        if _adjusts(row):
+            changed = _adjust(_own(logits[i]), row)
+            if greedy:
+                tokens[i] = _argmax(changed)
+            else:
+                adjusted[i] = changed
+        elif not greedy:
+            plain.append(i)
+    if plain:
+        drawn = logits if len(plain) == len(logits) else logits[plain]
+        _draw(drawn, plain, rows, tokens)
+    if adjusted:
+        _draw(torch.stack(list(adjusted.values())), list(adjusted), rows, tokens)
+    return tokens
 
 
 def _logprobs(
@@ -188,65 +201,33 @@ def _argmax(logits: Tensor) -> int | None:
     return best if math.isfinite(float(logits[best])) else None
 
 
-def _draw(logits: Tensor, row: SampleRow) -> int | None:
-    """A random token of fp32 [vocab] logits; None where no token is possible."""
-    params = row.params
-    logits = logits / params.temperature
-    best = _argmax(logits)
-    if best is None:
-        return None
-    survivors = (logits >= _floor(logits, float(logits[best]), params)).nonzero().flatten()
-    logits = logits[survivors]
-    weights = (logits.double().softmax(-1) * ONE).long()
-    total, draw = int(weights.sum()), uniform(row.seed, len(row.output_ids))
-    if params.top_p == 1:
-        threshold = total * draw >> DRAW_BITS
-        ids, cumulative = _likeliest(logits, weights, threshold + 1)
-    else:
-        # A token stays while those before it have not yet reached top_p.
-        limit = math.ceil(params.top_p * total)
-        ids, cumulative = _likeliest(logits, weights, limit)
-        last = min(int(torch.searchsorted(cumulative, limit)), len(ids) - 1)
-        threshold = int(cumulative[last]) * draw >> DRAW_BITS
-    return int(survivors[ids[torch.searchsorted(cumulative, threshold, right=True)]])
+def _draw(
+    logits: Tensor,  # [len(places), vocab]
+    places: list[int],
+    rows: Sequence[SampleRow],
+    tokens: list[int | None],
+) -> None:
+    """Puts a random token into `tokens` at each of the places; None where none is possible."""
+    columns = draw_columns([(rows[i], len(rows[i].output_ids)) for i in places], logits.shape[1])
+    sent = [torch.tensor(values, dtype=kind, device=logits.device) for values, kind in columns]
+    found = torch.stack(mk.draw(logits, *sent)).tolist()
+    for i, token, failed in zip(places, *found, strict=True):
+        tokens[i] = None if failed else token
 
 
-def _floor(logits: Tensor, largest: float, params: SamplingParams) -> float:
-    """The logit under which min_p, top_k or a mask drops a token; ties with the top_k-th stay."""
-    # min_p drops the smallest, so both limits together are just the higher of the two.
-    floor = torch.finfo(logits.dtype).min
-    if params.min_p > 0:
-        floor = largest + math.log(params.min_p)
-    if 0 < params.top_k < logits.shape[-1]:
-        floor = max(floor, float(logits.topk(params.top_k).values[-1]))
-    return floor
-
-
-def _likeliest(
-    logits: Tensor,  # [survivors] fp32
-    weights: Tensor,  # [survivors] int64
-    enough: int,
-) -> tuple[Tensor, Tensor]:
-    """Indices, likeliest first, that weigh at least `enough`, and their cumulative weights.
-
-    Both int64 [some]. Equal logits keep the order of their ids. To sort a whole vocabulary would
-    take most of a draw's time, and the first few tokens nearly always do: it starts with those.
-    """
-    size = _HEAD
-    while True:
-        ids = _top(logits, size)
-        cumulative = weights[ids].cumsum(-1)
-        if len(ids) == len(logits) or int(cumulative[-1]) >= enough:
-            return ids, cumulative
-        size *= _HEAD_GROWTH
-
-
-def _top(logits: Tensor, size: int) -> Tensor:
-    """Ids of the `size` largest of [vocab] logits and of any equal to the last; ties by id."""
-    if size >= len(logits):
-        return logits.sort(descending=True, stable=True).indices
-    ids = (logits >= logits.topk(size).values[-1]).nonzero().flatten()
-    return ids[logits[ids].sort(descending=True, stable=True).indices]
+def draw_columns(
+    rows: Sequence[tuple[SampleRow, int]],  # with the number of output tokens before this one
+    vocab: int,
+) -> list[tuple[list[int] | list[float], torch.dtype]]:
+    """What `mk.draw` takes after the logits, in its order: a value for each row, and their type."""
+    params = [row.params for row, _ in rows]
+    return [
+        ([p.temperature for p in params], torch.float32),
+        ([p.top_k if 0 < p.top_k < vocab else vocab for p in params], torch.int64),
+        ([p.top_p for p in params], torch.float64),
+        ([math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params], torch.float64),
+        ([uniform(row.seed, position) for row, position in rows], torch.int64),
+    ]
 
 
 def rank(

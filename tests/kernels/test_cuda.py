@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 OPS = (
     "apply_token_mask_",
+    "draw",
     "linear",
     "linear_packed",
     "lora_",

@@ -390,6 +390,14 @@ def op_calls() -> dict[str, list[Any]]:
         "silu_mul": [x],
         "apply_token_mask_": [x, torch.tensor([[5]] * 4, dtype=torch.int32)],
         "top_logprobs": [x, torch.tensor([5, 0, 1, 2]), 2],
+        "draw": [
+            x,
+            torch.ones(4),
+            torch.full((4,), 5),
+            torch.ones(4).double(),
+            torch.zeros(4).double(),
+            torch.arange(4),
+        ],
         "linear": [x, torch.randn(3, 6), torch.randn(3)],
         "linear_packed": [x, *ops.pack(torch.randn(3, 6)), torch.randn(3)],
     }

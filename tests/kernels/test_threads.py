@@ -84,6 +84,14 @@ def mask_call(seed: int) -> Callable[[], Tensor]:
     return call
 
 
+def draw_call(seed: int) -> Callable[[], Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    logits, numbers = torch.randn(16, 5000, generator=g), torch.randint(2**53, (16,), generator=g)
+    all_of = torch.ones(16).double()
+    rest = torch.ones(16), torch.full((16,), 4000), 0.9 * all_of, -9 * all_of, numbers
+    return lambda: ops.draw(logits, *rest)[0]
+
+
 def calls_of(seed: int) -> dict[str, Callable[[], Tensor]]:
     """Each C++ op on work that is worth a second thread."""
     g = torch.Generator().manual_seed(seed)
@@ -99,6 +107,7 @@ def calls_of(seed: int) -> dict[str, Callable[[], Tensor]]:
         "silu_mul": lambda: ops.silu_mul(torch.cat([x] * 4)),
         "apply_token_mask_": mask_call(seed),
         "top_logprobs": lambda: torch.cat(ops.top_logprobs(x, torch.arange(40), 5), 1),
+        "draw": draw_call(seed),
         "linear of float32": lambda: ops.linear(x, packed),
         "linear of int8": lambda: ops.linear(x, eight),
     }
