@@ -226,7 +226,7 @@ def main() -> None:
     results = []
     for precision in args.precision.split(","):
         try:
-            peer = Ours(work, precision, args.threads, args.settings)
+            peer = Ours(work, precision, args.threads, {"enforce_eager": True} | args.settings)
         except NotSupportedError as error:
             print(f"{precision}: not supported: {error}")
             continue

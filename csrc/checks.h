@@ -62,6 +62,12 @@ int32_t check(const TopArgs& g) {
     return MULTILORA_OK;
 }
 
+// The others have no index arrays.
+template <typename Args>
+int32_t check(const Args&) {
+    return MULTILORA_OK;
+}
+
 // Multiply-adds of a call, about, of arguments that are checked.
 int64_t work_of(const LoraArgs& g) {
     int64_t rows = 0;

@@ -14,7 +14,7 @@
 
 // Raised whenever a function below changes its meaning or its arguments. The loader ignores a
 // library that says another number than kernels/native.py.
-#define MULTILORA_ABI_VERSION 9
+#define MULTILORA_ABI_VERSION 10
 
 // Element types, by the `dtype` arguments below; int8 of KV pages and packed weights, int4 of
 // packed weights alone.
@@ -235,3 +235,21 @@ struct DrawArgs {
     int32_t num_threads;       //
 };
 MULTILORA_API void draw(const DrawArgs* args);
+
+// Calls of the functions above, kept to be made again on what their memory holds by then.
+enum {
+    MULTILORA_CALL_LORA = 0,
+    MULTILORA_CALL_ATTENTION = 1,
+    MULTILORA_CALL_SILU = 2,
+    MULTILORA_CALL_NORM = 3,
+    MULTILORA_CALL_ROPE = 4,
+    MULTILORA_CALL_GEMM = 5,
+};
+struct CallArgs {
+    const void* args;  // of the function that `kind` names
+    int64_t kind;      // MULTILORA_CALL_...
+};
+// Makes them in order, with `num_threads` instead of their own, until one returns another code than
+// MULTILORA_OK: that code. `seconds`, if not null, gets what each took.
+MULTILORA_API int32_t run_calls(const CallArgs* calls, int64_t count, int32_t num_threads,
+                                double* seconds);

@@ -4,6 +4,8 @@
 #include "checks.h"
 #include "cpu_ops.h"
 
+#include <time.h>
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -47,9 +49,36 @@ Kernels kernels = table_of(best_isa());
 constexpr int64_t kSerial = 1 << 17;  // multiply-adds below which waking a thread costs more
 
 template <typename Args>
-void run(void (*kernel)(const Args&), Args args) {
+int32_t run(void (*kernel)(const Args&), Args args) {
+    const int32_t code = check(args);
+    if (code != MULTILORA_OK) return code;
     if (work_of(args) < kSerial) args.num_threads = 1;
     kernel(args);
+    return MULTILORA_OK;
+}
+
+template <typename Args>
+int32_t run_with(void (*kernel)(const Args&), const void* from, int32_t num_threads) {
+    Args args = *static_cast<const Args*>(from);
+    args.num_threads = num_threads;
+    return run(kernel, args);
+}
+
+int32_t run_call(const CallArgs& call, int32_t num_threads) {
+    switch (call.kind) {
+        case MULTILORA_CALL_LORA: return run_with(kernels.lora, call.args, num_threads);
+        case MULTILORA_CALL_ATTENTION: return run_with(kernels.attention, call.args, num_threads);
+        case MULTILORA_CALL_SILU: return run_with(kernels.silu, call.args, num_threads);
+        case MULTILORA_CALL_NORM: return run_with(kernels.norm, call.args, num_threads);
+        case MULTILORA_CALL_ROPE: return run_with(kernels.rope, call.args, num_threads);
+        default: return run_with(kernels.gemm, call.args, num_threads);
+    }
+}
+
+double now() {  // s
+    timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
 }
 
 }  // namespace
@@ -60,23 +89,11 @@ void select_isa(int32_t most, int32_t* chosen) {
     kernels = table_of(*chosen);
 }
 
-int32_t lora(const LoraArgs* args) {
-    const int32_t code = check(*args);
-    if (code == MULTILORA_OK) run(kernels.lora, *args);
-    return code;
-}
+int32_t lora(const LoraArgs* args) { return run(kernels.lora, *args); }
 
-int32_t paged_attention(const AttentionArgs* args) {
-    const int32_t code = check(*args);
-    if (code == MULTILORA_OK) run(kernels.attention, *args);
-    return code;
-}
+int32_t paged_attention(const AttentionArgs* args) { return run(kernels.attention, *args); }
 
-int32_t rope_store_kv(const RopeArgs* args) {
-    const int32_t code = check(*args);
-    if (code == MULTILORA_OK) run(kernels.rope, *args);
-    return code;
-}
+int32_t rope_store_kv(const RopeArgs* args) { return run(kernels.rope, *args); }
 
 void silu_mul(const SiluArgs* args) { run(kernels.silu, *args); }
 
@@ -84,10 +101,16 @@ void rms_norm(const NormArgs* args) { run(kernels.norm, *args); }
 
 void gemm(const GemmArgs* args) { run(kernels.gemm, *args); }
 
-int32_t top_logprobs(const TopArgs* args) {
-    const int32_t code = check(*args);
-    if (code == MULTILORA_OK) run(kernels.top, *args);
-    return code;
-}
+int32_t top_logprobs(const TopArgs* args) { return run(kernels.top, *args); }
 
 void draw(const DrawArgs* args) { run(kernels.draw, *args); }
+
+int32_t run_calls(const CallArgs* calls, int64_t count, int32_t num_threads, double* seconds) {
+    for (int64_t i = 0; i < count; ++i) {
+        const double start = seconds == nullptr ? 0 : now();
+        const int32_t code = run_call(calls[i], num_threads);
+        if (code != MULTILORA_OK) return code;
+        if (seconds != nullptr) seconds[i] = now() - start;
+    }
+    return MULTILORA_OK;
+}

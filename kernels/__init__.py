@@ -6,7 +6,8 @@ Knows tensors, not adapters, requests or models. The meaning of each op is in `r
 from __future__ import annotations
 
 from . import cuda, plans, reference
-from .memory import empty_huge
+from .calls import Call, Program, Tape
+from .memory import Pool, empty_huge
 from .native import HAS_CPP
 from .ops import (
     apply_token_mask_,
@@ -40,8 +41,12 @@ __all__ = [
     "DECODE_TILE",
     "HAS_CPP",
     "PREFILL_TILE",
+    "Call",
     "PackedWeight",
+    "Pool",
+    "Program",
     "Table",
+    "Tape",
     "Tiles",
     "apply_token_mask_",
     "cuda",

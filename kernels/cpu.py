@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import indices, native, reference
+from . import calls, indices, native, reference
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +46,11 @@ def silu_mul(x: Tensor) -> Tensor:
     code = native.DTYPE_CODES.get(x.dtype)
     if native.LIB is not None and code is not None and x.dim() == 2 and x.stride(1) == 1:
         tokens, inter = x.shape[0], x.shape[1] // 2
-        out = x.new_empty(tokens, inter)
+        out = calls.empty((tokens, inter), x.dtype)
         args = native.SiluArgs(
             out.data_ptr(), x.data_ptr(), x.stride(0), tokens, inter, code, torch.get_num_threads()
         )
-        native.LIB.silu_mul(byref(args))
+        calls.call("silu_mul", args, out, x)
         return out
     gate, up = x.chunk(2, -1)
     return flat(F.silu, gate.float()).to(x.dtype).mul_(up)
@@ -67,13 +67,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> 
         and x.shape == like.shape
         and x.stride(1) == like.stride(1) == weight.stride(0) == 1
     ):
-        out = x.new_empty(x.shape)
+        out = calls.empty(x.shape, x.dtype)
         args = native.NormArgs(
             out.data_ptr(), x.data_ptr(), None if residual is None else residual.data_ptr(),
             weight.data_ptr(), x.stride(0), like.stride(0), *x.shape, eps, code,
             torch.get_num_threads(),
         )  # fmt: skip
-        native.LIB.rms_norm(byref(args))
+        calls.call("rms_norm", args, out, x, residual, weight)
         return out
     if residual is not None:
         residual.add_(x)
@@ -125,7 +125,9 @@ def rope_store_kv_(
             tokens, heads, kv_heads, dim, len(cos), blocks, block_size, code,
             torch.get_num_threads(),
         )  # fmt: skip
-        indices.refuse(native.LIB.rope_store_kv(byref(args)))
+        calls.call(
+            "rope_store_kv", args, q, k, v, cos, sin, positions, kv_slots, k_blocks, v_blocks
+        )
         return
     indices.check_rope(positions, kv_slots, cos, k_blocks)
     reference.rope_store_kv_(

@@ -5,13 +5,11 @@ Both keep rows apart: see `cpu`. Keys and values are read in tiles of 64 at fixe
 
 from __future__ import annotations
 
-from ctypes import byref
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import indices, native
+from . import calls, indices, native
 from .cpu import flat, padded
 
 KV_TILE = 64
@@ -93,8 +91,7 @@ def _cpp_attention(
     scale: float,
     scales: tuple[Tensor | None, Tensor | None],
 ) -> Tensor:
-    assert native.LIB is not None
-    out = torch.empty(q.shape, dtype=q.dtype)
+    out = calls.empty(q.shape, q.dtype)
     tokens, heads, dim = q.shape
     blocks, block_size, kv_heads, _ = k_blocks.shape
     block_stride, token_stride, _, _ = k_blocks.stride()
@@ -106,7 +103,7 @@ def _cpp_attention(
         scale, native.DTYPE_CODES[q.dtype], native.KV_CODES[k_blocks.dtype],
         torch.get_num_threads(),
     )  # fmt: skip
-    indices.refuse(native.LIB.paged_attention(byref(args)))
+    calls.call("paged_attention", args, out, q, k_blocks, v_blocks, *where, *scales)
     return out
 
 

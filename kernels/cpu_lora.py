@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from ctypes import addressof, byref, c_int64
+from ctypes import addressof, c_int64
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import indices, native, reference
+from . import calls, indices, native, reference
 from .cpu import ROWS, padded
 from .tiles import Table, Tiles
 
@@ -160,7 +160,6 @@ def _cpp_lora(
     tiles: Tiles,
     slice_starts: Sequence[int],
 ) -> None:
-    assert native.LIB is not None
     page_ids, page_weights, num_pages, scale_row, scale, bias = table
     starts = (c_int64 * len(slice_starts))(*slice_starts)
     tokens, out = y.shape
@@ -177,7 +176,8 @@ def _cpp_lora(
         native.DTYPE_CODES[y.dtype], native.DTYPE_CODES[a_pages.dtype],
         0 if dora is None else native.DTYPE_CODES[dora.dtype], torch.get_num_threads(),
     )  # fmt: skip
-    indices.refuse(native.LIB.lora(byref(args)))
+    args.starts = starts  # which lives as long
+    calls.call("lora", args, y, x, ids, a_pages, b_pages, *table, *tiles)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -21,7 +21,7 @@ from . import openmp
 
 logger = logging.getLogger(__name__)
 
-ABI_VERSION = 9  # MULTILORA_ABI_VERSION of csrc/cpu_ops.h
+ABI_VERSION = 10  # MULTILORA_ABI_VERSION of csrc/cpu_ops.h
 
 # The functions of csrc/cpu_ops.h take these structures; fields in its order, under its names.
 _Fields = list[tuple[str, type]]
@@ -33,7 +33,9 @@ def _fields(*groups: tuple[type, str]) -> _Fields:
 
 
 class LoraArgs(ctypes.Structure):
-    """What `lora` takes."""
+    """What `lora` takes. `starts` is the array that slice_starts points to."""
+
+    starts: ctypes.Array[c_int64]
 
     _fields_ = _fields(
         (c_void_p, "y x ids"),
@@ -127,6 +129,12 @@ class DrawArgs(ctypes.Structure):
     )
 
 
+class CallArgs(ctypes.Structure):
+    """One call of what `run_calls` takes."""
+
+    _fields_ = _fields((c_void_p, "args"), (c_int64, "kind"))
+
+
 # Argument types of every function in csrc/cpu_ops.h, in its order.
 SIGNATURES: dict[str, tuple[Any, ...]] = {
     "select_isa": (c_int32, c_void_p),  # most, chosen
@@ -148,10 +156,16 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "gemm": (POINTER(GemmArgs),),
     "top_logprobs": (POINTER(TopArgs),),
     "draw": (POINTER(DrawArgs),),
+    "run_calls": (
+        POINTER(CallArgs),
+        c_int64,  # count
+        c_int32,  # num_threads
+        c_void_p,  # seconds
+    ),
 }
 
 # Those that check what their index arrays name, and return a code of MISTAKES; the others nothing.
-CHECKED = frozenset({"lora", "paged_attention", "rope_store_kv", "top_logprobs"})
+CHECKED = frozenset({"lora", "paged_attention", "rope_store_kv", "top_logprobs", "run_calls"})
 
 MOST_TOP = 256  # MULTILORA_MOST_TOP
 

@@ -9,13 +9,11 @@ zeros.
 
 from __future__ import annotations
 
-from ctypes import byref
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import native
+from . import calls, native
 from .memory import empty_huge
 
 OUTPUTS = 32
@@ -78,14 +76,13 @@ def linear(
     bias: Tensor | None,
 ) -> Tensor:  # [tokens, out]
     """`x @ weight.T + bias`, summed in f32; a row's bits do not depend on the other rows."""
-    assert native.LIB is not None
     x = x if x.stride(1) == 1 else x.contiguous()
-    y = x.new_empty(len(x), out)
+    y = calls.empty((len(x), out), x.dtype)
     args = native.GemmArgs(
         y.data_ptr(), x.data_ptr(), panels.data_ptr(),
         None if scales is None else scales.data_ptr(), None if bias is None else bias.data_ptr(),
         out, x.stride(0), group, len(x), x.shape[1], out,
         native.DTYPE_CODES[x.dtype], KINDS[kind], torch.get_num_threads(),
     )  # fmt: skip
-    native.LIB.gemm(byref(args))
+    calls.call("gemm", args, y, x, panels, scales, bias)
     return y

@@ -39,7 +39,7 @@ class ForwardBatch:
     block_table: Tensor  # int32 [seqs, max_blocks]
     max_query_len: int
     max_seq_len: int
-    logits_rows: Tensor  # int64 [rows], the tokens whose logits are wanted, padded with 0
+    logits_rows: Tensor | None  # int64 [rows], tokens whose logits are wanted; None = of all
     lora: Mapping[str, SiteLora]  # by site; only sites that some row of the step adapts
     batch_invariant: bool = False  # a row's bits depend on that row alone; on a CPU always
     side: Side | None = None  # where to shrink beside the base's own work; None = after it

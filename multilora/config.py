@@ -230,7 +230,7 @@ class EngineConfig:
     policy: str = "fcfs"  # order of the waiting requests
 
     gpu_memory_utilization: float = 0.9  # share of a GPU's memory for all of this
-    enforce_eager: bool | None = None  # True = no captured decode graphs; None = those on a GPU
+    enforce_eager: bool = False  # True = no captured decode steps
     async_scheduling: bool | None = None  # prepare a step while the last one runs; None = on a GPU
     overlap_lora: bool | None = None  # LoRA's first half beside the base's work; None = on a GPU
     batch_invariant: bool = False  # on a GPU too, no row's bits depend on its neighbours
@@ -291,10 +291,6 @@ class EngineConfig:
             raise ConfigError(
                 f"quantization_group_size={group} needs quantization='int8' or 'int4'"
             )
-
-    def captures(self, is_gpu: bool) -> bool:
-        """Whether decode steps are captured as graphs."""
-        return is_gpu if self.enforce_eager is None else not self.enforce_eager
 
     def is_async(self, is_gpu: bool) -> bool:
         """Whether a step is prepared while the one before it runs."""

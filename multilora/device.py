@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+import multilora_kernels as mk
+
 from .errors import ConfigError
 from .recording import Recording
 
@@ -73,9 +75,11 @@ class Device:
     """A CPU."""
 
     is_cuda = False
+    captures_on_demand = True  # a capture does the work: the first step of a size can be one
 
     def __init__(self) -> None:
         self.torch = torch.device("cpu")
+        self._memory = mk.Pool()  # that all captured graphs share
 
     @property
     def name(self) -> str:
@@ -108,8 +112,8 @@ class Device:
         return Side()
 
     def capture(self, work: Callable[[], Tensor]) -> Replay:
-        """Does the work once and keeps it for replay. It may read and write fixed buffers only."""
-        return Recording(work)
+        """Keeps the work for replay; here it is done as well. It may use fixed buffers only."""
+        return Recording(work, self._memory)
 
     def synchronize(self) -> None:
         """Waits for all work."""
@@ -139,6 +143,7 @@ class CudaDevice(Device):
     """An NVIDIA GPU. All work runs on the current stream unless it is forked to the side."""
 
     is_cuda = True
+    captures_on_demand = False
     WARM_UPS = 3  # runs before a capture
 
     def __init__(self, index: int) -> None:

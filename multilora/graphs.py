@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,16 +18,13 @@ import multilora_kernels as mk
 
 from .device import Device, Replay
 from .inputs import ROWS, Extent, StepInputs
+from .layers import Rope
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Graph:
-    """One captured step."""
-
-    extent: Extent
-    work: Replay
+ON_DEMAND_TOKENS = 64
+"""Most tokens of a graph on a CPU: beyond, what Python takes is nothing beside the work."""
 
 
 def token_sizes(most: int) -> list[int]:
@@ -61,57 +57,92 @@ def extents(max_seqs: int, max_loras: int, max_seq_len: int) -> list[Extent]:
 
 
 class Graphs:
-    """The captured decode steps of a runner."""
+    """The captured decode steps of a runner.
 
-    def __init__(self, sites: Iterable[str], block_table: Tensor) -> None:
-        self.sites = frozenset(sites)  # that the graphs with LoRA adapt
-        self._block_table = block_table  # int32 [largest graph's seqs, max_blocks]
-        self._graphs: list[Graph] = []  # the smallest first
+    `sites` are those that graphs with LoRA may adapt. Graphs of a GPU are captured beforehand. A
+    CPU captures a size when it comes for the second time: no row is padding.
+    """
+
+    def __init__(self, device: Device, sites: Iterable[str], block_table: Tensor) -> None:
+        self.sites = frozenset(sites)
+        self._device = device
+        self._block_table = block_table  # int32 [most sequences, max_blocks]
+        self._graphs: dict[tuple[Extent, frozenset[str]], Replay] = {}
+        self._beforehand: list[Extent] = []  # the smallest first
+        self._came: set[tuple[Extent, frozenset[str]]] = set()  # those to capture next time
+        self._length = 0  # max_seq_len of the graphs captured on demand
 
     def __len__(self) -> int:
         return len(self._graphs)
 
     def capture(
-        self,
-        device: Device,
-        sizes: Iterable[Extent],
-        work: Callable[[Extent, Tensor], Callable[[], Tensor]],
+        self, sizes: Iterable[Extent], work: Callable[[Extent], Callable[[Tensor], Tensor]]
     ) -> None:
-        """Captures `work(extent, block_table)` for each extent. Says how long it took."""
-        start, before = time.perf_counter(), device.memory()
+        """Captures `work(extent)(block_table)` for each extent. Says how long it took."""
+        start, before = time.perf_counter(), self._device.memory()
         for extent in sizes:
-            step = work(extent, self._block_table[: extent.seqs])
-            self._graphs.append(Graph(extent, device.capture(step)))
-        self._graphs.sort(key=lambda graph: (graph.extent.tokens, graph.extent.tiles))
-        device.synchronize()
-        after = device.memory()
+            self._capture(extent, self.sites if extent.tiles else frozenset(), work(extent))
+            self._beforehand.append(extent)
+        self._beforehand.sort(key=lambda extent: (extent.tokens, extent.tiles))
+        self._device.synchronize()
+        after = self._device.memory()
         taken = before.free - after.free if before is not None and after is not None else 0
         logger.info(
             "captured %d decode graphs of up to %d tokens in %.1f s and %.2f GB",
             len(self._graphs),
-            max(graph.extent.tokens for graph in self._graphs),
+            self._beforehand[-1].tokens,
             time.perf_counter() - start,
             taken / 1e9,
         )
 
-    def find(self, step: StepInputs) -> Graph | None:
-        """The smallest graph that holds the step, or None: prompts, or an adapted embedding."""
+    def extent_for(self, step: StepInputs) -> Extent | None:
+        """The sizes to send a step with, or None if it runs uncaptured.
+
+        That is one with prompts, with an adapted embedding or head, or one that is too large.
+        """
         need = step.extent
-        if need.max_query_len > 1 or need.logits != need.tokens or not step.sites <= self.sites:
+        if need.max_query_len > 1 or not step.gives_all_logits or not step.sites <= self.sites:
             return None
-        for graph in self._graphs:
-            has = graph.extent
+        if self._device.captures_on_demand:
+            return self._own_extent(need) if need.tokens <= len(self._block_table) else None
+        for has in self._beforehand:
             adapts = (has.tiles > 0) == (need.tiles > 0)
             if adapts and has.tokens >= need.tokens and has.tiles >= need.tiles:
-                return graph
+                return has
         return None
 
-    def replay(self, graph: Graph, sent: Mapping[str, Tensor]) -> Tensor:
-        """Logits of a step whose fields were sent with the graph's extent."""
-        table = sent["block_table"]
+    def _own_extent(self, need: Extent) -> Extent:
+        if need.max_seq_len > self._length:  # tables of positions move when they grow
+            self._graphs.clear()
+            self._came.clear()
+            self._length = -(-need.max_seq_len // Rope.STEP) * Rope.STEP
+        tiles = need.tokens if need.tiles else 0
+        return Extent(need.tokens, need.seqs, need.logits, tiles, 0, 1, self._length)
+
+    def run(
+        self,
+        extent: Extent,
+        sites: frozenset[str],
+        sent: Mapping[str, Tensor],
+        work: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """`work(block_table)`, the logits of a step whose fields were sent with the extent."""
+        table, key = sent["block_table"], (extent, sites)
         self._block_table[: table.shape[0], : table.shape[1]].copy_(table)
-        graph.work.replay()
-        return graph.work.output
+        if key in self._graphs:
+            self._graphs[key].replay()
+        elif key in self._came:
+            self._capture(extent, sites, work)
+        else:
+            self._came.add(key)
+            return work(self._block_table[: extent.seqs])
+        return self._graphs[key].output
+
+    def _capture(
+        self, extent: Extent, sites: frozenset[str], work: Callable[[Tensor], Tensor]
+    ) -> None:
+        block_table = self._block_table[: extent.seqs]
+        self._graphs[extent, sites] = self._device.capture(lambda: work(block_table))
 
 
 def empty_block_table(seqs: int, max_blocks: int, device: Device) -> Tensor:

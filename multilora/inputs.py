@@ -70,6 +70,11 @@ class StepInputs:
     tiles: mk.Tiles | None = None  # on the host
     head_tiles: mk.Tiles | None = None
 
+    @property
+    def gives_all_logits(self) -> bool:
+        """Whether the logits rows are those of all tokens, in their order."""
+        return self.logits_tokens == list(range(len(self.ids)))
+
     @classmethod
     def empty(cls, extent: Extent) -> StepInputs:
         """A step of nothing, to be padded: it stores nothing and reads block 0 at most."""

@@ -44,13 +44,12 @@ class Linear(nn.Module):
         self.bias = _parameter(site.out, dtype=dtype) if bias else None
 
     def forward(self, x: Tensor, batch: ForwardBatch) -> Tensor:
-        """x [tokens, in] -> [tokens, out]. The bias comes last, outside of DoRA's scale."""
+        """x [tokens, in] -> [tokens, out]."""
 
         def base() -> Tensor:
-            return mk.linear(x, self.weight, batch_invariant=batch.batch_invariant)
+            return mk.linear(x, self.weight, self.bias, batch_invariant=batch.batch_invariant)
 
-        y = batch.adapt(self.site.name, self.layer, x, base)
-        return y if self.bias is None else y.add_(self.bias)
+        return batch.adapt(self.site.name, self.layer, x, base)
 
     def part(self, *paths: str) -> Part:
         """What loads it; `paths` are those of its slices in the checkpoint, if not the site's."""

@@ -41,7 +41,7 @@ def num_blocks(config: EngineConfig, needs: Needs, memory: Memory | None) -> int
         found = config.num_kv_blocks or max(min(needs.max_blocks, affordable), 1)
         _say(config, needs, found)
         return found
-    graphs = GRAPH_BYTES if config.captures(is_gpu=True) else 0
+    graphs = 0 if config.enforce_eager else GRAPH_BYTES
     budget = int(memory.total * config.gpu_memory_utilization)
     used = memory.total - memory.free  # the weights, and what others hold
     room = budget - used - needs.activations - needs.rank_pages - graphs

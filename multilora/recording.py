@@ -1,5 +1,9 @@
 """A captured graph on a CPU: the operators that some work called, to call again on the same memory.
 
+Of our own operators the calls of the C++ library are kept, and made again by one call for all of
+them in a row: no Python, no dispatcher, no allocation. What they made lies in a pool, where later
+results take the place of what nobody needs, at a replay as at the capture.
+
 As with a CUDA graph, Python runs at the capture alone: sizes, branches and numbers that the work
 took from the host stay as they were, only what its buffers hold may change. And as there, work
 that looks at a tensor's value on the host, or whose shapes depend on one, cannot be captured.
@@ -16,6 +20,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import multilora_kernels as mk
+
 _HOST_READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::item")
 
 
@@ -28,7 +34,7 @@ class _Call:
     kwargs: dict[str, Any]
     made: list[tuple[int, Tensor]]  # by place among the results
 
-    def again(self) -> None:
+    def run(self) -> None:
         """Calls it once more; what it makes goes where it went at first."""
         found = _tensors(self.function(*self.args, **self.kwargs))
         for i, tensor in self.made:
@@ -36,28 +42,48 @@ class _Call:
 
 
 class Recording:
-    """The operators of `work`, in order. Everything that they made stays alive."""
+    """The operators of `work`, in order, done once. A pool may serve many, one at a time."""
 
-    def __init__(self, work: Callable[[], Tensor]) -> None:
-        recorder = _Recorder()
+    def __init__(self, work: Callable[[], Tensor], pool: mk.Pool | None = None) -> None:
+        recorder = Recorder(pool or mk.Pool())
         with recorder:
-            self.output = work()
-        self._calls = recorder.calls
+            output = work()
+        self._steps = recorder.steps()
+        self._inputs = recorder.inputs  # they stay alive
+        self.output = recorder.pool.borrow(output) if recorder.pool.owns(output) else output
 
     def replay(self) -> None:
-        """Calls every operator again."""
+        """Calls every operator again. The output is valid until the pool's next use."""
         with torch.inference_mode():
-            for call in self._calls:
-                call.again()
+            for step in self._steps:
+                step.run()
+
+    def programs(self) -> list[mk.Program]:
+        """The calls of the C++ library, in rows without anything between."""
+        return [step for step in self._steps if isinstance(step, mk.Program)]
 
     def __len__(self) -> int:
-        return len(self._calls)
+        return len(self._steps)
 
 
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    def __init__(self) -> None:
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Keeps what is called inside of `with`."""
+
+    def __init__(self, pool: mk.Pool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.calls: list[_Call] = []
+        self.pool = pool
+        self.inputs: dict[int, Tensor] = {}  # by memory: what the C++ library reads from outside
+        self._tape = mk.Tape(pool)
+        self._calls: list[_Call | mk.Call] = []
+
+    def __enter__(self) -> Recorder:
+        self._tape.__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._tape.__exit__(*error)
 
     def __torch_dispatch__(
         self,
@@ -70,12 +96,33 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if _reads_on_host(func.name().partition(".")[0], args):
             raise RuntimeError(f"{func.name()} reads a value on the host: that cannot be captured")
         found = func(*args, **kwargs)
-        given = {_memory(t) for t in _tensors((args, kwargs))}
+        calls = self._tape.take()
+        given = {_memory(t): t for t in _tensors((args, kwargs))}
         made = [(i, t) for i, t in enumerate(_tensors(found)) if _memory(t) not in given]
+        known = given.keys() | {_memory(t) for _, t in made}
+        if calls and all(_memory(t) in known for call in calls for t in call.tensors):
+            # Without their tensors, whose memory is to go back to the pool.
+            self._calls += [call._replace(tensors=()) for call in calls]
+            self.inputs |= {at: t for at, t in given.items() if not self.pool.owns(t)}
         # What made nothing and changed nothing was a view, which still stands.
-        if made or func._schema.is_mutable:
-            self.calls.append(_Call(func, args, kwargs, made))
+        elif made or func._schema.is_mutable:
+            self._calls.append(_Call(func, args, kwargs, made))
         return found
+
+    def steps(self) -> list[_Call | mk.Program]:
+        """What was called, in order."""
+        steps: list[_Call | mk.Program] = []
+        row: list[mk.Call] = []
+        for call in (*self._calls, None):
+            if isinstance(call, mk.Call):
+                row.append(call)
+                continue
+            if row:
+                steps.append(mk.Program(row))
+                row = []
+            if call is not None:
+                steps.append(call)
+        return steps
 
 
 def _reads_on_host(name: str, args: tuple[Any, ...]) -> bool:

@@ -15,7 +15,7 @@ from .batch import ForwardBatch, SiteLora
 from .batch_sampler import Adjuster, Choice, choose, draw_fields
 from .config import EngineConfig
 from .device import Device
-from .graphs import Graphs, empty_block_table, extents
+from .graphs import ON_DEMAND_TOKENS, Graphs, empty_block_table, extents
 from .inputs import ROWS, Extent, StepInputs, lay_out
 from .kv_cache import KVCache
 from .models.llama import Llama
@@ -69,14 +69,13 @@ class Runner:
         self._rows.take(plan)
         multiple = 1 if self.model.rows_are_independent else ROWS
         step = lay_out(plan.chunks, self._rows, self.store, self._config.block_size, multiple)
-        graph = self.graphs.find(step) if self.graphs is not None else None
-        extent = graph.extent if graph is not None else step.extent
+        extent = self.graphs.extent_for(step) if self.graphs is not None else None
         choices = self._choices(step)
-        sent = self._send(step, extent, choices)
-        if graph is not None and self.graphs is not None:
-            logits = self.graphs.replay(graph, sent)
+        sent = self._send(step, extent or step.extent, choices)
+        if extent is None:
+            logits = self._forward(sent, step.extent, step.sites, sent["block_table"])
         else:
-            logits = self._forward(sent, extent, step.sites, sent["block_table"])
+            logits = self._captured(sent, extent)
         drawn = self._start_drawing(step, logits, choices, sent)
         return Ticket(plan, step, drawn, self._start_scoring(step, logits))
 
@@ -118,11 +117,14 @@ class Runner:
         extent: Extent,
         sites: frozenset[str],
         block_table: Tensor,  # int32 [seqs, blocks]
+        gives_all_logits: bool = False,
     ) -> Tensor:
         """Logits [rows, vocab]. Tokens that only the device knows come from `last_tokens`."""
-        rows = sent["token_rows"]
+        rows, ids = sent["token_rows"], sent["ids"]
+        if self._batched:
+            ids = torch.where(rows >= 0, self._rows.last_tokens[rows.clamp(min=0)], ids)
         batch = ForwardBatch(
-            ids=torch.where(rows >= 0, self._rows.last_tokens[rows.clamp(min=0)], sent["ids"]),
+            ids=ids,
             positions=sent["positions"],
             kv_slots=sent["kv_slots"],
             query_starts=sent["query_starts"],
@@ -130,7 +132,7 @@ class Runner:
             block_table=block_table,
             max_query_len=extent.max_query_len,
             max_seq_len=extent.max_seq_len,
-            logits_rows=sent["logits_rows"],
+            logits_rows=None if gives_all_logits else sent["logits_rows"],
             lora={name: self._site_lora(name, sent) for name in sites},
             batch_invariant=self._config.batch_invariant,
             side=self._side,
@@ -204,22 +206,39 @@ class Runner:
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """Captures the decode steps of every size. Steps that adapt embeddings stay uncaptured."""
+        """From now on decode steps are captured ones; on a GPU those of every size are made."""
         config = self._config
         sizes = extents(config.max_num_seqs, config.max_loras, self._max_len)
-        sites = frozenset(name for name, site in self._sites.items() if site.in_layers)
-        self.model.rope.tables(self._max_len)  # not while a graph is captured
-        table = empty_block_table(
-            sizes[0].seqs, -(-self._max_len // config.block_size), self._device
-        )
-        self.graphs = Graphs(sites, table)
+        on_demand = self._device.captures_on_demand
+        if on_demand and not self.model.rows_are_independent:
+            return  # rows are padded, torch computes: there is little to win
+        seqs = min(config.max_num_seqs, ON_DEMAND_TOKENS) if on_demand else sizes[0].seqs
+        table = empty_block_table(seqs, -(-self._max_len // config.block_size), self._device)
+        in_layers = (name for name, site in self._sites.items() if site.in_layers)
+        self.graphs = Graphs(self._device, in_layers, table)
+        if not on_demand:
+            self.graphs.capture(sizes, self._empty_step)
 
-        def work(extent: Extent, block_table: Tensor) -> Callable[[], Tensor]:
-            sent = self._staging.send(StepInputs.empty(extent).fields(extent))
-            adapted = sites if extent.tiles else frozenset[str]()
-            return lambda: self._forward(sent, extent, adapted, block_table)
+    def _empty_step(self, extent: Extent) -> Callable[[Tensor], Tensor]:
+        sent = self._staging.send(StepInputs.empty(extent).fields(extent))
+        return self._work(sent, extent)
 
-        self.graphs.capture(self._device, sizes, work)
+    def _captured(self, sent: Mapping[str, Tensor], extent: Extent) -> Tensor:
+        """Logits of a decode step, from its graph."""
+        assert self.graphs is not None
+        return self.graphs.run(extent, self._adapted(extent), sent, self._work(sent, extent))
+
+    def _work(self, sent: Mapping[str, Tensor], extent: Extent) -> Callable[[Tensor], Tensor]:
+        """What is captured: a decode step as a function of its block table."""
+        self.model.rope.tables(extent.max_seq_len)  # not while it is captured
+        sites = self._adapted(extent)
+        return lambda table: self._forward(sent, extent, sites, table, gives_all_logits=True)
+
+    def _adapted(self, extent: Extent) -> frozenset[str]:
+        """Sites that a graph adapts: all whose pages have their place by now."""
+        if self.graphs is None or not extent.tiles:
+            return frozenset()
+        return frozenset(n for n in self.graphs.sites if self.store.pool(n).is_allocated)
 
     @torch.inference_mode()
     def rehearse(self) -> None:

@@ -90,9 +90,9 @@ def _runner(
         max_blocks=config.max_num_seqs * -(-max_model_len // size),
     )
     runner.cache = cache(num_blocks(config, needs, memory))
-    if memory is not None or config.captures(device.is_cuda):
+    if memory is not None or not device.captures_on_demand:
         store.reserve()  # what was counted is taken, and graphs keep the addresses
-    if config.captures(device.is_cuda):
+    if not config.enforce_eager:
         runner.capture()
     return runner, needs
 

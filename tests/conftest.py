@@ -20,6 +20,8 @@ _checkout.load_packages(*PACKAGES)
 import pytest  # noqa: E402 - the two packages come first
 import torch  # noqa: E402
 
+from multilora_kernels import Pool  # noqa: E402
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -68,10 +70,15 @@ def _seed() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _poison() -> Iterator[None]:
-    """Fills what our packages get from `torch.empty` with NaN, so that an unwritten value shows."""
+    """Fills memory that our packages get with NaN, so that an unwritten value shows.
+
+    It comes from `torch.empty`, or from the pool of captured steps.
+    """
     with pytest.MonkeyPatch.context() as patch:
         for name in ("empty", "empty_like", "empty_strided"):
             patch.setattr(torch, name, _poisoned(getattr(torch, name)))
+        take = Pool.empty
+        patch.setattr(Pool, "empty", lambda *args: _fill(take(*args)))
         yield
 
 
@@ -83,9 +90,13 @@ def _poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         caller = sys._getframe(1).f_globals.get("__name__", "")
         if caller.partition(".")[0] not in ("multilora", "multilora_kernels"):
             return made
-        with torch.no_grad():
-            if made.dtype.is_floating_point or made.dtype.is_complex:
-                return made.fill_(float("nan"))
-            return made.fill_(True if made.dtype == torch.bool else torch.iinfo(made.dtype).max)
+        return _fill(made)
 
     return poisoned
+
+
+@torch.no_grad()
+def _fill(made: torch.Tensor) -> torch.Tensor:
+    if made.dtype.is_floating_point or made.dtype.is_complex:
+        return made.fill_(float("nan"))
+    return made.fill_(True if made.dtype == torch.bool else torch.iinfo(made.dtype).max)

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+import multilora_kernels as mk
 from multilora.device import CudaDevice
-from multilora.recording import Recording, _Recorder
+from multilora.recording import Recorder, Recording
 from multilora_kernels import cuda
 
 if TYPE_CHECKING:
@@ -61,11 +62,11 @@ def install(patch: pytest.MonkeyPatch) -> Calls:
     @contextmanager
     def capturing(graph: Any, pool: Any = None) -> Iterator[None]:
         calls.append(f"capture in pool {pool}")
-        recorder = _Recorder()
+        recorder = Recorder(mk.Pool())
         with recorder:
             yield
         graph.recording = Recording.__new__(Recording)
-        graph.recording._calls = recorder.calls
+        graph.recording._steps, graph.recording._inputs = recorder.steps(), recorder.inputs
 
     class Graph:
         def replay(self) -> None:

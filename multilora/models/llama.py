@@ -79,7 +79,9 @@ class Llama(nn.Module):
         residual = torch.zeros_like(x)
         for block in self.blocks:
             x = block(x, residual, batch, cache, self.rope)
-        x = self.norm(x, residual)[batch.logits_rows]
+        x = self.norm(x, residual)
+        if batch.logits_rows is not None:
+            x = x[batch.logits_rows]
         logits: Tensor = self.head(x, batch)
         return logits
 

@@ -1,7 +1,8 @@
 """Captured decode steps: which sizes there are, which one a step takes, and the bits that come out.
 
 On a CPU a graph is a recording of operators (`multilora/recording.py`): like a CUDA graph it reads
-nothing but fixed buffers, so a count or a table that was baked in at capture shows here.
+nothing but fixed buffers, so a count or a table that was baked in at capture shows here. A CPU has
+graphs of its own for each size, made on demand; `like_a_gpu` takes a GPU's, which are made before.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import multilora_kernels as mk
-from multilora.graphs import Graphs, extents, tile_sizes, token_sizes
+from multilora.device import Device
+from multilora.graphs import ON_DEMAND_TOKENS, Graphs, extents, tile_sizes, token_sizes
+from multilora.layers import Rope
 from multilora.request import SamplingParams
 from tests.adapters import write_adapter
 from tests.checkpoints import TINY, write_checkpoint
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from multilora.engine import Engine
+
+needs_cpp = pytest.mark.skipif(not mk.HAS_CPP, reason="the C++ library is not built")
 
 RANKS = {"a": 8, "b": 16, "c": 64}
 WIDE = {"max_num_seqs": 40, "num_kv_blocks": 512, "max_num_batched_tokens": 256, "max_loras": 24}
@@ -70,7 +75,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def engine_of(root: Path, **settings: Any) -> Engine:
     names = (*RANKS, "q", "head", *(f"n{i}" for i in range(20)))
-    return make_engine(root / "base", {name: root / name for name in names}, **WIDE, **settings)
+    return make_engine(root / "base", {n: root / n for n in names}, **WIDE | settings)
 
 
 class Seen:
@@ -78,15 +83,15 @@ class Seen:
 
     def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
         self.sizes: list[tuple[int, int]] = []
-        graphs = engine.runner.graphs
-        assert graphs is not None
-        replay = Graphs.replay
+        assert engine.runner.graphs is not None
+        run = Graphs.run
 
-        def counted(graphs: Graphs, graph: Any, sent: Any) -> Any:
-            self.sizes.append((graph.extent.tokens, graph.extent.tiles))
-            return replay(graphs, graph, sent)
+        def counted(graphs: Graphs, extent: Any, sites: Any, *rest: Any) -> Any:
+            if (extent, sites) in graphs._graphs:
+                self.sizes.append((extent.tokens, extent.tiles))
+            return run(graphs, extent, sites, *rest)
 
-        monkeypatch.setattr(Graphs, "replay", counted)
+        monkeypatch.setattr(Graphs, "run", counted)
 
 
 def jobs(names: list[Any]) -> list[Job]:
@@ -113,23 +118,44 @@ MIXES = {
 }
 
 
+@pytest.fixture(params=["on demand", "like a GPU"])
+def style(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How graphs are captured."""
+    if request.param == "like a GPU":
+        monkeypatch.setattr(Device, "captures_on_demand", False)
+    elif not mk.HAS_CPP:
+        pytest.skip("without the C++ library a CPU captures nothing on demand")
+    return str(request.param)
+
+
+@pytest.fixture
+def like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Device, "captures_on_demand", False)
+
+
+def eager(root: Path, work: list[Job]) -> list[Any]:
+    return [facts(output) for output in run(engine_of(root, enforce_eager=True), work)]
+
+
 @pytest.mark.parametrize("case", MIXES)
 def test_replays_give_the_bits_of_eager_steps(
-    root: Path, case: str, monkeypatch: pytest.MonkeyPatch
+    root: Path, case: str, style: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = [facts(output) for output in run(engine_of(root), jobs(MIXES[case]))]
-    engine = engine_of(root, enforce_eager=False)
+    engine, wanted = engine_of(root), eager(root, jobs(MIXES[case]))
     seen = Seen(engine, monkeypatch)
-    assert [facts(output) for output in run(engine, jobs(MIXES[case]))] == wanted
+    for _ in range(3):  # at last all sizes are captured, and prompts come from the prefix cache
+        assert [facts(output) for output in run(engine, jobs(MIXES[case]))] == wanted
     assert seen.sizes
     if case == "base":
         assert {tiles for _, tiles in seen.sizes} == {0}
+    if style == "on demand":  # no row is padding
+        assert {tokens for tokens, _ in seen.sizes} <= set(range(1, len(MIXES[case]) + 1))
 
 
 def test_many_adapters_take_the_next_graph_and_none_is_cut_off(
-    root: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, like_a_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = engine_of(root, enforce_eager=False)
+    engine = engine_of(root)
     seen = Seen(engine, monkeypatch)
     run(engine, jobs(MIXES["more tiles than the small graph"]))
     small, large = tile_sizes(32, WIDE["max_loras"])
@@ -140,20 +166,19 @@ def test_many_adapters_take_the_next_graph_and_none_is_cut_off(
 
 
 def test_an_adapted_head_and_prompts_run_uncaptured(
-    root: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, style: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = [Job(prompt_of(20), greedy(4), "head"), Job(prompt_of(9), greedy(4), "a")]
-    wanted = [facts(output) for output in run(engine_of(root), work)]
-    engine = engine_of(root, enforce_eager=False)
+    engine = engine_of(root)
     seen = Seen(engine, monkeypatch)
-    assert [facts(output) for output in run(engine, work)] == wanted
+    assert [facts(output) for output in run(engine, work)] == eager(root, work)
     assert not seen.sizes
 
 
-def test_graphs_survive_an_adapter_that_comes_and_goes(root: Path) -> None:
+def test_graphs_survive_an_adapter_that_comes_and_goes(root: Path, style: str) -> None:
     answers = []
-    for eager in (None, False):
-        engine = engine_of(root, enforce_eager=eager)
+    for is_eager in (True, False):
+        engine = engine_of(root, enforce_eager=is_eager)
         first = run(engine, jobs(["a", "b"]))
         engine.unload_adapter("a")
         engine.load_adapter("a", root / "c")
@@ -161,10 +186,59 @@ def test_graphs_survive_an_adapter_that_comes_and_goes(root: Path) -> None:
     assert answers[0] == answers[1]
 
 
-def test_the_capture_says_what_it_took(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_capture_says_what_it_took(
+    root: Path, like_a_gpu: None, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.INFO, "multilora"):
-        make_engine(root / "base", enforce_eager=False)
+        make_engine(root / "base")
     assert any("captured 3 decode graphs of up to 16 tokens in" in m for m in caplog.messages)
+
+
+@needs_cpp
+def test_a_size_is_captured_when_it_comes_again(root: Path) -> None:
+    engine = engine_of(root)
+    graphs = engine.runner.graphs
+    assert graphs is not None
+    run(engine, [Job(prompt_of(5), greedy(2), "a")])  # one token of the prompt's step, one more
+    assert len(graphs) == 0
+    run(engine, [Job(prompt_of(5), greedy(3), "b")])
+    assert len(graphs) == 1
+    run(engine, [Job(prompt_of(5), greedy(9), "c"), Job(prompt_of(9), greedy(9), None)])
+    assert len(graphs) == 2
+
+
+@needs_cpp
+def test_a_site_that_a_later_adapter_needs_first_is_in_the_graph_from_then_on(root: Path) -> None:
+    work = [Job(prompt_of(5), greedy(8), name) for name in ("q", "a", "q")]
+    engine = engine_of(root)  # no page of any site is there before the first request
+    found = [facts(output) for job in work for output in run(engine, [job])]
+    assert found == [fact for job in work for fact in eager(root, [job])]
+
+
+@needs_cpp
+def test_positions_beyond_the_tables_make_new_graphs(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Rope, "STEP", 16)
+    work = [Job(prompt_of(6, seed=i), greedy(40), "a") for i in range(2)]
+    engine = engine_of(root)
+    seen = Seen(engine, monkeypatch)
+    assert [facts(output) for output in run(engine, work)] == eager(root, work)
+    assert len(engine.runner.graphs or ()) == 1  # of the last tables
+    assert len(seen.sizes) > 30
+
+
+@needs_cpp
+def test_more_rows_than_graphs_are_made_for_run_uncaptured(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = ON_DEMAND_TOKENS + 3
+    work = [Job(prompt_of(3, seed=i), greedy(3 + i % 4), "a") for i in range(count)]
+    settings = {"max_num_seqs": count, "max_num_batched_tokens": 4 * count}
+    engine = engine_of(root, **settings)
+    seen = Seen(engine, monkeypatch)
+    assert [facts(output) for output in run(engine, work)] == eager(root, work)
+    assert all(tokens <= ON_DEMAND_TOKENS for tokens, _ in seen.sizes)
 
 
 def test_shrinking_beside_the_base_gives_the_same_answers(root: Path) -> None:

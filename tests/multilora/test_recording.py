@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
 import multilora_kernels as mk
 from multilora.recording import Recording
+
+needs_cpp = pytest.mark.skipif(not mk.HAS_CPP, reason="the C++ library is not built")
 
 
 def test_a_replay_reads_what_the_buffers_hold_by_then() -> None:
@@ -56,6 +61,67 @@ def test_numbers_of_the_host_stay_as_they_were() -> None:
     factor[0] = 5
     recording.replay()
     assert recording.output.tolist() == [3, 3]
+
+
+@needs_cpp
+def test_calls_in_a_row_are_one_program_whose_results_share_memory() -> None:
+    x, weight, norm = torch.randn(4, 64), mk.pack(torch.randn(64, 64)), torch.randn(64)
+    pool, depth = mk.Pool(), 30
+
+    def work() -> torch.Tensor:
+        y = x * 2
+        for _ in range(depth):
+            y = mk.rms_norm(mk.linear(y, weight), norm, 1e-5)
+        return y
+
+    recordings = [Recording(work, pool) for _ in range(5)]
+    assert len({pool.empty((4, 64), torch.float32).data_ptr() for _ in range(9)}) == 1
+    for recording in recordings:
+        assert [len(program) for program in recording.programs()] == [2 * depth]
+        assert len(recording) == 2
+        x.normal_()
+        recording.replay()
+        assert torch.equal(recording.output, work())
+        assert recording.output.data_ptr() == recordings[0].output.data_ptr()
+
+
+@needs_cpp
+def test_a_result_that_an_operator_of_torch_reads_stays_in_place() -> None:
+    x, weight = torch.randn(4, 64), mk.pack(torch.randn(64, 64))
+
+    def work() -> torch.Tensor:
+        first = mk.linear(x, weight)
+        second = mk.linear(first, weight)
+        third = mk.linear(second, weight)
+        return mk.linear(first + third, weight)
+
+    recording = Recording(work)
+    x.normal_()
+    recording.replay()
+    assert torch.equal(recording.output, work())
+
+
+@needs_cpp
+def test_an_operator_that_copies_first_is_recorded_as_a_whole() -> None:
+    x, weight = torch.randn(64, 4), mk.pack(torch.randn(64, 64))
+    recording = Recording(lambda: mk.linear(x.T, weight))
+    assert not recording.programs()
+    x.normal_()
+    recording.replay()
+    assert torch.equal(recording.output, mk.linear(x.T, weight))
+
+
+@needs_cpp
+def test_what_the_calls_read_stays_alive() -> None:
+    x, weights = torch.randn(4, 64), [mk.pack(torch.randn(64, 64)) for _ in range(2)]
+    recording = Recording(lambda: mk.linear(mk.linear(x, weights[0]), weights[1]))
+    alive = [weakref.ref(weight.data) for weight in weights]
+    weights.clear()
+    gc.collect()
+    assert all(ref() is not None for ref in alive)
+    del recording
+    gc.collect()
+    assert all(ref() is None for ref in alive)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,145 @@
+"""Calls of the C++ library that are kept and made again, and the pool that their results lie in."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import multilora_kernels as mk
+from multilora_kernels import calls, native
+
+needs_cpp = pytest.mark.skipif(not native.HAS_CPP, reason="the C++ library is not built")
+
+
+def taped(tape: mk.Tape) -> mk.Program:
+    return mk.Program(tape.take())
+
+
+# Programs -----------------------------------------------------------------------------------------
+
+
+@needs_cpp
+def test_a_program_computes_on_what_its_memory_holds_by_then() -> None:
+    x, weight, norm = torch.randn(5, 64), mk.pack(torch.randn(96, 64)), torch.randn(96)
+    with mk.Tape(mk.Pool()) as tape:
+        y = mk.silu_mul(mk.rms_norm(mk.linear(x, weight), norm, 1e-5))
+    program = taped(tape)
+    x.normal_()
+    program.run()
+    assert torch.equal(y, mk.silu_mul(mk.rms_norm(mk.linear(x, weight), norm, 1e-5)))
+    assert len(program) == 3
+
+
+@needs_cpp
+def test_a_program_says_what_took_how_long() -> None:
+    x, weight = torch.randn(64, 512), mk.pack(torch.randn(512, 512))
+    with mk.Tape(mk.Pool()) as tape:
+        mk.silu_mul(mk.linear(x, weight))
+    found = taped(tape).measure()
+    assert [name for name, _, _ in found] == ["gemm", "silu_mul"]
+    assert [args.rows for name, args, _ in found if name == "gemm"] == [64]
+    assert all(0 < seconds < 10 for _, _, seconds in found)
+
+
+@needs_cpp
+def test_a_program_checks_indices_each_time() -> None:
+    y, x = torch.zeros(3, 16), torch.randn(3, 16)
+    a, b = torch.randn(2, 1, 8, 16), torch.randn(2, 8, 16)
+    table = mk.Table(torch.tensor([[1]], dtype=torch.int32), torch.ones(1, 1), torch.ones(1).int())
+    tiles = mk.make_tiles([0, 0, -1], 16)
+    with mk.Tape(mk.Pool()) as tape:
+        mk.lora_(y, x, a, b, table, tiles, (0, 16))
+    program, once = taped(tape), y.clone()
+    table.page_ids[0, 0] = 2
+    with pytest.raises(IndexError, match="page id"):
+        program.run()
+    assert torch.equal(y, once)
+    table.page_ids[0, 0] = 1
+    program.run()
+    assert not torch.equal(y, once)
+
+
+@needs_cpp
+def test_what_is_called_outside_of_a_tape_or_in_another_thread_is_not_kept() -> None:
+    x = torch.randn(2, 32)
+    tape, inner = mk.Tape(mk.Pool()), mk.Tape(mk.Pool())
+    with tape:
+        with inner:
+            mk.silu_mul(x)
+        other = threading.Thread(target=mk.silu_mul, args=(x,))
+        other.start()
+        other.join()
+        mk.silu_mul(x)
+    mk.silu_mul(x)
+    assert len(tape.take()) == len(inner.take()) == 1
+    assert not tape.take()
+
+
+@needs_cpp
+def test_a_call_names_all_the_memory_that_it_uses() -> None:
+    """What a recording trusts: an operator whose calls use other memory is recorded as a whole."""
+    x, weight = torch.randn(64, 6).T, mk.pack(torch.randn(96, 64))
+    with mk.Tape(mk.Pool()) as tape:
+        y = mk.linear(x, weight)
+    (call,) = tape.take()
+    assert isinstance(call.args, native.GemmArgs)
+    at = {t.data_ptr() for t in call.tensors}
+    assert {call.args.y, call.args.x, call.args.packed} == at
+    assert y.data_ptr() in at
+    assert x.data_ptr() not in at  # its rows are no rows in memory: a copy was multiplied
+
+
+def test_the_kinds_are_those_of_the_header() -> None:
+    assert set(calls.KINDS) <= native.SIGNATURES.keys()
+
+
+# The pool -----------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.integers(1, 5000), st.integers(0, 3)), max_size=60))
+def test_live_tensors_of_a_pool_are_apart(steps: list[tuple[int, int]]) -> None:
+    pool, live = mk.Pool(), []
+    for i, (count, freed) in enumerate(steps):
+        tensor = pool.empty((count,), torch.int32).fill_(i)
+        assert tensor.data_ptr() % 64 == 0
+        assert pool.owns(tensor)
+        live.append((i, tensor[: count // 2 + 1]))  # a view holds it as well
+        del tensor
+        del live[:freed]
+        assert all(bool((view == value).all()) for value, view in live)
+
+
+def test_memory_that_nobody_holds_is_given_again() -> None:
+    pool = mk.Pool()
+    first = pool.empty((100,), torch.float32)
+    at, view = first.data_ptr(), first.view(10, 10)[3]
+    del first
+    assert pool.empty((100,), torch.float32).data_ptr() != at
+    del view
+    assert pool.empty((7, 13), torch.float32).data_ptr() == at  # about as large
+    assert not pool.owns(torch.empty(5))
+    assert pool.empty((0, 3), torch.float32).shape == (0, 3)
+
+
+def test_what_is_borrowed_holds_nothing_back() -> None:
+    pool = mk.Pool()
+    tensor = pool.empty((4, 5), torch.bfloat16).fill_(3)
+    at, borrowed = tensor.data_ptr(), pool.borrow(tensor)
+    del tensor
+    assert borrowed.shape == (4, 5)
+    assert borrowed.eq(3).all()
+    pool.empty((4, 5), torch.bfloat16).fill_(4)
+    assert borrowed.eq(4).all()
+    assert borrowed.data_ptr() == at
+
+
+def test_a_pool_grows_by_regions_and_takes_large_tensors() -> None:
+    pool = mk.Pool()
+    tensors = [pool.empty((9 << 20,), torch.uint8).fill_(i) for i in range(4)]
+    tensors.append(pool.empty((70 << 20,), torch.uint8).fill_(4))
+    assert all(t.eq(i).all() for i, t in enumerate(tensors))
+    assert all(pool.owns(t) for t in tensors)
