@@ -2,8 +2,9 @@
 
     python bench/bench_step.py --work 1b --precision bf16 --requests 1,8,16
 
-Llama 3.2 1B's shape with random weights, every request with an adapter of its own. The kernels are
-timed around their calls, the rest is what the step takes besides. A part's floor is
+Llama 3.2 1B's shape with random weights, every request with an adapter of its own. Steps are
+captured; the kernels are timed one by one in C++ when they are made again, the rest is what a step
+takes besides. A part's floor is
 `max(flops / peak, bytes / bandwidth)` with the rates that floor.py measures, the better of before
 and after, since they change from minute to minute. The peak is that of FMA for fp32; activations of
 16 bits, which all other precisions have, may meet the machine's bf16 dot products.
@@ -24,7 +25,6 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -51,7 +51,7 @@ from work import (
 )
 
 import multilora_kernels as mk
-from multilora import SamplingParams, layers, runner, sampler
+from multilora import SamplingParams, runner, sampler
 from multilora.engine import Engine
 
 FUSED = {  # site -> its linears
@@ -61,83 +61,75 @@ FUSED = {  # site -> its linears
     "down": ("down_proj",),
 }
 STEP, SAMPLING, REST = "whole step", "sampling", "Python and the rest"
+OPS = {"lora": "lora_", "rope_store_kv": "rope_store_kv_"}  # by the C++ function
 
 
 class Stopwatch:
-    """Seconds by part; nested parts count for the inner one."""
+    """Seconds by part of one captured step: its kernels' own, the sampler's, and all."""
 
-    def __init__(self) -> None:
+    def __init__(self, shape: Shape) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
-        self._site, self._inner = "", 0.0
+        self._site = {
+            (shape.linears[names[0]][2], sum(shape.linears[n][1] for n in names)): site
+            for site, names in FUSED.items()
+        }
 
-    def wrap(self, name: Callable[[], str], function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, its time added to the part that `name` gives when it is called."""
+    def run(self, program: mk.Program) -> None:
+        """`Program.run`, its calls timed."""
+        for name, args, seconds in program.measure():
+            self.seconds[self.part(name, args)] += seconds
+
+    def part(self, name: str, args: Any) -> str:
+        """A linear is a part for each site; other kernels are one each."""
+        if name == "gemm":
+            return f"linear {self._site.get((getattr(args, 'in'), args.out), 'lm_head')}"
+        return OPS.get(name, name)
+
+    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, whose time is a part."""
 
         @functools.wraps(function)
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            outer, self._inner = self._inner, 0.0
+        def call(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                spent = time.perf_counter() - start
-                self.seconds[name()] += spent - self._inner
-                self._inner = outer + spent
+            found = function(*args, **kwargs)
+            self.seconds[part] += time.perf_counter() - start
+            return found
 
-        return timed
+        return call
 
-    def at_site(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """`Linear.forward`, whose kernels then count for its site."""
-
-        def timed(linear: Any, *args: Any, **kwargs: Any) -> Any:
-            self._site = linear.site.name
-            return forward(linear, *args, **kwargs)
-
-        return timed
-
-    def part(self, op: str) -> str:
-        """A linear is a part for each site; other kernels are one each."""
-        return f"linear {self._site}" if "linear" in op else op
-
-    def patches(self) -> list[Any]:
-        """What puts the watch around every public kernel and the sampler."""
-        ops = [
-            name
-            for name in mk.__all__
-            if callable(getattr(mk, name)) and not isinstance(getattr(mk, name), type)
-        ]
-        found: list[Any] = [
-            patch.object(mk, op, self.wrap(functools.partial(self.part, op), getattr(mk, op)))
-            for op in ops
-        ]
-        found.append(patch.object(layers.Linear, "forward", self.at_site(layers.Linear.forward)))
-        found.append(patch.object(runner, "sample", self.wrap(lambda: SAMPLING, sampler.sample)))
-        found.append(patch.object(Engine, "step", self.wrap(lambda: REST, Engine.step)))
-        return found
+    def step(self, engine: Engine) -> dict[str, float]:
+        """The parts of the engine's next step."""
+        with (
+            patch.object(mk.Program, "run", lambda program: self.run(program)),
+            patch.object(runner, "sample", self.timed(SAMPLING, sampler.sample)),
+        ):
+            start = time.perf_counter()
+            engine.step()
+            whole = time.perf_counter() - start
+        rest = whole - sum(self.seconds.values())
+        return {**self.seconds, REST: rest, STEP: whole}
 
 
-def profile(engine: Engine, rows: list[list[int]], adapters: list[int | None], steps: int) -> Any:
+def profile(
+    engine: Engine, shape: Shape, rows: list[list[int]], adapters: list[int | None], steps: int
+) -> Any:
     """Median seconds of each part over decode steps, and the context in their middle."""
-    params = SamplingParams(temperature=0, max_tokens=steps + 4, ignore_eos=True, detokenize=False)
+    before = 3  # steps until theirs is captured
+    most = steps + before + 2 * len(rows)  # those whose prompt came first are ahead
+    params = SamplingParams(temperature=0, max_tokens=most, ignore_eos=True, detokenize=False)
     left = {
         engine.add(ids, params, adapter=None if a is None else f"a{a}")
         for ids, a in zip(rows, adapters, strict=True)
     }
     while left:  # until each has its first token
         left -= {output.request_id for output in engine.step() if output.outputs[0].token_ids}
-    engine.step()
-    taken: list[dict[str, float]] = []
-    for _ in range(steps):
-        watch = Stopwatch()
-        with ExitStack() as stack:
-            for one in watch.patches():
-                stack.enter_context(one)
-            engine.step()
-        taken.append(watch.seconds | {STEP: sum(watch.seconds.values())})
+    for _ in range(before):
+        engine.step()
+    taken = [Stopwatch(shape).step(engine) for _ in range(steps)]
     while engine.has_work:
         engine.step()
     parts = {name: median(t.get(name, 0.0) for t in taken) for name in taken[-1]}
-    return parts, len(rows[0]) + 2 + steps // 2
+    return parts, len(rows[0]) + 1 + before + steps // 2
 
 
 def floors(
@@ -226,7 +218,7 @@ def main() -> None:
     results = []
     for precision in args.precision.split(","):
         try:
-            peer = Ours(work, precision, args.threads, {"enforce_eager": True} | args.settings)
+            peer = Ours(work, precision, args.threads, args.settings)
         except NotSupportedError as error:
             print(f"{precision}: not supported: {error}")
             continue
@@ -234,7 +226,7 @@ def main() -> None:
             adapters = adapters_of(args.case, requests)
             rows = prompts(requests, args.prompt, work.shape.vocab)
             peaks = measure(args.threads)
-            parts, context = profile(peer.llm.engine, rows, adapters, args.steps)
+            parts, context = profile(peer.llm.engine, work.shape, rows, adapters, args.steps)
             peaks = peaks.or_better(measure(args.threads))
             rate = peaks.rate("fp32" if precision == "fp32" else "bf16", dots=True)
             work_of = floors(work.shape, precision, adapters, context)
