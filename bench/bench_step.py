@@ -213,6 +213,8 @@ def main() -> None:
     parser.add_argument("--settings", type=json.loads, default={}, help="our settings, as JSON")
     parser.add_argument("--save", type=Path)
     args = parser.parse_args()
+    if not mk.HAS_CPP:
+        parser.error("only steps in C++ are captured: the library needs a compiler when installed")
     work = Work(args.work, args.root)
     write_all(work)
     results = []

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from work import Work
 
+import multilora_kernels as mk
+
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 
 
@@ -35,6 +37,7 @@ def test_ours_and_peft_run_the_same_work_to_the_same_tokens(tmp_path: Path) -> N
     assert "tokens" not in result
 
 
+@pytest.mark.skipif(not mk.HAS_CPP, reason="the C++ library is not built")
 def test_a_steps_parts_are_named_and_add_up(tmp_path: Path) -> None:
     from bench_step import REST, SAMPLING, STEP, Ours, floors, profile
     from models import write_all
@@ -44,7 +47,7 @@ def test_a_steps_parts_are_named_and_add_up(tmp_path: Path) -> None:
     write_all(work)
     peer, adapters = Ours(work, "fp32", 1, {}), adapters_of("distinct", 3)
     rows = prompts(3, 8, work.shape.vocab)
-    parts, context = profile(peer.llm.engine, rows, adapters, 2)
+    parts, context = profile(peer.llm.engine, work.shape, rows, adapters, 2)
     linears = {f"linear {site}" for site in ("qkv", "o", "gate_up", "down", "lm_head")}
     assert linears | {"lora_", "paged_attention", SAMPLING, REST, STEP} <= set(parts)
     assert linears <= set(floors(work.shape, "fp32", adapters, context))
