@@ -6,7 +6,7 @@ Knows tensors, not adapters, requests or models. The meaning of each op is in `r
 from __future__ import annotations
 
 from . import cuda, plans, reference
-from .calls import Call, Program, Tape
+from .calls import Call, Program, Tape, results_in
 from .memory import Pool, empty_huge
 from .native import HAS_CPP
 from .ops import (
@@ -66,6 +66,7 @@ __all__ = [
     "plans",
     "quantize",
     "reference",
+    "results_in",
     "rms_norm",
     "rope_store_kv_",
     "silu_mul",

@@ -6,8 +6,10 @@ then, so the memory must stay: results of taped calls come from the tape's `Pool
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from ctypes import Structure, addressof, byref, c_double
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -22,6 +24,10 @@ from .memory import Pool
 KINDS = ("lora", "paged_attention", "silu_mul", "rms_norm", "rope_store_kv", "gemm")
 
 
+LARGEST = 256 << 20
+"""Bytes of a result that a pool keeps; logits of all tokens of a prompt may have more."""
+
+
 class Call(NamedTuple):
     """One call. Its tensors are those that it reads and writes."""
 
@@ -32,6 +38,7 @@ class Call(NamedTuple):
 
 class _Current(threading.local):
     tape: Tape | None = None
+    pool: Pool | None = None
 
 
 _current = _Current()
@@ -74,10 +81,26 @@ def call(name: str, args: Structure, *tensors: Tensor | None) -> None:
         _current.tape.note(Call(name, args, tuple(t for t in tensors if t is not None)))
 
 
+@contextmanager
+def results_in(pool: Pool) -> Iterator[None]:
+    """Results of this thread's calls come from the pool, but for very large ones.
+
+    What torch allocates for a prompt's step goes back to the system after each operator, and comes
+    as new pages: for 2,048 tokens the first write to them can take as long as the product itself.
+    """
+    outer, _current.pool = _current.pool, pool
+    try:
+        yield
+    finally:
+        _current.pool = outer
+
+
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """`torch.empty` for the result of a call."""
     if _current.tape is not None:
         return _current.tape.pool.empty(shape, dtype)
+    if _current.pool is not None and math.prod(shape) * dtype.itemsize <= LARGEST:
+        return _current.pool.empty(shape, dtype)
     return torch.empty(tuple(shape), dtype=dtype)
 
 

@@ -79,7 +79,7 @@ class Device:
 
     def __init__(self) -> None:
         self.torch = torch.device("cpu")
-        self._memory = mk.Pool()  # that all captured graphs share
+        self._memory = mk.Pool()  # of results, in captured steps and others
 
     @property
     def name(self) -> str:
@@ -114,6 +114,10 @@ class Device:
     def capture(self, work: Callable[[], Tensor]) -> Replay:
         """Keeps the work for replay; here it is done as well. It may use fixed buffers only."""
         return Recording(work, self._memory)
+
+    def scratch(self) -> AbstractContextManager[Any]:
+        """Within, kernels put their results where those of earlier steps were."""
+        return mk.results_in(self._memory)
 
     def synchronize(self) -> None:
         """Waits for all work."""
@@ -197,6 +201,10 @@ class CudaDevice(Device):
             output = work()
         self._pool = self._pool or graph.pool()
         return _CudaReplay(graph, output)
+
+    def scratch(self) -> AbstractContextManager[Any]:
+        """Nothing: torch keeps a GPU's memory."""
+        return contextlib.nullcontext()
 
     def synchronize(self) -> None:
         """Waits for all work."""

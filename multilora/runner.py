@@ -137,7 +137,8 @@ class Runner:
             batch_invariant=self._config.batch_invariant,
             side=self._side,
         )
-        logits: Tensor = self.model(batch, self.cache)
+        with self._device.scratch():
+            logits: Tensor = self.model(batch, self.cache)
         return logits
 
     def _site_lora(self, name: str, sent: Mapping[str, Tensor]) -> SiteLora:

@@ -143,3 +143,32 @@ def test_a_pool_grows_by_regions_and_takes_large_tensors() -> None:
     tensors.append(pool.empty((70 << 20,), torch.uint8).fill_(4))
     assert all(t.eq(i).all() for i, t in enumerate(tensors))
     assert all(pool.owns(t) for t in tensors)
+
+
+# Results of calls outside of a tape ---------------------------------------------------------------
+
+
+@needs_cpp
+def test_results_come_from_a_pool_where_one_is_given() -> None:
+    x, pool, inner = torch.randn(2, 32), mk.Pool(), mk.Pool()
+    with mk.results_in(pool):
+        kept = mk.silu_mul(x)
+        at = mk.silu_mul(x).data_ptr()
+        with mk.results_in(inner):
+            assert inner.owns(mk.silu_mul(x))
+        again = mk.silu_mul(x)
+    assert pool.owns(kept)
+    assert again.data_ptr() == at != kept.data_ptr()
+    assert torch.equal(kept, again)
+    assert not pool.owns(mk.silu_mul(x))
+
+
+@needs_cpp
+def test_very_large_results_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "LARGEST", 127)
+    x, pool = torch.randn(2, 32), mk.Pool()
+    with mk.results_in(pool):
+        assert not pool.owns(mk.silu_mul(x))  # 128 bytes
+        assert pool.owns(mk.silu_mul(x[:1]))
+        with mk.Tape(pool):  # whose programs need memory that stays
+            assert pool.owns(mk.silu_mul(x))
