@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import gc
 import weakref
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 import multilora_kernels as mk
 from multilora.recording import Recording
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 needs_cpp = pytest.mark.skipif(not mk.HAS_CPP, reason="the C++ library is not built")
 
@@ -83,6 +87,14 @@ def test_calls_in_a_row_are_one_program_whose_results_share_memory() -> None:
         recording.replay()
         assert torch.equal(recording.output, work())
         assert recording.output.data_ptr() == recordings[0].output.data_ptr()
+
+
+def test_a_capture_does_not_import_torchs_compiler(run_python: Callable[..., str]) -> None:
+    code = (
+        "import sys, torch; from multilora.recording import Recording; x = torch.ones(2); "
+        "Recording(lambda: x + 1).replay(); print('torch._dynamo' in sys.modules)"
+    )
+    assert run_python(code).split() == ["False"]
 
 
 @needs_cpp
