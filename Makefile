@@ -98,7 +98,7 @@ SANITIZED := LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-
              MULTILORA_CPP_LIBRARY=$(CURDIR)/build/sanitize/_cpu.so
 SANITIZED_TESTS := $(addprefix tests/kernels/test_,ops.py hostile_indices.py)
 SANITIZED_ONCE := $(addprefix tests/kernels/test_,packed.py top_logprobs.py draw.py native.py \
-                  threads.py sanitizer.py calls.py)
+                  threads.py sanitizer.py calls.py pool.py)
 
 sanitize: install build/sanitize/_cpu.so
 	$(SANITIZED) $(BIN)/pytest -q -k "not opcheck" $(SANITIZED_TESTS) $(SANITIZED_ONCE)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from . import cuda, plans, reference
 from .calls import Call, Program, Tape, results_in
-from .memory import Pool, empty_huge
+from .memory import empty_huge
 from .native import HAS_CPP
 from .ops import (
     apply_token_mask_,
@@ -34,6 +34,7 @@ from .packed import (
     unpack_rows,
     worth_packing,
 )
+from .pool import Pool
 from .tiles import DECODE_TILE, PREFILL_TILE, Table, Tiles, make_tiles
 from .tiles import capacity as tile_capacity
 

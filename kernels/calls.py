@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import indices, native
-from .memory import Pool
+from .pool import Pool
 
 # The functions that a program can call, in the order of MULTILORA_CALL_... in csrc/cpu_ops.h.
 KINDS = ("lora", "paged_attention", "silu_mul", "rms_norm", "rope_store_kv", "gemm")

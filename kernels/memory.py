@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
-import weakref
 from collections.abc import Sequence
 from threading import Lock
 
@@ -22,7 +21,7 @@ PAGE = 2 << 20  # bytes
 REGION = 32 << 20
 
 
-class _Region:
+class Region:
     """A mapping, given away from its start. It is freed with the last tensor that lies in it."""
 
     def __init__(self, size: int) -> None:
@@ -50,82 +49,21 @@ class _Allocator:
     """Small tensors share a region, so that they too lie in huge pages."""
 
     def __init__(self) -> None:
-        self._shared: _Region | None = None
+        self._shared: Region | None = None
         self._lock = Lock()
 
     def take(self, size: int) -> tuple[mmap.mmap, int]:
         """A mapping and where in it `size` bytes of our own begin."""
         if size > REGION // 2:
-            region = _Region(size)
+            region = Region(size)
             return region.data, region.used
         with self._lock:
             start = None if self._shared is None else self._shared.take(size)
             if self._shared is None or start is None:
-                self._shared = _Region(REGION)
+                self._shared = Region(REGION)
                 start = self._shared.take(size)
             assert start is not None
             return self._shared.data, start
-
-
-class Pool:
-    """Memory for tensors that come and go in one order again and again. It does not shrink.
-
-    What a tensor of the pool leaves is given to the next one of about its size.
-    """
-
-    def __init__(self) -> None:
-        self._regions: list[_Region] = []
-        self._free: dict[int, list[tuple[_Region, int]]] = {}  # by size, the last to come first
-        self._live: dict[int, weakref.ref[memoryview]] = {}  # by address
-
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """`torch.empty` on a CPU."""
-        count = math.prod(shape)
-        if count == 0:
-            return torch.empty(tuple(shape), dtype=dtype)
-        size = 1 << max(count * dtype.itemsize - 1, 63).bit_length()
-        free = self._free.setdefault(size, [])
-        region, start = free.pop() if free else self._new(size)
-        block = memoryview(region.data)[start : start + size]
-        tensor = torch.frombuffer(block, dtype=dtype, count=count).view(tuple(shape))
-        address = tensor.data_ptr()
-
-        def give_back(_: object) -> None:
-            del self._live[address]
-            free.append((region, start))
-
-        self._live[address] = weakref.ref(block, give_back)  # the tensor's memory holds the block
-        return tensor
-
-    def owns(self, tensor: Tensor) -> bool:
-        """Whether the tensor lies in the pool."""
-        return self._region_of(tensor) is not None
-
-    def borrow(self, tensor: Tensor) -> Tensor:
-        """A dense tensor of the pool whose memory goes back all the same: to be read right away."""
-        region = self._region_of(tensor)
-        assert region is not None
-        flat = torch.frombuffer(
-            region.data,
-            dtype=tensor.dtype,
-            count=tensor.numel(),
-            offset=tensor.data_ptr() - region.address,
-        )
-        return flat.view(tensor.shape)
-
-    def _new(self, size: int) -> tuple[_Region, int]:
-        start = self._regions[-1].take(size) if self._regions else None
-        if start is None:
-            self._regions.append(_Region(max(size, REGION)))
-            start = self._regions[-1].take(size)
-            assert start is not None
-        return self._regions[-1], start
-
-    def _region_of(self, tensor: Tensor) -> _Region | None:
-        for region in self._regions:
-            if region.address <= tensor.data_ptr() < region.address + region.end:
-                return region
-        return None
 
 
 _allocator = _Allocator()

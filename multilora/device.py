@@ -79,7 +79,7 @@ class Device:
 
     def __init__(self) -> None:
         self.torch = torch.device("cpu")
-        self._memory = mk.Pool()  # of results, in captured steps and others
+        self._results = mk.Pool()  # of kernels, in captured steps and others
 
     @property
     def name(self) -> str:
@@ -113,11 +113,11 @@ class Device:
 
     def capture(self, work: Callable[[], Tensor]) -> Replay:
         """Keeps the work for replay; here it is done as well. It may use fixed buffers only."""
-        return Recording(work, self._memory)
+        return Recording(work, self._results)
 
     def scratch(self) -> AbstractContextManager[Any]:
-        """Within, kernels put their results where those of earlier steps were."""
-        return mk.results_in(self._memory)
+        """Within, kernels put results where those of earlier steps were: use them in this step."""
+        return mk.results_in(self._results)
 
     def synchronize(self) -> None:
         """Waits for all work."""

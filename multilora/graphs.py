@@ -1,8 +1,10 @@
 """Decode steps captured once and replayed: one launch for a whole model instead of hundreds.
 
-A graph has fixed sizes; a step takes the smallest graph that holds it, and one that none holds runs
-uncaptured. What changes from step to step lies in fixed buffers, the real counts of tiles among it.
-Steps without an adapter have graphs of their own, in which LoRA costs nothing.
+A graph has fixed sizes. On a GPU they are captured beforehand, and a step takes the smallest graph
+that holds it; on a CPU a size is captured when it comes for the second time, so that no row is
+padding. Other steps run uncaptured. What changes from step to step lies in fixed buffers, the real
+counts of tiles among it. Steps without an adapter have graphs of their own, in which LoRA costs
+nothing.
 """
 
 from __future__ import annotations
@@ -18,10 +20,8 @@ import multilora_kernels as mk
 
 from .device import Device, Replay
 from .inputs import ROWS, Extent, StepInputs
-from .layers import Rope
 
 logger = logging.getLogger(__name__)
-
 
 ON_DEMAND_TOKENS = 64
 """Most tokens of a graph on a CPU: beyond, what Python takes is nothing beside the work."""
@@ -56,32 +56,36 @@ def extents(max_seqs: int, max_loras: int, max_seq_len: int) -> list[Extent]:
     ]
 
 
+Work = Callable[[frozenset[str], Tensor], Tensor]
+"""A step that adapts these sites, as a function of its block table: logits [tokens, vocab]."""
+
+
 class Graphs:
-    """The captured decode steps of a runner.
+    """The captured decode steps of a runner."""
 
-    `sites` are those that graphs with LoRA may adapt. Graphs of a GPU are captured beforehand. A
-    CPU captures a size when it comes for the second time: no row is padding.
-    """
-
-    def __init__(self, device: Device, sites: Iterable[str], block_table: Tensor) -> None:
+    def __init__(
+        self,
+        device: Device,
+        sites: Iterable[str],  # that graphs with LoRA may adapt
+        has_pages: Callable[[str], bool],  # whether a site's rank pages have their place by now
+        block_table: Tensor,  # int32 [most sequences, max_blocks]
+        max_seq_len: int,
+    ) -> None:
         self.sites = frozenset(sites)
-        self._device = device
-        self._block_table = block_table  # int32 [most sequences, max_blocks]
+        self._device, self._has_pages = device, has_pages
+        self._block_table, self._max_seq_len = block_table, max_seq_len
         self._graphs: dict[tuple[Extent, frozenset[str]], Replay] = {}
         self._beforehand: list[Extent] = []  # the smallest first
-        self._came: set[tuple[Extent, frozenset[str]]] = set()  # those to capture next time
-        self._length = 0  # max_seq_len of the graphs captured on demand
+        self._came: set[tuple[Extent, frozenset[str]]] = set()  # on demand: to capture next time
 
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def capture(
-        self, sizes: Iterable[Extent], work: Callable[[Extent], Callable[[Tensor], Tensor]]
-    ) -> None:
-        """Captures `work(extent)(block_table)` for each extent. Says how long it took."""
+    def capture(self, sizes: Iterable[Extent], work: Callable[[Extent], Work]) -> None:
+        """Captures `work(extent)` for each extent. Says how long it took."""
         start, before = time.perf_counter(), self._device.memory()
         for extent in sizes:
-            self._capture(extent, self.sites if extent.tiles else frozenset(), work(extent))
+            self._capture(extent, self._adapted(extent), work(extent))
             self._beforehand.append(extent)
         self._beforehand.sort(key=lambda extent: (extent.tokens, extent.tiles))
         self._device.synchronize()
@@ -104,45 +108,38 @@ class Graphs:
         if need.max_query_len > 1 or not step.gives_all_logits or not step.sites <= self.sites:
             return None
         if self._device.captures_on_demand:
-            return self._own_extent(need) if need.tokens <= len(self._block_table) else None
+            tokens, tiles = need.tokens, need.tokens if need.tiles else 0
+            if tokens > len(self._block_table):
+                return None
+            return Extent(tokens, tokens, tokens, tiles, 0, 1, self._max_seq_len)
         for has in self._beforehand:
             adapts = (has.tiles > 0) == (need.tiles > 0)
             if adapts and has.tokens >= need.tokens and has.tiles >= need.tiles:
                 return has
         return None
 
-    def _own_extent(self, need: Extent) -> Extent:
-        if need.max_seq_len > self._length:  # tables of positions move when they grow
-            self._graphs.clear()
-            self._came.clear()
-            self._length = -(-need.max_seq_len // Rope.STEP) * Rope.STEP
-        tiles = need.tokens if need.tiles else 0
-        return Extent(need.tokens, need.seqs, need.logits, tiles, 0, 1, self._length)
-
-    def run(
-        self,
-        extent: Extent,
-        sites: frozenset[str],
-        sent: Mapping[str, Tensor],
-        work: Callable[[Tensor], Tensor],
-    ) -> Tensor:
-        """`work(block_table)`, the logits of a step whose fields were sent with the extent."""
-        table, key = sent["block_table"], (extent, sites)
+    def run(self, extent: Extent, sent: Mapping[str, Tensor], work: Work) -> Tensor:
+        """What `work` gives, for a step whose fields were sent with the extent."""
+        table, sites = sent["block_table"], self._adapted(extent)
         self._block_table[: table.shape[0], : table.shape[1]].copy_(table)
-        if key in self._graphs:
-            self._graphs[key].replay()
-        elif key in self._came:
-            self._capture(extent, sites, work)
-        else:
-            self._came.add(key)
-            return work(self._block_table[: extent.seqs])
-        return self._graphs[key].output
+        key = extent, sites
+        graph = self._graphs.get(key)
+        if graph is not None:
+            graph.replay()
+            return graph.output
+        if key in self._came:
+            return self._capture(extent, sites, work).output
+        self._came.add(key)
+        return work(sites, self._block_table[: extent.seqs])
 
-    def _capture(
-        self, extent: Extent, sites: frozenset[str], work: Callable[[Tensor], Tensor]
-    ) -> None:
-        block_table = self._block_table[: extent.seqs]
-        self._graphs[extent, sites] = self._device.capture(lambda: work(block_table))
+    def _adapted(self, extent: Extent) -> frozenset[str]:
+        return frozenset(filter(self._has_pages, self.sites)) if extent.tiles else frozenset()
+
+    def _capture(self, extent: Extent, sites: frozenset[str], work: Work) -> Replay:
+        table = self._block_table[: extent.seqs]
+        graph = self._device.capture(lambda: work(sites, table))
+        self._graphs[extent, sites] = graph
+        return graph
 
 
 def empty_block_table(seqs: int, max_blocks: int, device: Device) -> Tensor:

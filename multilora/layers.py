@@ -144,12 +144,15 @@ class Rope:
 
     def tables(self, length: int) -> tuple[Tensor, Tensor]:
         """cos and sin that cover at least `length` positions."""
-        while len(self.cos) < length:
-            first, device = len(self.cos), self.cos.device
-            positions = torch.arange(first, first + self.STEP, device="cpu").float()
-            angles = positions[:, None] * self.inv_freq
-            self.cos = torch.cat((self.cos, angles.cos().to(device)))
-            self.sin = torch.cat((self.sin, angles.sin().to(device)))
+        if len(self.cos) < length:
+            steps = [
+                torch.arange(first, first + self.STEP, device="cpu").float()[:, None]
+                * self.inv_freq
+                for first in range(len(self.cos), length, self.STEP)
+            ]
+            device = self.cos.device
+            self.cos = torch.cat((self.cos, *(angles.cos().to(device) for angles in steps)))
+            self.sin = torch.cat((self.sin, *(angles.sin().to(device) for angles in steps)))
         return self.cos, self.sin
 
 

@@ -45,12 +45,12 @@ class Recording:
     """The operators of `work`, in order, done once. A pool may serve many, one at a time."""
 
     def __init__(self, work: Callable[[], Tensor], pool: mk.Pool | None = None) -> None:
-        recorder = Recorder(pool or mk.Pool())
-        with recorder:
+        pool = pool or mk.Pool()
+        with mk.Tape(pool) as tape, _Recorder(tape) as recorder:
             output = work()
         self._steps = recorder.steps()
         self._inputs = recorder.inputs  # they stay alive
-        self.output = recorder.pool.borrow(output) if recorder.pool.owns(output) else output
+        self.output = pool.borrow(output) if pool.owns(output) else output
 
     def replay(self) -> None:
         """Calls every operator again. The output is valid until the pool's next use."""
@@ -66,29 +66,17 @@ class Recording:
         return len(self._steps)
 
 
-class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Keeps what is called inside of `with`."""
-
-    def __init__(self, pool: mk.Pool) -> None:
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self, tape: mk.Tape) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.pool = pool
         self.inputs: dict[int, Tensor] = {}  # by memory: what the C++ library reads from outside
-        self._tape = mk.Tape(pool)
-        self._calls: list[_Call | mk.Call] = []
+        self._tape = tape
+        self._steps: list[_Call | list[mk.Call]] = []  # calls of the C++ library row by row
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         """Else torch imports all of its compiler at the first capture: 900 modules, 1.4 s."""
         return False
-
-    def __enter__(self) -> Recorder:
-        self._tape.__enter__()
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-        self._tape.__exit__(*error)
 
     def __torch_dispatch__(
         self,
@@ -106,28 +94,24 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         made = [(i, t) for i, t in enumerate(_tensors(found)) if _memory(t) not in given]
         known = given.keys() | {_memory(t) for _, t in made}
         if calls and all(_memory(t) in known for call in calls for t in call.tensors):
-            # Without their tensors, whose memory is to go back to the pool.
-            self._calls += [call._replace(tensors=()) for call in calls]
-            self.inputs |= {at: t for at, t in given.items() if not self.pool.owns(t)}
+            self._add(calls)
+            self.inputs |= {at: t for at, t in given.items() if not self._tape.pool.owns(t)}
         # What made nothing and changed nothing was a view, which still stands.
         elif made or func._schema.is_mutable:
-            self._calls.append(_Call(func, args, kwargs, made))
+            self._steps.append(_Call(func, args, kwargs, made))
         return found
+
+    def _add(self, calls: list[mk.Call]) -> None:
+        """Without their tensors, whose memory is to go back to the pool."""
+        if not self._steps or isinstance(self._steps[-1], _Call):
+            self._steps.append([])
+        row = self._steps[-1]
+        assert isinstance(row, list)
+        row += [call._replace(tensors=()) for call in calls]
 
     def steps(self) -> list[_Call | mk.Program]:
         """What was called, in order."""
-        steps: list[_Call | mk.Program] = []
-        row: list[mk.Call] = []
-        for call in (*self._calls, None):
-            if isinstance(call, mk.Call):
-                row.append(call)
-                continue
-            if row:
-                steps.append(mk.Program(row))
-                row = []
-            if call is not None:
-                steps.append(call)
-        return steps
+        return [mk.Program(step) if isinstance(step, list) else step for step in self._steps]
 
 
 def _reads_on_host(name: str, args: tuple[Any, ...]) -> bool:

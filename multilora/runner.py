@@ -15,7 +15,7 @@ from .batch import ForwardBatch, SiteLora
 from .batch_sampler import Adjuster, Choice, choose, draw_fields
 from .config import EngineConfig
 from .device import Device
-from .graphs import ON_DEMAND_TOKENS, Graphs, empty_block_table, extents
+from .graphs import ON_DEMAND_TOKENS, Graphs, Work, empty_block_table, extents
 from .inputs import ROWS, Extent, StepInputs, lay_out
 from .kv_cache import KVCache
 from .models.llama import Llama
@@ -72,10 +72,10 @@ class Runner:
         extent = self.graphs.extent_for(step) if self.graphs is not None else None
         choices = self._choices(step)
         sent = self._send(step, extent or step.extent, choices)
-        if extent is None:
+        if extent is None or self.graphs is None:
             logits = self._forward(sent, step.extent, step.sites, sent["block_table"])
         else:
-            logits = self._captured(sent, extent)
+            logits = self.graphs.run(extent, sent, self._work(sent, extent))
         drawn = self._start_drawing(step, logits, choices, sent)
         return Ticket(plan, step, drawn, self._start_scoring(step, logits))
 
@@ -208,38 +208,29 @@ class Runner:
     @torch.inference_mode()
     def capture(self) -> None:
         """From now on decode steps are captured ones; on a GPU those of every size are made."""
-        config = self._config
-        sizes = extents(config.max_num_seqs, config.max_loras, self._max_len)
-        on_demand = self._device.captures_on_demand
+        config, on_demand = self._config, self._device.captures_on_demand
         if on_demand and not self.model.rows_are_independent:
             return  # rows are padded, torch computes: there is little to win
-        seqs = min(config.max_num_seqs, ON_DEMAND_TOKENS) if on_demand else sizes[0].seqs
-        table = empty_block_table(seqs, -(-self._max_len // config.block_size), self._device)
-        in_layers = (name for name, site in self._sites.items() if site.in_layers)
-        self.graphs = Graphs(self._device, in_layers, table)
-        if not on_demand:
+        sizes = [] if on_demand else extents(config.max_num_seqs, config.max_loras, self._max_len)
+        seqs = sizes[0].seqs if sizes else min(config.max_num_seqs, ON_DEMAND_TOKENS)
+        self.model.rope.tables(self._max_len)  # they move when they grow
+        self.graphs = Graphs(
+            self._device,
+            (name for name, site in self._sites.items() if site.in_layers),
+            lambda name: self.store.pool(name).is_allocated,
+            empty_block_table(seqs, -(-self._max_len // config.block_size), self._device),
+            self._max_len,
+        )
+        if sizes:
             self.graphs.capture(sizes, self._empty_step)
 
-    def _empty_step(self, extent: Extent) -> Callable[[Tensor], Tensor]:
+    def _empty_step(self, extent: Extent) -> Work:
         sent = self._staging.send(StepInputs.empty(extent).fields(extent))
         return self._work(sent, extent)
 
-    def _captured(self, sent: Mapping[str, Tensor], extent: Extent) -> Tensor:
-        """Logits of a decode step, from its graph."""
-        assert self.graphs is not None
-        return self.graphs.run(extent, self._adapted(extent), sent, self._work(sent, extent))
-
-    def _work(self, sent: Mapping[str, Tensor], extent: Extent) -> Callable[[Tensor], Tensor]:
-        """What is captured: a decode step as a function of its block table."""
-        self.model.rope.tables(extent.max_seq_len)  # not while it is captured
-        sites = self._adapted(extent)
-        return lambda table: self._forward(sent, extent, sites, table, gives_all_logits=True)
-
-    def _adapted(self, extent: Extent) -> frozenset[str]:
-        """Sites that a graph adapts: all whose pages have their place by now."""
-        if self.graphs is None or not extent.tiles:
-            return frozenset()
-        return frozenset(n for n in self.graphs.sites if self.store.pool(n).is_allocated)
+    def _work(self, sent: Mapping[str, Tensor], extent: Extent) -> Work:
+        """What is captured."""
+        return lambda sites, table: self._forward(sent, extent, sites, table, gives_all_logits=True)
 
     @torch.inference_mode()
     def rehearse(self) -> None:

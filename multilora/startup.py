@@ -90,7 +90,7 @@ def _runner(
         max_blocks=config.max_num_seqs * -(-max_model_len // size),
     )
     runner.cache = cache(num_blocks(config, needs, memory))
-    if memory is not None or not device.captures_on_demand:
+    if not device.captures_on_demand:
         store.reserve()  # what was counted is taken, and graphs keep the addresses
     if not config.enforce_eager:
         runner.capture()

@@ -72,7 +72,7 @@ def _seed() -> None:
 def _poison() -> Iterator[None]:
     """Fills memory that our packages get with NaN, so that an unwritten value shows.
 
-    It comes from `torch.empty`, or from the pool of captured steps.
+    It comes from `torch.empty`, or from a pool.
     """
     with pytest.MonkeyPatch.context() as patch:
         for name in ("empty", "empty_like", "empty_strided"):

@@ -15,7 +15,7 @@ import torch
 
 import multilora_kernels as mk
 from multilora.device import CudaDevice
-from multilora.recording import Recorder, Recording
+from multilora.recording import Recording, _Recorder
 from multilora_kernels import cuda
 
 if TYPE_CHECKING:
@@ -62,8 +62,7 @@ def install(patch: pytest.MonkeyPatch) -> Calls:
     @contextmanager
     def capturing(graph: Any, pool: Any = None) -> Iterator[None]:
         calls.append(f"capture in pool {pool}")
-        recorder = Recorder(mk.Pool())
-        with recorder:
+        with mk.Tape(mk.Pool()) as tape, _Recorder(tape) as recorder:
             yield
         graph.recording = Recording.__new__(Recording)
         graph.recording._steps, graph.recording._inputs = recorder.steps(), recorder.inputs

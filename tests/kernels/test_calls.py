@@ -6,8 +6,6 @@ import threading
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import multilora_kernels as mk
 from multilora_kernels import calls, native
@@ -91,58 +89,6 @@ def test_a_call_names_all_the_memory_that_it_uses() -> None:
     assert {call.args.y, call.args.x, call.args.packed} == at
     assert y.data_ptr() in at
     assert x.data_ptr() not in at  # its rows are no rows in memory: a copy was multiplied
-
-
-def test_the_kinds_are_those_of_the_header() -> None:
-    assert set(calls.KINDS) <= native.SIGNATURES.keys()
-
-
-# The pool -----------------------------------------------------------------------------------------
-
-
-@given(st.lists(st.tuples(st.integers(1, 5000), st.integers(0, 3)), max_size=60))
-def test_live_tensors_of_a_pool_are_apart(steps: list[tuple[int, int]]) -> None:
-    pool, live = mk.Pool(), []
-    for i, (count, freed) in enumerate(steps):
-        tensor = pool.empty((count,), torch.int32).fill_(i)
-        assert tensor.data_ptr() % 64 == 0
-        assert pool.owns(tensor)
-        live.append((i, tensor[: count // 2 + 1]))  # a view holds it as well
-        del tensor
-        del live[:freed]
-        assert all(bool((view == value).all()) for value, view in live)
-
-
-def test_memory_that_nobody_holds_is_given_again() -> None:
-    pool = mk.Pool()
-    first = pool.empty((100,), torch.float32)
-    at, view = first.data_ptr(), first.view(10, 10)[3]
-    del first
-    assert pool.empty((100,), torch.float32).data_ptr() != at
-    del view
-    assert pool.empty((7, 13), torch.float32).data_ptr() == at  # about as large
-    assert not pool.owns(torch.empty(5))
-    assert pool.empty((0, 3), torch.float32).shape == (0, 3)
-
-
-def test_what_is_borrowed_holds_nothing_back() -> None:
-    pool = mk.Pool()
-    tensor = pool.empty((4, 5), torch.bfloat16).fill_(3)
-    at, borrowed = tensor.data_ptr(), pool.borrow(tensor)
-    del tensor
-    assert borrowed.shape == (4, 5)
-    assert borrowed.eq(3).all()
-    pool.empty((4, 5), torch.bfloat16).fill_(4)
-    assert borrowed.eq(4).all()
-    assert borrowed.data_ptr() == at
-
-
-def test_a_pool_grows_by_regions_and_takes_large_tensors() -> None:
-    pool = mk.Pool()
-    tensors = [pool.empty((9 << 20,), torch.uint8).fill_(i) for i in range(4)]
-    tensors.append(pool.empty((70 << 20,), torch.uint8).fill_(4))
-    assert all(t.eq(i).all() for i, t in enumerate(tensors))
-    assert all(pool.owns(t) for t in tensors)
 
 
 # Results of calls outside of a tape ---------------------------------------------------------------

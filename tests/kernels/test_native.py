@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from multilora_kernels import indices, native
+from multilora_kernels import calls, indices, native
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,6 +66,14 @@ def test_every_code_of_the_header_has_its_text() -> None:
     codes = {name: int(code) for name, code in re.findall(r"MULTILORA_BAD_(\w+) = (\d+)", header())}
     assert codes == {name: getattr(indices, name) for name in codes}
     assert set(codes.values()) == set(indices.MISTAKES)
+
+
+def test_every_kind_of_call_has_its_function() -> None:
+    found = re.findall(r"MULTILORA_CALL_(\w+) = (\d+)", header())
+    assert [int(kind) for _, kind in found] == list(range(len(calls.KINDS)))
+    for (name, _), function in zip(found, calls.KINDS, strict=True):
+        assert name.lower() in function.split("_")
+        assert function in native.SIGNATURES
 
 
 def test_the_header_and_the_loader_agree_on_version_and_dtypes() -> None:

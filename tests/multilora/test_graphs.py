@@ -86,10 +86,10 @@ class Seen:
         assert engine.runner.graphs is not None
         run = Graphs.run
 
-        def counted(graphs: Graphs, extent: Any, sites: Any, *rest: Any) -> Any:
-            if (extent, sites) in graphs._graphs:
+        def counted(graphs: Graphs, extent: Any, *rest: Any) -> Any:
+            if (extent, graphs._adapted(extent)) in graphs._graphs:
                 self.sizes.append((extent.tokens, extent.tiles))
-            return run(graphs, extent, sites, *rest)
+            return run(graphs, extent, *rest)
 
         monkeypatch.setattr(Graphs, "run", counted)
 
@@ -118,13 +118,11 @@ MIXES = {
 }
 
 
-@pytest.fixture(params=["on demand", "like a GPU"])
+@pytest.fixture(params=[pytest.param("on demand", marks=needs_cpp), "like a GPU"])
 def style(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How graphs are captured."""
     if request.param == "like a GPU":
         monkeypatch.setattr(Device, "captures_on_demand", False)
-    elif not mk.HAS_CPP:
-        pytest.skip("without the C++ library a CPU captures nothing on demand")
     return str(request.param)
 
 
@@ -216,15 +214,13 @@ def test_a_site_that_a_later_adapter_needs_first_is_in_the_graph_from_then_on(ro
 
 
 @needs_cpp
-def test_positions_beyond_the_tables_make_new_graphs(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_graph_serves_all_positions(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Rope, "STEP", 16)
     work = [Job(prompt_of(6, seed=i), greedy(40), "a") for i in range(2)]
     engine = engine_of(root)
     seen = Seen(engine, monkeypatch)
     assert [facts(output) for output in run(engine, work)] == eager(root, work)
-    assert len(engine.runner.graphs or ()) == 1  # of the last tables
+    assert len(engine.runner.graphs or ()) == 1
     assert len(seen.sizes) > 30
 
 
@@ -239,6 +235,10 @@ def test_more_rows_than_graphs_are_made_for_run_uncaptured(
     seen = Seen(engine, monkeypatch)
     assert [facts(output) for output in run(engine, work)] == eager(root, work)
     assert all(tokens <= ON_DEMAND_TOKENS for tokens, _ in seen.sizes)
+    assert engine.runner.graphs is not None
+    came = {extent.tokens for extent, _ in engine.runner.graphs._came}
+    assert came
+    assert max(came) <= ON_DEMAND_TOKENS  # and the first steps had all rows
 
 
 def test_shrinking_beside_the_base_gives_the_same_answers(root: Path) -> None:

@@ -1,0 +1,54 @@
+"""Memory that is used again."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import multilora_kernels as mk
+
+
+@given(st.lists(st.tuples(st.integers(1, 5000), st.integers(0, 3)), max_size=60))
+def test_live_tensors_of_a_pool_are_apart(steps: list[tuple[int, int]]) -> None:
+    pool, live = mk.Pool(), []
+    for i, (count, freed) in enumerate(steps):
+        tensor = pool.empty((count,), torch.int32).fill_(i)
+        assert tensor.data_ptr() % 64 == 0
+        assert pool.owns(tensor)
+        live.append((i, tensor[: count // 2 + 1]))  # a view holds it as well
+        del tensor
+        del live[:freed]
+        assert all(bool((view == value).all()) for value, view in live)
+
+
+def test_memory_that_nobody_holds_is_given_again() -> None:
+    pool = mk.Pool()
+    first = pool.empty((100,), torch.float32)
+    at, view = first.data_ptr(), first.view(10, 10)[3]
+    del first
+    assert pool.empty((100,), torch.float32).data_ptr() != at
+    del view
+    assert pool.empty((7, 13), torch.float32).data_ptr() == at  # about as large
+    assert not pool.owns(torch.empty(5))
+    assert pool.empty((0, 3), torch.float32).shape == (0, 3)
+
+
+def test_what_is_borrowed_holds_nothing_back() -> None:
+    pool = mk.Pool()
+    tensor = pool.empty((4, 5), torch.bfloat16).fill_(3)
+    at, borrowed = tensor.data_ptr(), pool.borrow(tensor)
+    del tensor
+    assert borrowed.shape == (4, 5)
+    assert borrowed.eq(3).all()
+    pool.empty((4, 5), torch.bfloat16).fill_(4)
+    assert borrowed.eq(4).all()
+    assert borrowed.data_ptr() == at
+
+
+def test_a_pool_grows_by_regions_and_takes_large_tensors() -> None:
+    pool = mk.Pool()
+    tensors = [pool.empty((9 << 20,), torch.uint8).fill_(i) for i in range(4)]
+    tensors.append(pool.empty((70 << 20,), torch.uint8).fill_(4))
+    assert all(t.eq(i).all() for i, t in enumerate(tensors))
+    assert all(pool.owns(t) for t in tensors)
