@@ -165,7 +165,7 @@ def lines(
 ) -> list[dict[str, Any]]:
     """Each part with its share of the step and of its floor, the slowest first."""
     least = {name: max(f / rate, b / read) / 1e9 for name, (f, b) in work.items()}
-    least[STEP] = sum(value for name, value in least.items() if name in parts)
+    least[STEP] = sum(least.values())
     rows = []
     for name, seconds in sorted(parts.items(), key=lambda item: -item[1]):
         floor = least.get(name, 0.0)
