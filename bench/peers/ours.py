@@ -30,6 +30,7 @@ class Ours(Peer):
             "enable_prefix_caching": False,  # every repeat computes its prompts
             "max_model_len": 512,
             "max_num_seqs": 16,
+            "max_num_batched_tokens": 2048,  # all prompts in one step, as OpenVINO's setting
             "max_loras": len(work.adapters),
         }
         adapters = {f"a{i}": path for i, path in enumerate(work.adapters)}
