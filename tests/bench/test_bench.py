@@ -54,3 +54,18 @@ def test_a_steps_parts_are_named_and_add_up(tmp_path: Path) -> None:
     assert all(seconds >= 0 for seconds in parts.values())
     assert parts[STEP] >= parts["lora_"] + parts["paged_attention"]
     assert not peer.llm.engine.has_work
+
+
+@pytest.mark.skipif(not mk.HAS_CPP, reason="the C++ library is not built")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
+def test_linears_are_timed_beside_torchs(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import bench_gemm
+    from work import SHAPES
+
+    monkeypatch.setattr(bench_gemm, "COLD", 1 << 16)
+    for in_, out in bench_gemm.sites(SHAPES["tiny"]).values():
+        copies = bench_gemm.Copies(in_, out, precision)
+        assert len(copies.packed) * copies.bytes >= 1 << 16
+        ours, torchs = copies.timed(3, 2)
+        assert ours > 0
+        assert torchs > 0
