@@ -113,7 +113,8 @@ build/sanitize/%.o: csrc/%.cpp $(CSRC_HEADERS)
 	g++ $(CSRC_FLAGS) -Wno-psabi $(SANITIZERS) -O1 -g1 -fno-omit-frame-pointer -c $< -o $@
 
 bench: install
-	$(BIN)/pytest bench --benchmark-only
+	$(BIN)/pytest bench/bench_kernels.py --benchmark-only --benchmark-columns=median,iqr,rounds
+	$(BIN)/python bench/bench_gemm.py --rows 1,16,512
 
 # The demo needs no test tools: an environment without them gets the `cli` extra alone.
 demo: | $(BIN)/python

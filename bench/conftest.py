@@ -1,4 +1,4 @@
-"""pytest collects bench_*.py here: what they share is imported by name, as when they are run."""
+"""What the benches share is imported by name, under pytest as when they are run."""
 
 from __future__ import annotations
 

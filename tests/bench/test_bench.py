@@ -56,6 +56,13 @@ def test_a_steps_parts_are_named_and_add_up(tmp_path: Path) -> None:
     assert not peer.llm.engine.has_work
 
 
+def test_every_kernel_is_timed_in_both_forms() -> None:
+    command = [sys.executable, "-m", "pytest", BENCH / "bench_kernels.py", "--benchmark-disable"]
+    done = subprocess.run([*command, "-q"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "28 passed" in done.stdout if mk.HAS_CPP else "14 passed, 14 skipped" in done.stdout
+
+
 @pytest.mark.skipif(not mk.HAS_CPP, reason="the C++ library is not built")
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
 def test_linears_are_timed_beside_torchs(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
