@@ -2,16 +2,16 @@
 
     python bench/bench_gemm.py --work 132m --precision fp32,bf16,int8,int4 --rows 1,4,16,64,512,2048
 
-Each linear has as many copies as fill `COLD` bytes, and they take turns, as layers do: few rows
+Every linear has as many copies as fill `COLD` bytes, and they take turns, as layers do: few rows
 read their weights from memory. Ours are timed in C++, torch's `linear` of x's type, not quantised,
 around its call; both in every round. The floor is `max(flops / peak, bytes of weights / bandwidth)`
-as in bench_step.py; `GB/s` are ours.
+as in bench_step.py; `GB/s` are ours. int8 has one scale for an output, int4 one for 32 inputs, the
+engine's defaults (which keep an int4 model's head at int8).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from dataclasses import asdict
@@ -20,31 +20,22 @@ from statistics import median
 from typing import Any
 
 import torch
-from bench_step import FUSED
+from bench_step import rate_of
 from floor import measure
-from machine import machine
+from machine import save
 from report import markdown
 from torch import Tensor
 from torch.nn.functional import linear
-from work import SHAPES, WEIGHT_BYTES, Shape
+from work import SHAPES, WEIGHT_BYTES
 
 import multilora_kernels as mk
 
 COLD = 128 << 20
-QUANTIZED = {"int8": (8, None), "int4": (4, 32)}  # the engine's defaults: bits, group
-
-
-def sites(shape: Shape) -> dict[str, tuple[int, int]]:
-    """Name -> (in, out) of the linears that a model has, those that are one product fused."""
-    found = {
-        site: (shape.linears[names[0]][2], sum(shape.linears[name][1] for name in names))
-        for site, names in FUSED.items()
-    }
-    return found | {"lm_head": (shape.hidden, shape.vocab)}
+QUANTIZED = {"int8": (8, None), "int4": (4, 32)}  # bits, group
 
 
 def packed(weight: Tensor, precision: str) -> mk.PackedWeight:
-    """As the engine packs a weight [out, in]."""
+    """A weight [out, in] in our layout."""
     if precision not in QUANTIZED:
         return mk.pack(weight)
     bits, group = QUANTIZED[precision]
@@ -70,10 +61,11 @@ class Copies:
         with mk.Tape(mk.Pool()) as tape:
             for weight in self.packed[:count]:
                 mk.linear(x, weight)
-        program = mk.Program(calls := tape.take())
+        calls = tape.take()  # they keep their results
+        program = mk.Program(calls)
         for _ in range(rounds):
             ours += [seconds for *_, seconds in program.measure()]
-            for dense in self.weights[: len(calls)]:
+            for dense in self.weights[:count]:
                 start = time.perf_counter()
                 linear(x, dense)
                 torchs.append(time.perf_counter() - start)
@@ -120,7 +112,7 @@ def main() -> None:
         found = []
         peaks = measure(args.threads)
         for site in args.sites.split(","):
-            in_, out = sites(SHAPES[args.work])[site]
+            in_, out = SHAPES[args.work].fused[site]
             copies = Copies(in_, out, precision)
             for rows in map(int, args.rows.split(",")):
                 ours, torchs = copies.timed(rows, args.rounds)
@@ -130,16 +122,14 @@ def main() -> None:
                      "ours": ours, "torch": torchs}
                 )  # fmt: skip
         peaks = peaks.or_better(measure(args.threads))
-        rate = peaks.rate("fp32" if precision == "fp32" else "bf16", dots=True)
+        rate = rate_of(peaks, precision)
         for row in found:
             row["floor"] = max(row["flops"] / rate, row["bytes"] / peaks.read) / 1e9
         print(f"\n{args.work}, {precision}; peak {rate} GFLOP/s, {peaks.read} GB/s")
         print(show(found))
         results.append({"precision": precision, "peaks": asdict(peaks), "linears": found})
     if args.save:
-        facts = {"machine": machine(), "torch": torch.__version__, "work": args.work}
-        args.save.parent.mkdir(parents=True, exist_ok=True)
-        args.save.write_text(json.dumps(facts | {"results": results}, indent=1) + "\n")
+        save(args.save, results, work=args.work)
 
 
 if __name__ == "__main__":

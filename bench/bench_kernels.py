@@ -25,13 +25,13 @@ STEPS = {"decode": NUM_ADAPTERS, "prompt": 512}  # tokens
 Run = Callable[[Callable[[], Any]], None]
 
 
-@pytest.fixture(params=["C++", "torch"])
-def run(request: pytest.FixtureRequest) -> Iterator[Run]:
+needs_cpp = pytest.mark.skipif(native.LIB is None, reason="the C++ library is not built")
+
+
+@pytest.fixture(params=[pytest.param("C++", marks=needs_cpp), "torch"])
+def run(request: pytest.FixtureRequest, benchmark: Any) -> Iterator[Run]:
     """Times a call, in a table with the other form of the same call."""
     form = request.param
-    if form == "C++" and native.LIB is None:
-        pytest.skip("the C++ library is not built")
-    benchmark: Any = request.getfixturevalue("benchmark")
     others = [part for part in request.node.callspec.id.split("-") if part != form]
     benchmark.group = " ".join([request.node.originalname.removeprefix("test_"), *others])
     with patch.object(native, "LIB", native.LIB if form == "C++" else None):

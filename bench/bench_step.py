@@ -31,9 +31,8 @@ from statistics import median
 from typing import Any
 from unittest.mock import patch
 
-import torch
-from floor import measure
-from machine import machine
+from floor import Peaks, measure
+from machine import save
 from models import write_all
 from peers.base import NotSupportedError
 from peers.ours import Ours
@@ -54,12 +53,6 @@ import multilora_kernels as mk
 from multilora import SamplingParams, runner, sampler
 from multilora.engine import Engine
 
-FUSED = {  # site -> its linears
-    "qkv": ("q_proj", "k_proj", "v_proj"),
-    "o": ("o_proj",),
-    "gate_up": ("gate_proj", "up_proj"),
-    "down": ("down_proj",),
-}
 STEP, SAMPLING, REST = "whole step", "sampling", "Python and the rest"
 OPS = {"lora": "lora_", "rope_store_kv": "rope_store_kv_"}  # by the C++ function
 
@@ -69,10 +62,7 @@ class Stopwatch:
 
     def __init__(self, shape: Shape) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
-        self._site = {
-            (shape.linears[names[0]][2], sum(shape.linears[n][1] for n in names)): site
-            for site, names in FUSED.items()
-        }
+        self._site = {size: site for site, size in shape.fused.items()}
 
     def run(self, program: mk.Program) -> None:
         """`Program.run`, its calls timed."""
@@ -82,7 +72,7 @@ class Stopwatch:
     def part(self, name: str, args: Any) -> str:
         """A linear is a part for each site; other kernels are one each."""
         if name == "gemm":
-            return f"linear {self._site.get((getattr(args, 'in'), args.out), 'lm_head')}"
+            return f"linear {self._site[getattr(args, 'in'), args.out]}"
         return OPS.get(name, name)
 
     def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -137,9 +127,10 @@ def floors(
 ) -> dict[str, tuple[float, float]]:
     """(flops, bytes) of each part of a decode step."""
     rows, width = len(adapters), 4 if precision == "fp32" else 2
-    counts = {site: shape.layers * sum(out * in_ for name in names
-                                       for _, out, in_ in [shape.linears[name]])
-              for site, names in FUSED.items()} | {"lm_head": shape.head}  # fmt: skip
+    counts = {
+        site: in_ * out * (1 if site == "lm_head" else shape.layers)
+        for site, (in_, out) in shape.fused.items()
+    }
     found = {
         f"linear {site}": (2.0 * rows * count, count * WEIGHT_BYTES[precision])
         for site, count in counts.items()
@@ -158,6 +149,11 @@ def floors(
     found[SAMPLING] = (rows * shape.vocab, rows * shape.vocab * width)
     found[STEP] = (0.0, 0.0)  # summed by `lines`
     return found
+
+
+def rate_of(peaks: Peaks, precision: str) -> float:
+    """GFLOP/s at best: FMA, or bf16 dot products where our activations have 16 bits."""
+    return peaks.rate("fp32" if precision == "fp32" else "bf16", dots=True)
 
 
 def lines(
@@ -230,7 +226,7 @@ def main() -> None:
             peaks = measure(args.threads)
             parts, context = profile(peer.llm.engine, work.shape, rows, adapters, args.steps)
             peaks = peaks.or_better(measure(args.threads))
-            rate = peaks.rate("fp32" if precision == "fp32" else "bf16", dots=True)
+            rate = rate_of(peaks, precision)
             work_of = floors(work.shape, precision, adapters, context)
             found = lines(parts, work_of, rate, peaks.read)
             results.append({"precision": precision, "requests": requests, "parts": found})
@@ -239,10 +235,7 @@ def main() -> None:
             print(f"{requests / parts[STEP]:.1f} tokens/s; peak {rate} GFLOP/s, {peaks.read} GB/s")
             print(show(found))
     if args.save:
-        facts = {"machine": machine(), "torch": torch.__version__}
-        facts |= {"work": args.work, "case": args.case, "settings": args.settings}
-        args.save.parent.mkdir(parents=True, exist_ok=True)
-        args.save.write_text(json.dumps(facts | {"results": results}, indent=1) + "\n")
+        save(args.save, results, work=args.work, case=args.case, settings=args.settings)
 
 
 if __name__ == "__main__":

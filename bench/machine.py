@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,13 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "commit": commit(),
     }
+
+
+def save(path: Path, results: list[Any], **facts: Any) -> None:
+    """Writes results as JSON, with the machine, torch's version and what else is to be known."""
+    content = {"machine": machine(), "torch": version("torch"), **facts, "results": results}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def commit() -> str:

@@ -16,6 +16,13 @@ PRECISIONS = ("fp32", "bf16", "int8", "int4")
 WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}  # scales left out
 ADAPTER_BYTES = {"fp32": 4, "bf16": 2, "int8": 2, "int4": 2}
 
+FUSED = {  # site -> its linears
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "o": ("o_proj",),
+    "gate_up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+}
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -44,6 +51,16 @@ class Shape:
             "up_proj": ("mlp", self.inter, self.hidden),
             "down_proj": ("mlp", self.hidden, self.inter),
         }
+
+    @property
+    def fused(self) -> dict[str, tuple[int, int]]:
+        """The products that our engine makes of them and the head: site -> (in, out)."""
+        size = {name: (in_, out) for name, (_, out, in_) in self.linears.items()}
+        found = {
+            site: (size[names[0]][0], sum(size[name][1] for name in names))
+            for site, names in FUSED.items()
+        }
+        return found | {"lm_head": (self.hidden, self.vocab)}
 
     @property
     def body(self) -> int:

@@ -70,7 +70,7 @@ def test_linears_are_timed_beside_torchs(precision: str, monkeypatch: pytest.Mon
     from work import SHAPES
 
     monkeypatch.setattr(bench_gemm, "COLD", 1 << 16)
-    for in_, out in bench_gemm.sites(SHAPES["tiny"]).values():
+    for in_, out in SHAPES["tiny"].fused.values():
         copies = bench_gemm.Copies(in_, out, precision)
         assert len(copies.packed) * copies.bytes >= 1 << 16
         ours, torchs = copies.timed(3, 2)
