@@ -24,7 +24,7 @@ import torch
 
 import multilora_kernels as mk
 from multilora import LLM, SamplingParams
-from multilora.demo import EXPERTS, assets
+from multilora.entrypoints.demo import EXPERTS, assets
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

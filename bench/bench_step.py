@@ -50,8 +50,10 @@ from work import (
 )
 
 import multilora_kernels as mk
-from multilora import SamplingParams, runner, sampler
-from multilora.engine import Engine
+from multilora import SamplingParams
+from multilora.engine.engine import Engine
+from multilora.runtime import model_runner as runner
+from multilora.sampling import host as sampler
 
 STEP, SAMPLING, REST = "whole step", "sampling", "Python and the rest"
 OPS = {"lora": "lora_", "rope_store_kv": "rope_store_kv_"}  # by the C++ function

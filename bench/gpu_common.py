@@ -33,7 +33,8 @@ load_checkout()
 
 import torch  # noqa: E402 - the checkout's packages come first
 
-from multilora.device import Device, open_device  # noqa: E402
+from multilora.device.cpu import Device  # noqa: E402
+from multilora.device.select import open_device  # noqa: E402
 
 
 class Report:

@@ -21,11 +21,13 @@ import torch
 from gpu_common import Report, parse, say
 from gpu_kernels import slots_of
 
-from multilora.config import EngineConfig, ModelConfig
-from multilora.device import Device
-from multilora.dummy import random_adapter, shape_of
-from multilora.engine import Engine
-from multilora.request import SamplingParams
+from multilora.adapters.random_adapter import random_adapter
+from multilora.config.engine import EngineConfig
+from multilora.config.model import ModelConfig
+from multilora.config.presets import shape_of
+from multilora.device.cpu import Device
+from multilora.engine.engine import Engine
+from multilora.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)

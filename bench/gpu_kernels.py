@@ -20,10 +20,10 @@ from gpu_common import Clock, Report, copy_bandwidth, parse, say
 from torch import Tensor
 
 import multilora_kernels as mk
-from multilora.config import ModelConfig
-from multilora.device import Device
-from multilora.dummy import SHAPES
-from multilora.sites import sites_of
+from multilora.config.lora_sites import sites_of
+from multilora.config.model import ModelConfig
+from multilora.config.presets import SHAPES
+from multilora.device.cpu import Device
 
 POPULARITIES = ("identical", "uniform", "zipf", "distinct")
 RANKS = (8, 16, 64, "mixed")

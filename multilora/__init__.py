@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from . import errors
 from .errors import MultiloraError
+from .version import __version__
 
 if TYPE_CHECKING:
-    from .config import EngineConfig
-    from .engine import Engine
-    from .llm import LLM
-    from .request import CompletionOutput, RequestOutput, SamplingParams
-
-__version__ = "0.1.0"
+    from .config.engine import EngineConfig
+    from .engine.engine import Engine
+    from .entrypoints.llm import LLM
+    from .outputs import CompletionOutput, RequestOutput
+    from .sampling_params import SamplingParams
 
 __all__ = [
     "LLM",
@@ -32,12 +32,12 @@ __all__ = [
 ]
 
 _HOMES = {
-    "LLM": ".llm",
-    "CompletionOutput": ".request",
-    "Engine": ".engine",
-    "EngineConfig": ".config",
-    "RequestOutput": ".request",
-    "SamplingParams": ".request",
+    "LLM": ".entrypoints.llm",
+    "CompletionOutput": ".outputs",
+    "Engine": ".engine.engine",
+    "EngineConfig": ".config.engine",
+    "RequestOutput": ".outputs",
+    "SamplingParams": ".sampling_params",
 }
 
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from multilora.config import ModelConfig
-from multilora.sites import sites_of
+from multilora.config.lora_sites import sites_of
+from multilora.config.model import ModelConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

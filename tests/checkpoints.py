@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from multilora.config import ModelConfig, RopeScaling
-from multilora.sites import sites_of
+from multilora.config.lora_sites import sites_of
+from multilora.config.model import ModelConfig, RopeScaling
 
 TINY = ModelConfig(
     hidden_size=64,

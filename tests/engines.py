@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from multilora.config import EngineConfig
-from multilora.engine import Engine
-from multilora.request import SamplingParams
+from multilora.config.engine import EngineConfig
+from multilora.engine.engine import Engine
+from multilora.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
-    from multilora.request import RequestOutput
+    from multilora.outputs import RequestOutput
 
 SETTINGS = {
     "skip_tokenizer_init": True,

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import multilora_kernels as mk
-from multilora.device import CudaDevice
-from multilora.recording import Recording, _Recorder
+from multilora.device.cpu_graph import Recording, _Recorder
+from multilora.device.cuda import CudaDevice
 from multilora_kernels import cuda
 
 if TYPE_CHECKING:

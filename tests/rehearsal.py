@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-import multilora.device
+import multilora.device.select
 import multilora_kernels as mk
 from multilora_kernels import cuda
 from tests import fake_cuda
@@ -36,7 +36,7 @@ def install(patch: pytest.MonkeyPatch) -> None:
     # The largest step is tried on an empty cache, whatever its memory held before.
     warnings.filterwarnings("ignore", message="All-NaN slice encountered")
     fake_cuda.install(patch)
-    patch.setattr(multilora.device, "CudaDevice", fake_cuda.FakeCuda)
+    patch.setattr(multilora.device.select, "CudaDevice", fake_cuda.FakeCuda)
     patch.setattr(mk, "worth_packing", lambda weight: False)  # as of a weight on a GPU
     patch.setattr(fake_cuda.FakeCuda, "WARM_UPS", 1)
     libraries.append(_register())

@@ -1,12 +1,13 @@
-"""The rules of the house, read from the source with `ast`: floors, imports, sizes.
+"""The rules of the house, read from the source with `ast`: layers, imports, sizes.
 
-A request walks down the floors and its tokens come back as return values, so a file imports only
-from lower floors, or from its own floor in one direction.
+A request walks down the layers and its tokens come back as return values, so a file imports only
+from lower layers, or from its own in one direction.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -17,88 +18,34 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"multilora": ROOT / "multilora", "multilora_kernels": ROOT / "kernels"}
 
-# The floor of every module of multilora; `multilora_kernels` is floor 0. A name that ends in ".*"
-# stands for all modules of that subpackage. A subpackage's own file is as low as its lowest module,
-# because importing any of them runs it.
-FLOORS = {
-    # words
-    "multilora.errors": 1,
-    "multilora.config": 1,
-    "multilora.sites": 1,
-    "multilora.quant": 1,
-    "multilora.request": 1,
-    # the machine
-    "multilora.recording": 2,
-    "multilora.device": 2,
-    "multilora.staging": 2,
-    # at rest
-    "multilora.dummy": 2,
-    "multilora.adapters": 2,
-    "multilora.adapters.files": 2,
-    "multilora.adapters.format": 2,
-    "multilora.adapters.peft_config": 2,
-    "multilora.adapters.targets": 2,
-    "multilora.adapters.weights": 2,
-    "multilora.checkpoint": 2,
-    "multilora.tokenizer": 2,
-    "multilora.detokenizer": 2,
-    "multilora.chat_template": 2,
-    "multilora.template_sandbox": 2,
-    "multilora.tokenizer_settings": 2,
-    "multilora.vocabulary": 2,
-    "multilora.hf_vocabulary": 2,
-    # memory
-    "multilora.blocks": 3,
-    "multilora.memory": 3,
-    "multilora.limits": 3,
-    "multilora.kv_cache": 3,
-    "multilora.adapters.pages": 3,
-    "multilora.adapters.store": 3,
-    # model
-    "multilora.batch": 4,
-    "multilora.layers": 4,
-    "multilora.models": 4,
-    "multilora.models.*": 4,
-    # decide, compute
-    "multilora.plan": 5,
-    "multilora.policies": 5,
-    "multilora.scheduler": 5,
-    "multilora.sampler": 5,
-    "multilora.batch_sampler": 5,
-    "multilora.rows": 5,
-    "multilora.inputs": 5,
-    "multilora.graphs": 5,
-    "multilora.kv_scales": 5,
-    "multilora.runner": 5,
-    # engine
-    "multilora.answers": 6,
-    "multilora.startup": 6,
-    "multilora.engine": 6,
-    # doors
-    "multilora.llm": 7,
-    "multilora.demo": 7,
-    # the public names, and the command that tells their version
-    "multilora": 8,
-    "multilora.cli": 8,
-}
+# The layers from the lowest to the highest, each a folder of multilora; "types" are the files that
+# lie directly in it, and `multilora_kernels` is below all of them. A file imports only from layers
+# below its own, or from its own in one direction. The drawing in docs/architecture.md says the same.
+LAYERS = (
+    "types",
+    "config",
+    "device",
+    "checkpoint",
+    "tokenization",
+    "adapters",
+    "model",
+    "scheduling",
+    "sampling",
+    "runtime",
+    "engine",
+    "entrypoints",
+)
+PUBLIC = len(LAYERS)  # `multilora` itself: it gives the public names, and is imported by nobody
 
 # Decisions are pure: these run in microseconds, in tests and in a simulator.
-WITHOUT_TORCH = (
-    "multilora.errors",
-    "multilora.config",
-    "multilora.sites",
-    "multilora.quant",
-    "multilora.request",
-    "multilora.blocks",
-    "multilora.policies",
-    "multilora.scheduler",
-)
-MAY_PRINT = ("multilora.cli",)
-MAY_LOAD_PICKLES = ("multilora.checkpoint",)  # Meta's .pth files, with weights_only=True
+WITHOUT_TORCH = ("multilora.config", "multilora.adapters.mix", "multilora.scheduling")
+MAY_PRINT = ("multilora.entrypoints.cli",)
+MAY_LOAD_PICKLES = ("multilora.checkpoint.meta",)  # Meta's .pth files, with weights_only=True
 FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "yaml"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
 MAX_FUNCTION_LINES = 50
 MAX_FILE_LINES = 400
+MAX_FILES_IN_SIGHT = 10  # directly in multilora/ and in kernels/
 
 
 class Module(NamedTuple):
@@ -186,35 +133,66 @@ def calls_of(module: Module) -> list[tuple[str, int]]:
     ]
 
 
-def floor_of(name: str) -> int | None:
-    if name.split(".")[0] == "multilora_kernels":
-        return 0
-    return FLOORS.get(name, FLOORS.get(name.rpartition(".")[0] + ".*"))
-
-
-# Floors -------------------------------------------------------------------------------------------
-
-
-@runtime_modules
-def test_every_module_has_a_floor(module: Module) -> None:
-    assert floor_of(module.name) is not None, (
-        f"{module.path.relative_to(ROOT)} is on no floor. Add {module.name!r} to FLOORS in "
-        "tests/test_architecture.py: the floor above the highest module it imports, or the same "
-        "one if no circle comes of it; docs/architecture.md says what each floor is for."
+def layer_of(name: str) -> int:
+    """Its place in LAYERS; -1 for the kernels, and PUBLIC for the package itself."""
+    package, *folders = name.split(".")
+    if package == "multilora_kernels":
+        return -1
+    if not folders:
+        return PUBLIC
+    is_type = len(folders) == 1 and not MODULES[name].is_package
+    layer = "types" if is_type else folders[0]
+    assert layer in LAYERS, (
+        f"multilora/{layer}/ is no layer. Put the file into one that is, or add the folder to LAYERS "
+        "in tests/test_architecture.py: above the highest that it imports, below all that import it"
     )
+    return LAYERS.index(layer)
+
+
+# Layers -------------------------------------------------------------------------------------------
 
 
 @runtime_modules
 def test_imports_go_down(module: Module) -> None:
-    own = floor_of(module.name)
-    if own is None:
-        pytest.fail(f"{module.name} is on no floor")
-    for target in imports_of(module.name):
-        floor = floor_of(target) if target in MODULES else None
-        assert floor is None or floor <= own, (
-            f"{module.name} (floor {own}) imports {target} (floor {floor}): a file imports only "
-            "from its own floor or lower ones. Return the value instead, or move the code down."
+    own = layer_of(module.name)
+    for target in imports_of(module.name) & MODULES.keys():
+        assert layer_of(target) <= own, (
+            f"{module.name} imports {target} of a layer above its own: return the value instead, or "
+            "move the code down; LAYERS in tests/test_architecture.py has their order"
         )
+
+
+def test_the_drawing_shows_every_layer_and_file() -> None:
+    """The block in docs/architecture.md: a line for each folder, the highest layer first."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    drawn: dict[str, set[str]] = {}
+    folder = ""
+    for line in text.partition("```\n")[2].partition("```")[0].splitlines():
+        if not line.startswith(" "):
+            folder = line.split()[0].rstrip("/")
+            line = line[len(folder) + 1 :]
+        drawn.setdefault(folder, set()).update(re.sub(r"\(.*?\)", "", line).split())
+    runtime = [name for name in drawn if not name.startswith(("kernels", "csrc"))]
+    assert runtime == list(reversed(LAYERS)), "the layers of the drawing are not LAYERS"
+    for name, files in drawn.items():
+        if name == "csrc":
+            continue
+        path = ROOT / name if name.startswith("kernels") else FOLDERS["multilora"] / name
+        if name == "types":
+            path = FOLDERS["multilora"]
+        found = {
+            str(file.relative_to(path).with_suffix(""))
+            for file in (path.glob("*.py") if name in ("types", "kernels") else path.rglob("*.py"))
+            if file.name != "__init__.py"
+        }
+        assert files == found, f"the drawing's line of {name}/ is out of date"
+
+
+@pytest.mark.parametrize("folder", FOLDERS.values(), ids=lambda path: path.name)
+def test_few_files_stand_directly_in_a_package(folder: Path) -> None:
+    found = sorted(path.name for path in folder.iterdir() if path.is_file())
+    found = [name for name in found if not name.startswith("_cpu")]  # built, not written
+    assert len(found) <= MAX_FILES_IN_SIGHT, f"{found}: put what belongs together into a folder"
 
 
 def test_no_circle_of_imports() -> None:
@@ -247,7 +225,9 @@ def test_kernels_know_nothing_of_the_runtime(module: Module) -> None:
 
 @pytest.mark.parametrize("name", WITHOUT_TORCH)
 def test_decisions_need_no_torch(name: str) -> None:
-    reached, waiting = set(), [name]
+    """Of a module, or of all that lie in a package."""
+    reached: set[str] = set()
+    waiting = [n for n in MODULES if n == name or n.startswith(f"{name}.")]
     while waiting:
         current = waiting.pop()
         if current in reached or current not in MODULES:
@@ -322,8 +302,3 @@ def pyproject() -> dict[str, Any]:
 def test_pyproject_lists_every_package() -> None:
     listed = pyproject()["tool"]["setuptools"]["packages"]
     assert sorted(listed) == sorted(m.name for m in MODULES.values() if m.is_package)
-
-
-def test_the_floors_name_only_modules_that_exist() -> None:
-    gone = [n for n in FLOORS if not n.endswith(".*") and n not in MODULES]
-    assert not gone, f"FLOORS names modules that are gone: {gone}"

@@ -110,7 +110,9 @@ def test_the_wheel_works_where_it_is_installed(wheel: Path, tmp_path: Path) -> N
     assert Path(file) == target / "multilora" / "__init__.py"
     assert wheel.name.startswith(f"multilora-{version}-")
     (metadata,) = target.glob("multilora-*.dist-info")
-    assert "multilora = multilora.cli:main" in (metadata / "entry_points.txt").read_text()
+    assert (
+        "multilora = multilora.entrypoints.cli:main" in (metadata / "entry_points.txt").read_text()
+    )
     assert "Apache License" in (metadata / "licenses" / "LICENSE").read_text()
 
 

@@ -89,5 +89,5 @@ def test_using_every_public_name_loads_no_hub_client_and_no_command_line(
             "print(*sys.modules)"
         ).split()
     )
-    assert "multilora.llm" in loaded
+    assert "multilora.entrypoints.llm" in loaded
     assert not {"huggingface_hub", "transformers", "peft", "typer", "rich"} & loaded

@@ -1,1 +1,1 @@
-"""LoRA adapters: the files at rest, the rank pages in memory, and the store between them."""
+"""LoRA adapters: their files, their rank pages, and the store that serves them."""

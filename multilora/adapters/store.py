@@ -6,8 +6,6 @@ sequence (`pin`) needs it, so that reloading a name never changes a request in f
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import re
 from collections import Counter
@@ -25,17 +23,20 @@ from ..errors import (
     CapacityError,
     RequestError,
 )
-from .pages import PAGE_ROWS, AdapterTable, PackedSite, Residents, SitePool, pack, pages_for
+from .device_cache import Residents
+from .mix import mix_identity
+from .rank_pages import PAGE_ROWS, AdapterTable, PackedSite, SitePool, pack, pages_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from torch import Tensor
 
-    from ..config import EngineConfig
-    from ..request import Mix
-    from ..sites import Site
-    from .format import Adapter
+    from ..config.engine import EngineConfig
+    from ..config.lora_sites import Site
+    from .mix import Mix
+    from .peft.reader import Adapter
+
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
 MAX_WEIGHT = torch.finfo(torch.float32).max  # the table's dtype
@@ -61,11 +62,6 @@ class _Hosted:
     @property
     def num_bytes(self) -> int:
         return sum(packed.num_bytes for packed in self.packed.values())
-
-
-def mix_identity(mix: Mix) -> bytes:
-    """SHA-256 of the list of digests and weights: 32 bytes, equal for equal mixes alone."""
-    return hashlib.sha256(json.dumps([[d, w.hex()] for d, w in mix]).encode()).digest()
 
 
 class AdapterStore:

@@ -19,7 +19,7 @@ import pytest
 import torch
 from gpu_kernels import Case, Plan, Problem
 
-from multilora.device import Device
+from multilora.device.cpu import Device
 from tests.checkpoints import TINY
 
 if TYPE_CHECKING:

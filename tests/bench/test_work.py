@@ -63,7 +63,7 @@ def test_cases_choose_adapters() -> None:
 
 
 def test_configs_are_json_that_the_reader_takes(tiny: Work, tmp_path: Path) -> None:
-    from multilora.config import ModelConfig
+    from multilora.config.model import ModelConfig
 
     for name, shape in SHAPES.items():
         from models import hf_config

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from multilora.device import open_device
+from multilora.device.select import open_device
 from tests import rehearsal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from multilora.device import Device
+    from multilora.device.cpu import Device
 
 
 @pytest.fixture(scope="session")

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from multilora.device import Device
-from multilora.engine import Engine
-from multilora.request import RequestOutput, SamplingParams
+from multilora.device.cpu import Device
+from multilora.engine.engine import Engine
+from multilora.outputs import RequestOutput
+from multilora.sampling_params import SamplingParams
 from tests.adapters import write_adapter
 from tests.checkpoints import TINY, write_checkpoint
 from tests.engines import Job, facts, make_engine, prompt_of, run

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import multilora_kernels as mk
-from multilora.device import Device
+from multilora.device.cpu import Device
 from multilora_kernels import reference
 from tests.lora_cases import POPULARITY, Case, make_case, up
 from tests.rehearsal import REHEARSED

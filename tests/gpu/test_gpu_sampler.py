@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from multilora.batch_sampler import Adjuster, Choice, choose, draw_fields
-from multilora.sampler import sample
-from multilora.staging import Staging
+from multilora.device.input_buffer import Staging
+from multilora.sampling.device import Adjuster, Choice, choose, draw_fields
+from multilora.sampling.host import sample
 from tests.multilora.test_batch_sampler import VOCAB, random_row
 
 if TYPE_CHECKING:
-    from multilora.device import Device
+    from multilora.device.cpu import Device
 
 pytestmark = pytest.mark.gpu
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from multilora.adapters.format import Adapter, read_adapter
-from multilora.sites import sites_of
+from multilora.adapters.peft.reader import Adapter, read_adapter
+from multilora.config.lora_sites import sites_of
 
 from ..adapters import CONFIG, change_config, change_tensors, write_adapter
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from multilora.adapters.format import Adapter, LoraModule, read_adapter
-from multilora.adapters.pages import AdapterTable, PackedSite, SitePool, pack
+from multilora.adapters.peft.reader import Adapter, LoraModule, read_adapter
+from multilora.adapters.rank_pages import AdapterTable, PackedSite, SitePool, pack
+from multilora.config.lora_sites import sites_of
 from multilora.errors import AdapterInvalid
-from multilora.sites import sites_of
 
 from ..adapters import CONFIG, LINEARS, write_adapter
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from multilora.sites import Site
+    from multilora.config.lora_sites import Site
 
 SITES = sites_of(CONFIG)
 ALL = (*LINEARS, "embed_tokens", "lm_head")

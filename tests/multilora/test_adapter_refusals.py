@@ -14,10 +14,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from multilora.adapters import format as adapter_format
-from multilora.adapters import weights as adapter_weights
-from multilora.adapters.format import read_adapter
-from multilora.adapters.peft_config import HONOURED
+from multilora.adapters.peft import reader as adapter_format
+from multilora.adapters.peft import weights as adapter_weights
+from multilora.adapters.peft.config import HONOURED
+from multilora.adapters.peft.reader import read_adapter
 from multilora.errors import AdapterError, AdapterInvalid, AdapterTooLarge
 
 from ..adapters import CONFIG, change_config, change_tensors, write_adapter

@@ -11,10 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from multilora.adapters.format import Adapter, LoraModule
-from multilora.adapters.pages import pack
-from multilora.adapters.store import AdapterInfo, AdapterStore, mix_identity
-from multilora.config import EngineConfig
+from multilora.adapters.mix import mix_identity
+from multilora.adapters.peft.reader import Adapter, LoraModule
+from multilora.adapters.rank_pages import pack
+from multilora.adapters.store import AdapterInfo, AdapterStore
+from multilora.config.engine import EngineConfig
+from multilora.config.lora_sites import Site, Slice
 from multilora.errors import (
     AdapterError,
     AdapterInvalid,
@@ -23,7 +25,6 @@ from multilora.errors import (
     CapacityError,
     RequestError,
 )
-from multilora.sites import Site, Slice
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from multilora.adapters.peft_config import LoraSpec
-from multilora.adapters.targets import find_targets
-from multilora.config import ModelConfig
+from multilora.adapters.peft.config import LoraSpec
+from multilora.adapters.peft.targets import find_targets
+from multilora.config.lora_sites import sites_of
+from multilora.config.model import ModelConfig
 from multilora.errors import AdapterInvalid
-from multilora.sites import sites_of
 
 CONFIG = ModelConfig(
     hidden_size=32,

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from multilora.request import SamplingParams
+from multilora.sampling_params import SamplingParams
 from tests.adapters import write_adapter
 from tests.checkpoints import TINY, write_checkpoint
 from tests.engines import Job, add, drain, facts, greedy, make_engine, prompt_of, run
 
 if TYPE_CHECKING:
-    from multilora.engine import Engine
+    from multilora.engine.engine import Engine
 
 RANKS = {"a": 8, "b": 32}
 

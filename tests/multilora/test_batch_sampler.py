@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from multilora.batch_sampler import Adjuster, Choice, choose, draw_fields
-from multilora.device import Device
-from multilora.recording import Recording
-from multilora.request import SamplingParams
-from multilora.sampler import SampleRow, sample
-from multilora.staging import Staging
+from multilora.device.cpu import Device
+from multilora.device.cpu_graph import Recording
+from multilora.device.input_buffer import Staging
+from multilora.sampling.device import Adjuster, Choice, choose, draw_fields
+from multilora.sampling.host import SampleRow, sample
+from multilora.sampling_params import SamplingParams
 
 VOCAB = 2000
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from multilora.blocks import ROOT_KEY, BlockPool, block_key
+from multilora.scheduling.block_pool import ROOT_KEY, BlockPool, block_key
 
 SIZE = 4
 TOKENS = list(range(100, 120))

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from multilora import template_sandbox
-from multilora.chat_template import SENTINELS, ChatTemplate
 from multilora.errors import RequestError, TokenizerError
-from multilora.tokenizer import LLAMA3_SPECIALS, load_tokenizer
+from multilora.tokenization import template_sandbox
+from multilora.tokenization.chat_template import SENTINELS, ChatTemplate
+from multilora.tokenization.tokenizer import LLAMA3_SPECIALS, load_tokenizer
 
 BASE = Path(__file__).resolve().parents[2] / "multilora" / "assets" / "uma" / "base"
 TOOL_TEMPLATE = """\

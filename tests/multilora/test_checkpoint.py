@@ -14,13 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from multilora.checkpoint import (
-    MAX_HEADER_BYTES,
-    fill,
-    load_checkpoint,
-    read_base_weight,
-    read_config,
-)
+from multilora.checkpoint.hf import MAX_HEADER_BYTES
+from multilora.checkpoint.parts import fill
+from multilora.checkpoint.reader import load_checkpoint, read_base_weight, read_config
 from multilora.errors import CheckpointError
 
 from .. import checkpoints as make
@@ -30,7 +26,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from multilora.config import ModelConfig
+    from multilora.config.model import ModelConfig
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 HEAD = "lm_head.weight"
@@ -439,7 +435,7 @@ BIG = {
 # The targets are filled first, so that growth is what loading itself needs.
 MEASURE = """
 import json, os, threading, torch
-from multilora.checkpoint import Part, load_checkpoint, read_config
+from multilora.checkpoint.reader import Part, load_checkpoint, read_config
 torch.set_num_threads(1)
 config = read_config(os.environ["FOLDER"])
 shapes = json.loads(os.environ["SHAPES"])

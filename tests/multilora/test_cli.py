@@ -12,7 +12,8 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 
-from multilora import __version__, cli, demo
+from multilora import __version__
+from multilora.entrypoints import cli, demo
 from tests.adapters import change_config, write_adapter
 from tests.checkpoints import TINY, write_checkpoint
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from multilora.config import EngineConfig, MetaFacts, ModelConfig, RopeScaling
+from multilora.config.engine import EngineConfig
+from multilora.config.model import MetaFacts, ModelConfig, RopeScaling
 from multilora.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from multilora.detokenizer import IncrementalDetokenizer
-from multilora.tokenizer import load_tokenizer
+from multilora.tokenization.detokenizer import IncrementalDetokenizer
+from multilora.tokenization.tokenizer import load_tokenizer
 
 BASE = Path(__file__).resolve().parents[2] / "multilora" / "assets" / "uma" / "base"
 TEXT = "Straße 👩‍👩‍👧‍👦 你好世界 e\u0301a\u0308 \u200d🏳️‍🌈 <|eot_id|> plain \ufffd end"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from multilora.device import Device, Memory, open_device
+from multilora.device.cpu import Device, Memory
+from multilora.device.select import open_device
 from multilora.errors import ConfigError
 from tests.fake_cuda import Calls, FakeCuda, install
 

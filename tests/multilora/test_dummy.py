@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from multilora.config import EngineConfig
-from multilora.dummy import SHAPES, random_adapter, shape_of
-from multilora.engine import Engine
+from multilora.adapters.random_adapter import random_adapter
+from multilora.config.engine import EngineConfig
+from multilora.config.lora_sites import sites_of
+from multilora.config.presets import SHAPES, shape_of
+from multilora.engine.engine import Engine
 from multilora.errors import CheckpointError, ConfigError
-from multilora.sites import sites_of
 from tests.checkpoints import TINY, write_checkpoint
 from tests.engines import SETTINGS, Job, greedy, prompt_of, run
 

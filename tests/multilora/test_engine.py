@@ -17,14 +17,14 @@ from multilora.errors import (
     ConfigError,
     RequestError,
 )
-from multilora.request import SamplingParams
-from multilora.tokenizer import load_tokenizer
+from multilora.sampling_params import SamplingParams
+from multilora.tokenization.tokenizer import load_tokenizer
 from tests.adapters import change_tensors, write_adapter
 from tests.checkpoints import TINY, write_checkpoint
 from tests.engines import Job, add, drain, facts, greedy, make_engine, prompt_of, run
 
 if TYPE_CHECKING:
-    from multilora.engine import Engine
+    from multilora.engine.engine import Engine
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "multilora" / "assets" / "uma" / "base"
 PROMPT = prompt_of(20)

@@ -17,7 +17,7 @@ from hypothesis.stateful import (
 )
 
 from multilora.errors import AdapterNotFound
-from multilora.request import SamplingParams
+from multilora.sampling_params import SamplingParams
 from tests.adapters import write_adapter
 from tests.checkpoints import TINY, write_checkpoint
 from tests.engines import Job, add, drain, facts, make_engine, prompt_of, run
@@ -25,8 +25,8 @@ from tests.engines import Job, add, drain, facts, make_engine, prompt_of, run
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from multilora.engine import Engine
-    from multilora.request import RequestOutput
+    from multilora.engine.engine import Engine
+    from multilora.outputs import RequestOutput
 
 NAMES = ("x", "y", "z")
 RANKS = (4, 8, 16, 24)

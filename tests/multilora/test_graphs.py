@@ -16,10 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import multilora_kernels as mk
-from multilora.device import Device
-from multilora.graphs import ON_DEMAND_TOKENS, Graphs, extents, tile_sizes, token_sizes
-from multilora.layers import Rope
-from multilora.request import SamplingParams
+from multilora.device.cpu import Device
+from multilora.model.layers import Rope
+from multilora.runtime.graph_runner import (
+    ON_DEMAND_TOKENS,
+    Graphs,
+    extents,
+    tile_sizes,
+    token_sizes,
+)
+from multilora.sampling_params import SamplingParams
 from tests.adapters import write_adapter
 from tests.checkpoints import TINY, write_checkpoint
 from tests.engines import Job, facts, greedy, make_engine, prompt_of, run
@@ -27,7 +33,7 @@ from tests.engines import Job, facts, greedy, make_engine, prompt_of, run
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from multilora.engine import Engine
+    from multilora.engine.engine import Engine
 
 needs_cpp = pytest.mark.skipif(not mk.HAS_CPP, reason="the C++ library is not built")
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from multilora.request import RequestOutput, SamplingParams
+from multilora.outputs import RequestOutput
+from multilora.sampling_params import SamplingParams
 from tests.adapters import write_adapter
 from tests.checkpoints import TINY, write_checkpoint
 from tests.engines import Job, add, drain, facts, make_engine, prompt_of, run
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from multilora.engine import Engine
+    from multilora.engine.engine import Engine
 
 KINDS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "fp32": (torch.float32, {}),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from multilora.kv_cache import KVCache
+from multilora.model.kv_cache import KVCache
 from tests.checkpoints import write_checkpoint
 
 if TYPE_CHECKING:

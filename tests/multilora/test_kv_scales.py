@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from multilora import kv_scales
-from multilora.kv_cache import KVCache
+from multilora.model import kv_calibration as kv_scales
+from multilora.model.kv_cache import KVCache
 from tests.adapters import write_adapter
 from tests.checkpoints import TINY, write_checkpoint
 from tests.engines import Job, facts, greedy, make_engine, prompt_of, run
@@ -16,8 +16,8 @@ from tests.engines import Job, facts, greedy, make_engine, prompt_of, run
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from multilora.engine import Engine
-    from multilora.request import RequestOutput
+    from multilora.engine.engine import Engine
+    from multilora.outputs import RequestOutput
 
 
 @pytest.fixture

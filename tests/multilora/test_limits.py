@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from multilora import startup
-from multilora.device import open_device
+from multilora.device.select import open_device
+from multilora.engine import builder as startup
 from multilora.errors import ConfigError
 from multilora_kernels import cuda, plans
 from tests.checkpoints import write_checkpoint

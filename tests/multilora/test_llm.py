@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from multilora.demo import EXPERTS, load, load_scene, run_batch
+from multilora.entrypoints.demo import EXPERTS, load, load_scene, run_batch
+from multilora.entrypoints.llm import LLM
 from multilora.errors import AdapterInvalid, AdapterNotFound, ConfigError, RequestError
-from multilora.llm import LLM
-from multilora.request import SamplingParams
+from multilora.sampling_params import SamplingParams
 from tests.adapters import write_adapter
 from tests.checkpoints import TINY, write_checkpoint
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from multilora.config import EngineConfig
-from multilora.device import Memory
+from multilora.config.engine import EngineConfig
+from multilora.device.cpu import Memory
 from multilora.errors import ConfigError
-from multilora.memory import DEFAULT_KV_BYTES, GRAPH_BYTES, Needs, num_blocks
+from multilora.runtime.memory_budget import DEFAULT_KV_BYTES, GRAPH_BYTES, Needs, num_blocks
 
 GB = 10**9
 NEEDS = Needs(base=16 * GB, activations=GB, rank_pages=5 * GB, block=2**21, max_blocks=10**6)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from multilora.config import RopeScaling
+from multilora.config.model import RopeScaling
 from tests.adapters import LINEARS, write_adapter
 from tests.checkpoints import TINY, write_checkpoint
 from tests.engines import Job, greedy, make_engine, prompt_of, run
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from multilora.request import RequestOutput, TokenLogprobs
+    from multilora.outputs import RequestOutput, TokenLogprobs
 
 TOLERANCE = 1e-4
 LLAMA3 = RopeScaling(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from multilora.adapters.peft_config import (
+from multilora.adapters.peft.config import (
     HARMLESS,
     HONOURED,
     LLAMA_TARGETS,

@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import multilora_kernels as mk
-from multilora.checkpoint import load_checkpoint, read_config
-from multilora.config import EngineConfig
+from multilora.checkpoint.reader import load_checkpoint, read_config
+from multilora.config.engine import EngineConfig
+from multilora.config.lora_sites import sites_of
+from multilora.config.quantization import Scheme, schemes_of
 from multilora.errors import AdapterInvalid, CheckpointError
-from multilora.models.llama import Llama
-from multilora.quant import Scheme, schemes_of
-from multilora.sites import sites_of
+from multilora.model.llama import Llama
 from tests.adapters import LINEARS, change_tensors, write_adapter
 from tests.checkpoints import random_weights, write_checkpoint, write_meta_checkpoint
 from tests.engines import Job, facts, greedy, make_engine, prompt_of, run
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from multilora.config import ModelConfig
+    from multilora.config.model import ModelConfig
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "int8": {"quantization": "int8"},
@@ -174,9 +174,9 @@ BIG = {
 }
 MEASURE = """
 import os, torch
-from multilora.checkpoint import load_checkpoint, read_config
-from multilora.models.llama import Llama
-from multilora.quant import Scheme
+from multilora.checkpoint.reader import load_checkpoint, read_config
+from multilora.model.llama import Llama
+from multilora.config.quantization import Scheme
 import multilora_kernels as mk
 torch.set_num_threads(1)
 mk.quantize(torch.ones(64, 64), 4, 32)  # what the first call alone needs

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import multilora_kernels as mk
-from multilora.recording import Recording
+from multilora.device.cpu_graph import Recording
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -91,7 +91,7 @@ def test_calls_in_a_row_are_one_program_whose_results_share_memory() -> None:
 
 def test_a_capture_does_not_import_torchs_compiler(run_python: Callable[..., str]) -> None:
     code = (
-        "import sys, torch; from multilora.recording import Recording; x = torch.ones(2); "
+        "import sys, torch; from multilora.device.cpu_graph import Recording; x = torch.ones(2); "
         "Recording(lambda: x + 1).replay(); print('torch._dynamo' in sys.modules)"
     )
     assert run_python(code).split() == ["False"]

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from multilora.request import SamplingParams
-from multilora.sampler import Sampled, SampleRow, sample, token_logprobs, uniform
+from multilora.sampling.host import Sampled, SampleRow, sample, token_logprobs, uniform
+from multilora.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

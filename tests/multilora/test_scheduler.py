@@ -9,13 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from multilora.blocks import BlockPool
-from multilora.config import EngineConfig
+from multilora.adapters.mix import Mix
+from multilora.config.engine import EngineConfig
 from multilora.errors import CapacityError, ConfigError
-from multilora.plan import Plan, RowResult, StepResult
-from multilora.policies import Fcfs, View, policy_named
-from multilora.request import FinishReason, Mix, SamplingParams, Sequence
-from multilora.scheduler import Scheduler
+from multilora.outputs import FinishReason
+from multilora.sampling_params import SamplingParams
+from multilora.scheduling.block_pool import BlockPool
+from multilora.scheduling.policies import Fcfs, View, policy_named
+from multilora.scheduling.scheduler import Scheduler
+from multilora.scheduling.scheduler_output import Plan, RowResult, StepResult
+from multilora.scheduling.sequence import Sequence
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from multilora.device import Device
-from multilora.staging import ALIGN, Field, Staging
+from multilora.device.cpu import Device
+from multilora.device.input_buffer import ALIGN, Field, Staging
 
 
 class Apart(Device):

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import multilora_kernels as mk
-from multilora import startup
-from multilora.kv_cache import KVCache
-from multilora.request import SamplingParams
+from multilora.engine import builder as startup
+from multilora.model.kv_cache import KVCache
+from multilora.sampling_params import SamplingParams
 from tests.adapters import write_adapter
 from tests.checkpoints import TINY, write_checkpoint
 from tests.engines import Job, facts, make_engine, prompt_of, run
 from tests.fake_cuda import FakeCuda, install
 
 if TYPE_CHECKING:
-    from multilora.engine import Engine
+    from multilora.engine.engine import Engine
 
 RANKS = {"a": 8, "b": 24}
 

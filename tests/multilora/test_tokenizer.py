@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from multilora.errors import RequestError, TokenizerError
-from multilora.tokenizer import (
+from multilora.tokenization.tokenizer import (
     LLAMA3_PATTERN,
     LLAMA3_SPECIALS,
     MAX_CHUNK,

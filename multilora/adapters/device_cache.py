@@ -1,0 +1,166 @@
+"""Which adapters are on the device, in which pages and slots, in order of use."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from .rank_pages import AdapterTable, PackedSite, SitePool
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from .mix import Mix
+
+
+@dataclass(slots=True)
+class _Slot:
+    """A mix on the device."""
+
+    slot: int
+    pins: int = 0
+
+
+class Residents:
+    """What is on the device: the pages of adapters, the slots of mixes, each in order of use.
+
+    A mix on the device has all its adapters there; an adapter that mixes share is there once.
+    """
+
+    def __init__(self, pools: Mapping[str, SitePool], table: AdapterTable, slots: int) -> None:
+        self.pools, self.table = pools, table
+        self._num_slots = slots
+        self._free_slots = list(range(slots))[::-1]
+        self._pages: OrderedDict[str, dict[str, list[int]]] = OrderedDict()  # digest -> site -> ids
+        self._mixes: OrderedDict[Mix, _Slot] = OrderedDict()
+        self._slot_sites = [frozenset[str]()] * slots
+
+    def pin(self, mix: Mix, packed: Mapping[str, Mapping[str, PackedSite]]) -> int | None:
+        """Slot of the mix, or None with nothing changed. `packed` is by digest, then by site."""
+        entry = self._mixes.get(mix)
+        if entry is None:
+            victims = self._find_victims(packed)
+            if victims is None or not self._has_slot():
+                return None
+            for digest in victims:
+                self.evict(digest)
+            entry = self._enter(mix, packed)
+        entry.pins += 1
+        self._touch(mix)
+        return entry.slot
+
+    def unpin(self, mix: Mix) -> None:
+        """Ends one pin."""
+        entry = self._mixes[mix]
+        assert entry.pins > 0
+        entry.pins -= 1
+        self._touch(mix)
+
+    def is_pinned(self, digest: str) -> bool:
+        """Whether a pinned mix uses the adapter."""
+        return digest in self._pinned()
+
+    def evict(self, digest: str) -> None:
+        """Frees the adapter's pages and the slots of mixes that use it; none may be pinned."""
+        for mix in [m for m in self._mixes if any(d == digest for d, _ in m)]:
+            self._evict_mix(mix)
+        for site, ids in self._pages.pop(digest, {}).items():
+            self.pools[site].free(ids)
+
+    def active_sites(self, slots: Iterable[int]) -> frozenset[str]:
+        """Sites that any of these slots adapts."""
+        return frozenset[str]().union(*(self._slot_sites[s] for s in set(slots) if s >= 0))
+
+    def _touch(self, mix: Mix) -> None:
+        self._mixes.move_to_end(mix)
+        for digest, _ in mix:
+            self._pages.move_to_end(digest)
+
+    def _pinned(self) -> set[str]:
+        return {d for mix, entry in self._mixes.items() if entry.pins for d, _ in mix}
+
+    def _has_slot(self) -> bool:
+        return bool(self._free_slots) or any(not entry.pins for entry in self._mixes.values())
+
+    def _find_victims(self, packed: Mapping[str, Mapping[str, PackedSite]]) -> list[str] | None:
+        """Adapters to evict so that those of `packed` fit; None if that is not possible now."""
+        lacking: Counter[str] = Counter()
+        for digest, sites in packed.items():
+            if digest not in self._pages:
+                lacking.update({site: found.num_pages for site, found in sites.items()})
+        for site in lacking:
+            lacking[site] -= self.pools[site].num_free
+        lacking = +lacking  # only where there is too little
+        kept, victims = self._pinned().union(packed), []
+        for digest, pages in self._pages.items():
+            if not lacking:
+                break
+            if digest not in kept and not lacking.keys().isdisjoint(pages):
+                victims.append(digest)
+                lacking -= Counter({site: len(ids) for site, ids in pages.items()})
+        return None if lacking else victims
+
+    def _enter(self, mix: Mix, packed: Mapping[str, Mapping[str, PackedSite]]) -> _Slot:
+        if not self._free_slots:
+            self._evict_mix(next(m for m, entry in self._mixes.items() if not entry.pins))
+        for digest, sites in packed.items():
+            if digest not in self._pages:
+                self._pages[digest] = {s: self._copy(s, found) for s, found in sites.items()}
+        slot = self._free_slots.pop()
+        rows = self._rows(mix)
+        for site, (ids, weights) in rows.items():
+            self.table.write(slot, site, ids, weights)
+        self._slot_sites[slot] = frozenset(rows)
+        entry = self._mixes[mix] = _Slot(slot)
+        return entry
+
+    def _copy(self, site: str, packed: PackedSite) -> list[int]:
+        ids = self.pools[site].allocate(packed.num_pages)
+        assert ids is not None
+        self.pools[site].write(ids, packed)
+        return ids
+
+    def _rows(self, mix: Mix) -> dict[str, tuple[list[int], list[float]]]:
+        """Page ids and weights by site: the adapters' pages one after the other."""
+        rows: dict[str, tuple[list[int], list[float]]] = {}
+        for digest, weight in mix:
+            for site, pages in self._pages[digest].items():
+                ids, weights = rows.setdefault(site, ([], []))
+                ids += pages
+                weights += [weight] * len(pages)
+        return rows
+
+    def _evict_mix(self, mix: Mix) -> None:
+        entry = self._mixes.pop(mix)
+        assert not entry.pins
+        self.table.clear(entry.slot)
+        self._slot_sites[entry.slot] = frozenset()
+        self._free_slots.append(entry.slot)
+
+    def check_integrity(self, packed: Mapping[str, Mapping[str, PackedSite]]) -> None:
+        """Asserts that pools, slots and table agree. `packed`: what is on the host."""
+        for site, pool in self.pools.items():
+            pool.check_integrity()
+            ids = [page for sites in self._pages.values() for page in sites.get(site, ())]
+            assert len(ids) == len(set(ids))
+            assert pool.used == set(ids)
+        for digest, pages in self._pages.items():
+            assert {s: len(ids) for s, ids in pages.items()} == {
+                s: found.num_pages for s, found in packed[digest].items()
+            }
+        slots = [entry.slot for entry in self._mixes.values()]
+        assert sorted(slots + self._free_slots) == list(range(self._num_slots))
+        expected = {entry.slot: self._rows(mix) for mix, entry in self._mixes.items()}
+        assert all(entry.pins >= 0 for entry in self._mixes.values())
+        for slot in range(self._num_slots):
+            rows = expected.get(slot, {})
+            assert self._slot_sites[slot] == rows.keys()
+            for site in self.pools:
+                ids, weights = rows.get(site, ([], []))
+                assert self.table.row(slot, site) == (
+                    ids,
+                    torch.tensor(weights, dtype=torch.float32).tolist(),
+                )

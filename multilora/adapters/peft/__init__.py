@@ -1,0 +1,1 @@
+"""Reads PEFT's adapter folders, and refuses by name what it cannot honour."""

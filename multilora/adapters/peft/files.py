@@ -1,0 +1,75 @@
+"""Opening files that someone else wrote: only regular ones, of bounded size, in strict JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections import Counter
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from ...errors import AdapterInvalid
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def open_regular(path: Path, max_bytes: int) -> BinaryIO:
+    """A regular file of at most `max_bytes` bytes, open for reading. Symbolic links are followed.
+
+    Anything else (missing, folder, pipe, device, too large) is an AdapterInvalid.
+    """
+    # Looked at before it is opened, since opening a pipe waits for its writer and opening a device
+    # may act on it; looked at again afterwards, since the name may lead elsewhere by then.
+    try:
+        _check_regular(path, os.stat(path))
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        file = os.fdopen(os.open(path, flags), "rb")
+    except (OSError, ValueError) as error:
+        if isinstance(error, AdapterInvalid):
+            raise
+        reason = getattr(error, "strerror", None) or str(error)
+        raise AdapterInvalid(f"{path.name} cannot be opened: {reason}") from error
+    try:
+        info = os.fstat(file.fileno())
+        _check_regular(path, info)
+        if info.st_size > max_bytes:
+            raise AdapterInvalid(
+                f"{path.name} has {info.st_size} bytes, above the limit of {max_bytes}"
+            )
+    except AdapterInvalid:
+        file.close()
+        raise
+    return file
+
+
+def strict_json(data: bytes, what: str) -> dict[str, Any]:
+    """The JSON object in `data`, UTF-8, in which no key occurs twice. `what` names it in errors."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+            raise AdapterInvalid(f"{what} has the key {show(twice)} twice; keep one")
+        return found
+
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+    except AdapterInvalid:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise AdapterInvalid(f"{what} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise AdapterInvalid(f"{what} must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def show(value: object) -> str:
+    """A value for an error text: its repr, cut to a readable length."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _check_regular(path: Path, info: os.stat_result) -> None:
+    if not stat.S_ISREG(info.st_mode):
+        raise AdapterInvalid(f"{path.name} is not a regular file; only regular files are read")

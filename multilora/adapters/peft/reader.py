@@ -1,0 +1,239 @@
+"""A PEFT LoRA folder becomes an Adapter: `adapter_config.json` and `adapter_model.safetensors`.
+
+The config says which modules should be adapted and the header which tensors there are; the two must
+agree, exactly, before any weight is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...config.lora_sites import sites_of
+from ...errors import AdapterError, AdapterInvalid
+from .config import MAX_CONFIG_BYTES, parse_config
+from .files import open_regular, show
+from .targets import Target, find_targets
+from .weights import MAX_FILE_BYTES, TensorInfo, Weight, read_header, read_weights
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Mapping
+
+    from torch import Tensor
+
+    from ...config.model import ModelConfig
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLE_FILE = "adapter_model.bin"
+PREFIX = "base_model.model."
+BASE_SITES = ("embed", "lm_head")  # PEFT saves their full weight beside a LoRA on them
+
+ModuleKey = tuple[str, int, int]  # (site name, layer, slice index)
+
+
+@dataclass(frozen=True, slots=True)
+class LoraModule:
+    """The LoRA of one linear: it adds `scale * (x A^T) B^T` to the output."""
+
+    a: Tensor  # [rank, in], for the embedding [rank, vocab]; dtype as stored
+    b: Tensor  # [out, rank]; dtype as stored
+    scale: float  # alpha / r, or alpha / sqrt(r) with rsLoRA, after the patterns
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """LoRA weights in host memory, checked against the shape of one base model."""
+
+    digest: str  # SHA-256 hex of the content alone: no name, path, key order or file layout in it
+    modules: Mapping[ModuleKey, LoraModule]
+    rank: int  # largest of any module
+    # What PEFT saved of the base itself, [vocab, hidden] by site name ("embed", "lm_head"). Who has
+    # the base must find its own weight equal, or refuse the adapter: it was trained on another one.
+    base_weights: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def rank_at(self, site: str) -> int:
+        """Largest rank over the layers and slices of a site; 0 = the site is not adapted."""
+        return max((m.a.shape[0] for key, m in self.modules.items() if key[0] == site), default=0)
+
+
+def read_adapter(folder: str | Path, config: ModelConfig, *, max_rank: int = 512) -> Adapter:
+    """Reads a PEFT LoRA folder for a base model of shape `config`.
+
+    Raises AdapterInvalid when a file is missing or malformed, does not fit the model, or uses a
+    feature that is not supported; AdapterTooLarge when a rank is above `max_rank`.
+    """
+    try:
+        return _read(Path(folder), config, max_rank)
+    except AdapterError as error:
+        raise type(error)(f"adapter at {show(str(folder))}: {error}") from error
+
+
+def _read(folder: Path, config: ModelConfig, max_rank: int) -> Adapter:
+    if not os.path.isdir(folder):
+        raise AdapterInvalid(f"there is no such folder; give the one that holds {CONFIG_FILE}")
+    with open_regular(folder / CONFIG_FILE, MAX_CONFIG_BYTES) as file:
+        spec = parse_config(file.read(MAX_CONFIG_BYTES))
+    targets = find_targets(spec, sites_of(config), max_rank)
+    if os.path.lexists(folder / PICKLE_FILE) and not os.path.lexists(folder / WEIGHTS_FILE):
+        raise AdapterInvalid(
+            f"{PICKLE_FILE} is refused: pickle is never read, since it can run code; "
+            f"convert to safetensors ({WEIGHTS_FILE}), which PEFT's save_pretrained writes"
+        )
+    with open_regular(folder / WEIGHTS_FILE, MAX_FILE_BYTES) as file:
+        header = read_header(file)
+        names, base_names = _sort_names(header)
+        _check_names(names, targets, config)
+        _check_shapes(names, base_names, header, targets, config)
+        weights = read_weights(file, header)
+    return _assemble(names, base_names, weights, targets)
+
+
+def _sort_names(header: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Stored names by (the name without prefix and adapter name), and by site for base weights."""
+    names: dict[str, str] = {}
+    base_names: dict[str, str] = {}
+    base_paths = {
+        f"{path}{ending}": site
+        for path, site in zip(("model.embed_tokens", "lm_head"), BASE_SITES, strict=True)
+        for ending in (".base_layer.weight", ".weight")
+    }
+    for stored in header:
+        name = stored.removeprefix(PREFIX)
+        if not stored.startswith(PREFIX):
+            raise AdapterInvalid(
+                f"unexpected tensor {show(stored)}: PEFT's names begin with {PREFIX!r}"
+            )
+        if name in base_paths:
+            found, key = base_names, base_paths[name]
+        else:
+            found, key = names, _without_adapter_name(name)
+        if key in found:
+            raise AdapterInvalid(
+                f"tensors {show(found[key])} and {show(stored)} are one weight; keep one adapter"
+            )
+        found[key] = stored
+    return names, base_names
+
+
+def _without_adapter_name(name: str) -> str:
+    """Drops the name in "q_proj.lora_A.default.weight": it means nothing outside PEFT."""
+    path, dot, rest = name.rpartition(".lora_")
+    words = rest.split(".")
+    plain = 1 if words[0].startswith("embedding_") else 2
+    if dot and len(words) == plain + 1:
+        del words[1]
+    return f"{path}{dot}{'.'.join(words)}"
+
+
+def _pair(path: str, target: Target) -> tuple[str, str]:
+    """Names of A and B of a module."""
+    if target.site.name == "embed":
+        return f"{path}.lora_embedding_A", f"{path}.lora_embedding_B"
+    return f"{path}.lora_A.weight", f"{path}.lora_B.weight"
+
+
+def _check_names(
+    names: Mapping[str, str],
+    targets: Mapping[str, Target],
+    config: ModelConfig,
+) -> None:
+    """Raises AdapterInvalid unless the tensors are the A and B of the targeted modules, no more."""
+    wanted = {name for path, target in targets.items() for name in _pair(path, target)}
+    for name, stored in names.items():
+        if name not in wanted:
+            raise AdapterInvalid(
+                f"unexpected tensor {show(stored)}: {_why_unexpected(name, config)}"
+            )
+    missing = wanted - names.keys()
+    if missing:
+        raise AdapterInvalid(
+            f"the config targets modules whose tensors are missing: {_some(missing)}; "
+            "was the adapter saved in full, and is this its own config?"
+        )
+
+
+def _why_unexpected(name: str, config: ModelConfig) -> str:
+    words = name.split(".")
+    if "lora_magnitude_vector" in words:
+        return "DoRA is not supported"
+    if words[-1] == "bias":
+        return "biases are not supported"
+    layer = words[2] if words[:2] == ["model", "layers"] and len(words) > 2 else ""
+    if layer.isdecimal() and (len(layer) > 9 or int(layer) >= config.num_layers):
+        return f"the base model has no layer {layer[:9]}; its last is {config.num_layers - 1}"
+    path = name.rpartition(".lora_")[0]
+    sites = sites_of(config).values()
+    if any(
+        path == s.module_path(n, i)
+        for s in sites
+        for n in range(s.layers)
+        for i in range(len(s.slices))
+    ):
+        return (
+            "the config does not target its module in this way "
+            "(target_modules, exclude_modules, layers_to_transform)"
+        )
+    return "the base model has no such module that LoRA can adapt"
+
+
+def _check_shapes(
+    names: Mapping[str, str],
+    base_names: Mapping[str, str],
+    header: Mapping[str, TensorInfo],
+    targets: Mapping[str, Target],
+    config: ModelConfig,
+) -> None:
+    for path, target in targets.items():
+        for name, shape in zip(_pair(path, target), (target.a_shape, target.b_shape), strict=True):
+            found = header[names[name]].shape
+            if found != shape:
+                raise AdapterInvalid(
+                    f"tensor {show(names[name])} has shape {list(found)}, but the base model and "
+                    f"rank {target.rank} of the config (r, rank_pattern) need {list(shape)}"
+                )
+    for stored in base_names.values():
+        shape, found = (config.vocab_size, config.hidden_size), header[stored].shape
+        if found != shape:
+            raise AdapterInvalid(
+                f"tensor {show(stored)} has shape {list(found)}, but the base model's is "
+                f"{list(shape)}: it was trained with a resized vocabulary; "
+                "merge it into its base and serve that"
+            )
+
+
+def _assemble(
+    names: Mapping[str, str],
+    base_names: Mapping[str, str],
+    weights: Mapping[str, Weight],
+    targets: Mapping[str, Target],
+) -> Adapter:
+    modules: dict[ModuleKey, LoraModule] = {}
+    content: list[object] = ["lora 1"]  # a new reading of old files must change this
+    for path, target in sorted(targets.items()):
+        a, b = (weights[names[name]] for name in _pair(path, target))
+        modules[target.site.name, target.layer, target.index] = LoraModule(
+            a.tensor, b.tensor, target.scale
+        )
+        content.append([path, target.rank, target.scale.hex(), *_identity(a), *_identity(b)])
+    base_weights = {}
+    for site, stored in sorted(base_names.items()):
+        base_weights[site] = weights[stored].tensor
+        content.append([site, *_identity(weights[stored])])
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return Adapter(digest, modules, max(t.rank for t in targets.values()), base_weights)
+
+
+def _identity(weight: Weight) -> tuple[str, str]:
+    return str(weight.tensor.dtype), weight.sha256
+
+
+def _some(names: Collection[str]) -> str:
+    """The first few names, and how many more there are."""
+    first = sorted(names)[:3]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(map(show, first))}{more}"

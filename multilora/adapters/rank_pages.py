@@ -1,0 +1,232 @@
+"""Rank pages: where LoRA weights live while they are used, and the table that says which are whose.
+
+A page is 8 rank rows of one adapter at one site, over all its layers and slices. Every site has a
+pool of pages; a slot of the table is a list of pages with a weight for each. Adapters that do not
+target a site have no page there: no bytes and no work.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from multilora_kernels import Table, empty_huge
+
+from ..errors import AdapterInvalid
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from torch import Tensor
+
+    from ..config.lora_sites import Site
+    from .peft.reader import Adapter
+
+
+PAGE_ROWS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class PackedSite:
+    """One adapter at one site in page layout; host memory, the scale inside B."""
+
+    a: Tensor  # [pages, layers, slices, 8, in]; for the embedding [pages, vocab, 8]
+    b: Tensor  # [pages, layers, 8, out]
+
+    @property
+    def num_pages(self) -> int:
+        """Rank pages of the adapter at the site."""
+        return self.a.shape[0]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of both tensors."""
+        return self.a.nbytes + self.b.nbytes
+
+
+def pages_for(rank: int) -> int:
+    """Pages that hold so many rank rows."""
+    return -(-rank // PAGE_ROWS)
+
+
+def pack(adapter: Adapter, site: Site, dtype: torch.dtype) -> PackedSite | None:
+    """Lays the adapter's weights at one site out as pages; None if it does not target the site.
+
+    Rows above a module's rank, and layers and slices without LoRA, are zero. The scale is folded
+    into B in fp32 before the one cast to `dtype`. Raises AdapterInvalid if a value overflows.
+    """
+    pages = pages_for(adapter.rank_at(site.name))
+    if not pages:
+        return None
+    rows = pages * PAGE_ROWS
+    a = torch.zeros(site.layers, len(site.slices), rows, site.in_, dtype=dtype)
+    b = torch.zeros(site.layers, rows, site.out, dtype=dtype)
+    starts = site.slice_starts
+    for (name, layer, index), module in adapter.modules.items():
+        if name != site.name:
+            continue
+        rank = module.a.shape[0]
+        a[layer, index, :rank] = module.a.to(dtype)
+        scaled = (module.b.float() * module.scale).to(dtype)
+        b[layer, :rank, starts[index] : starts[index + 1]] = scaled.T
+    if not all(math.isfinite(end) for values in (a, b) for end in torch.aminmax(values)):
+        raise AdapterInvalid(
+            f"the adapter's weights at site {site.name} (A, or alpha / r times B) overflow "
+            f"{dtype}; lower its lora_alpha, or start with lora_dtype='float32'"
+        )
+    if site.name == "embed":  # looked up by token: a token's 8 values lie side by side
+        a_pages = a.view(pages, PAGE_ROWS, site.in_).transpose(1, 2)
+    else:
+        a = a.view(site.layers, len(site.slices), pages, PAGE_ROWS, site.in_)
+        a_pages = a.permute(2, 0, 1, 3, 4)
+    b_pages = b.view(site.layers, pages, PAGE_ROWS, site.out).transpose(0, 1)
+    return PackedSite(a_pages.contiguous(), b_pages.contiguous())
+
+
+class SitePool:
+    """The pages of one site on the device. It takes memory only once an adapter needs the site."""
+
+    def __init__(
+        self,
+        site: Site,
+        capacity: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.capacity = capacity
+        self._dtype, self._device = dtype, device
+        self._a_shape: tuple[int, ...] = (site.layers, len(site.slices), PAGE_ROWS, site.in_)
+        self._by_token = site.name == "embed"
+        if self._by_token:
+            self._a_shape = (site.in_, PAGE_ROWS)
+        self._b_shape = (site.layers, PAGE_ROWS, site.out)
+        self._pages: tuple[Tensor, Tensor] | None = None
+        self._free = list(range(capacity))[::-1]
+        self._used: set[int] = set()
+
+    @property
+    def num_free(self) -> int:
+        """Pages that `allocate` can still give."""
+        return len(self._free)
+
+    @property
+    def used(self) -> frozenset[int]:
+        """Ids of the pages in use."""
+        return frozenset(self._used)
+
+    @property
+    def is_allocated(self) -> bool:
+        """Whether an adapter has ever needed the site; before that `layer` has nothing to give."""
+        return self._pages is not None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the pages in use."""
+        return len(self._used) * self.page_bytes
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page."""
+        return (math.prod(self._a_shape) + math.prod(self._b_shape)) * self._dtype.itemsize
+
+    def reserve(self) -> None:
+        """Takes the memory of all pages, which then stays in place."""
+        if self._pages is None:
+            a_shape, b_shape = (self.capacity, *self._a_shape), (self.capacity, *self._b_shape)
+            self._pages = (
+                empty_huge(a_shape, self._dtype, self._device),
+                empty_huge(b_shape, self._dtype, self._device),
+            )
+
+    def allocate(self, count: int) -> list[int] | None:
+        """Ids of `count` free pages, undefined in content; None if there are not so many."""
+        if count > len(self._free):
+            return None
+        if count:
+            self.reserve()
+        ids = [self._free.pop() for _ in range(count)]
+        self._used.update(ids)
+        return ids
+
+    def free(self, page_ids: Iterable[int]) -> None:
+        """Takes pages back."""
+        for page in page_ids:
+            assert page in self._used, f"page {page} is not in use"
+            self._used.remove(page)
+            self._free.append(page)
+
+    def write(self, page_ids: Sequence[int], packed: PackedSite) -> None:
+        """Fills allocated pages, in the order of `page_ids`."""
+        assert self._pages is not None
+        assert len(page_ids) == packed.num_pages
+        assert self._used.issuperset(page_ids)
+        index = torch.tensor(page_ids, device=self._device)
+        for pages, values in zip(self._pages, (packed.a, packed.b), strict=True):
+            pages.index_copy_(0, index, values.to(self._device))
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Views of one layer: A `[pages, slices, 8, in]`, B `[pages, 8, out]`.
+
+        The embedding's A is `[pages, vocab, 8]`. Pages that are not in use hold anything.
+        """
+        assert self._pages is not None, "no adapter has needed this site yet"
+        a, b = self._pages
+        return (a if self._by_token else a[:, index]), b[:, index]
+
+    def check_integrity(self) -> None:
+        """Asserts that every page is either free or in use."""
+        assert len(self._free) + len(self._used) == self.capacity
+        assert self._used.union(self._free) == set(range(self.capacity))
+
+
+class AdapterTable:
+    """For each site and slot: which pages, with which weights."""
+
+    def __init__(
+        self,
+        sites: Iterable[str],
+        slots: int,
+        max_pages: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._tables = {
+            name: Table(
+                page_ids=torch.zeros(slots, max_pages, dtype=torch.int32, device=device),
+                page_weights=torch.zeros(slots, max_pages, dtype=torch.float32, device=device),
+                num_pages=torch.zeros(slots, dtype=torch.int32, device=device),
+            )
+            for name in sites
+        }
+
+    def site(self, name: str) -> Table:
+        """The table of one site; what the kernels take. Its tensors stay the same for good."""
+        return self._tables[name]
+
+    def write(
+        self,
+        slot: int,
+        site: str,
+        page_ids: Sequence[int],
+        weights: Sequence[float],  # one for each page
+    ) -> None:
+        """Makes `page_ids` the pages of a slot at a site."""
+        table, count = self._tables[site], len(page_ids)
+        assert count == len(weights) <= table.page_ids.shape[1]
+        table.page_ids[slot, :count] = torch.tensor(page_ids, dtype=torch.int32)
+        table.page_weights[slot, :count] = torch.tensor(weights, dtype=torch.float32)
+        table.num_pages[slot] = count
+
+    def clear(self, slot: int) -> None:
+        """Leaves a slot without pages at every site."""
+        for table in self._tables.values():
+            table.num_pages[slot] = 0
+
+    def row(self, slot: int, site: str) -> tuple[list[int], list[float]]:
+        """Page ids and weights of a slot at a site, as `write` got them (weights in fp32)."""
+        table = self._tables[site]
+        count = int(table.num_pages[slot])
+        return table.page_ids[slot, :count].tolist(), table.page_weights[slot, :count].tolist()

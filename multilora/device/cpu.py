@@ -1,0 +1,130 @@
+"""What differs between a CPU and a GPU, in one place: memory, copies, streams, captured graphs.
+
+`Device` is a CPU: work is done when a call returns, so most of it is the identity. `CudaDevice` has
+the same methods. Nothing else asks which of the two it runs on, but for defaults and `limits`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+import multilora_kernels as mk
+
+from .cpu_graph import Recording
+
+
+class Replay(Protocol):
+    """Work that was captured once, and is done again on what its input buffers hold by then."""
+
+    @property
+    def output(self) -> Tensor:
+        """What the work returned: the same memory at every replay."""
+
+    def replay(self) -> None:
+        """Does the work again."""
+
+
+class Fetch(Protocol):
+    """Tensors on their way to the host."""
+
+    def wait(self) -> list[Tensor]:
+        """The tensors in host memory, in the order of `fetch`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes of a device."""
+
+    free: int
+    total: int
+
+
+class Device:
+    """A CPU."""
+
+    is_cuda = False
+    captures_on_demand = True  # a capture does the work: the first step of a size can be one
+
+    def __init__(self) -> None:
+        self.torch = torch.device("cpu")
+        self._results = mk.Pool()  # of kernels, in captured steps and others
+
+    @property
+    def name(self) -> str:
+        """What a log line calls it."""
+        return "cpu"
+
+    def activate(self) -> None:
+        """Makes it the device on which this thread launches work."""
+
+    def host_buffer(self, num_bytes: int) -> Tensor:
+        """uint8 host memory from which copies to the device need not wait."""
+        return torch.zeros(num_bytes, dtype=torch.uint8)
+
+    def device_buffer(self, host: Tensor) -> Tensor:
+        """Device memory for copies of `host`; on a CPU it is that memory itself."""
+        return host
+
+    def send(self, host: Tensor, target: Tensor) -> Callable[[], None]:
+        """Starts a copy; the returned function waits until `host` may be written again."""
+        if target.data_ptr() != host.data_ptr():
+            target.copy_(host)
+        return _nothing
+
+    def fetch(self, tensors: Sequence[Tensor]) -> Fetch:
+        """Starts to copy tensors to the host."""
+        return _Here(list(tensors))
+
+    def side(self) -> Side:
+        """A place for work beside the main stream."""
+        return Side()
+
+    def capture(self, work: Callable[[], Tensor]) -> Replay:
+        """Keeps the work for replay; here it is done as well. It may use fixed buffers only."""
+        return Recording(work, self._results)
+
+    def scratch(self) -> AbstractContextManager[Any]:
+        """Within, kernels put results where those of earlier steps were: use them in this step."""
+        return mk.results_in(self._results)
+
+    def synchronize(self) -> None:
+        """Waits for all work."""
+
+    def memory(self) -> Memory | None:
+        """Free and total bytes; None where pages cost nothing until they are touched."""
+        return None
+
+    def peak_of(self, work: Callable[[], Any]) -> int:
+        """Bytes that the work needs beside what is allocated now; on a CPU nobody counts."""
+        work()
+        return 0
+
+
+class Side:
+    """Work beside the main stream; on a CPU simply before what follows."""
+
+    def fork(self) -> AbstractContextManager[Any]:
+        """What runs inside starts after the work so far, and beside the work that follows."""
+        return contextlib.nullcontext()
+
+    def join(self) -> None:
+        """What follows starts after the forked work."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Here:
+    tensors: list[Tensor]
+
+    def wait(self) -> list[Tensor]:
+        return self.tensors
+
+
+def _nothing() -> None:
+    pass

@@ -1,0 +1,1 @@
+"""The engine: requests in, one step at a time, outputs back; and what it is built from."""

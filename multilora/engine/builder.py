@@ -1,0 +1,121 @@
+"""From settings to what an engine works with: device, loaded model, memory, runner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..adapters.store import AdapterStore
+from ..checkpoint.random_weights import load_random
+from ..checkpoint.reader import load_checkpoint, read_config
+from ..config.engine import EngineConfig
+from ..config.lora_sites import sites_of
+from ..config.model import ModelConfig
+from ..config.presets import SHAPES, shape_of
+from ..config.quantization import schemes_of
+from ..device.capabilities import check
+from ..device.cpu import Device
+from ..device.select import open_device
+from ..errors import ConfigError
+from ..model.families import MODELS
+from ..model.kv_cache import DTYPES, KVCache
+from ..model.kv_calibration import measure
+from ..runtime.memory_budget import Needs, num_blocks
+from ..runtime.model_runner import Runner
+from ..tokenization.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from ..model.llama import Llama
+    from ..tokenization.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What an engine is made of."""
+
+    device: Device
+    model_config: ModelConfig
+    model: Llama
+    tokenizer: Tokenizer | None
+    store: AdapterStore
+    runner: Runner
+    max_model_len: int
+    needs: Needs  # bytes, for `Engine.memory`
+
+
+def start(config: EngineConfig) -> Parts:
+    """Loads everything; raises ConfigError, CheckpointError or TokenizerError if it cannot."""
+    device = open_device(config.device)
+    is_dummy = config.load_format == "dummy"
+    shape = shape_of(config.model) if is_dummy else read_config(config.model)
+    check(device, config, shape)
+    dtype: torch.dtype = getattr(torch, shape.dtype if config.dtype == "auto" else config.dtype)
+    length = _max_model_len(config, shape)
+    tokenizer = _tokenizer(config)
+    with device.torch:
+        model = MODELS["LlamaForCausalLM"](shape, dtype, schemes_of(config))
+    if is_dummy:
+        load_random(model.parts(), config.seed, dtype, device.torch)
+    else:
+        load_checkpoint(config.model, model.parts(), shape)
+    lora_dtype = dtype if config.lora_dtype == "auto" else getattr(torch, config.lora_dtype)
+    store = AdapterStore(sites_of(shape), config, dtype=lora_dtype, device=device.torch)
+    runner, needs = _runner(config, device, model, store, length, dtype)
+    return Parts(device, shape, model, tokenizer, store, runner, length, needs)
+
+
+def _runner(
+    config: EngineConfig,
+    device: Device,
+    model: Llama,
+    store: AdapterStore,
+    max_model_len: int,
+    dtype: torch.dtype,
+) -> tuple[Runner, Needs]:
+    """The runner with as many KV blocks as fit, its decode steps captured."""
+    shape, size = model.config, config.block_size
+    kv_dtype, scales = DTYPES.get(config.kv_cache_dtype, dtype), None
+    if config.kv_cache_dtype in DTYPES:
+        scales = measure(model, max_model_len, kv_dtype)
+
+    def cache(blocks: int) -> KVCache:
+        return KVCache(shape, blocks, size, kv_dtype, device.torch, scales)
+
+    runner = Runner(config, device, model, cache(1), store, sites_of(shape), max_model_len)
+    memory = device.memory()
+    needs = Needs(
+        base=model.num_bytes,
+        activations=0 if memory is None else device.peak_of(runner.rehearse),
+        rank_pages=store.reserved_bytes,
+        block=KVCache.block_bytes(shape, size, kv_dtype),
+        max_blocks=config.max_num_seqs * -(-max_model_len // size),
+    )
+    runner.cache = cache(num_blocks(config, needs, memory))
+    if not device.captures_on_demand:
+        store.reserve()  # what was counted is taken, and graphs keep the addresses
+    if not config.enforce_eager:
+        runner.capture()
+    return runner, needs
+
+
+def _tokenizer(config: EngineConfig) -> Tokenizer | None:
+    if config.skip_tokenizer_init:
+        return None
+    if config.tokenizer is None and config.model.partition(":")[0] in SHAPES:
+        raise ConfigError(
+            f"{config.model!r} is a shape and has no tokenizer; give tokenizer=FOLDER, or "
+            "skip_tokenizer_init=True to serve token ids"
+        )
+    return load_tokenizer(config.tokenizer or config.model)
+
+
+def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
+    limit = model.max_position_embeddings
+    if config.max_model_len is not None and config.max_model_len > limit:
+        raise ConfigError(
+            f"max_model_len {config.max_model_len} is beyond the {limit} positions that the model "
+            "was made for"
+        )
+    return config.max_model_len or limit

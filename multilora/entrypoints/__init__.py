@@ -1,0 +1,1 @@
+"""What people start: offline inference, the command line, the demo."""

@@ -1,0 +1,1 @@
+"""The Llama, its layers and its KV cache."""

@@ -1,0 +1,68 @@
+"""The tensors that hold keys and values, in pages. `blocks.py` says which page is whose."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from multilora_kernels import empty_huge
+
+from ..config.model import ModelConfig
+
+DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn}
+"""Of quantised pages, by `EngineConfig.kv_cache_dtype`; "auto" is the model's dtype."""
+
+
+class Scales(NamedTuple):
+    """What a stored number is multiplied by: fp32 [layers, kv_heads] each."""
+
+    k: Tensor
+    v: Tensor
+
+
+class Layer(NamedTuple):
+    """One layer's part of a cache, in the order of `paged_attention`'s and `rope_store_kv_`'s."""
+
+    k: Tensor  # [blocks, block_size, kv_heads, head_dim]
+    v: Tensor
+    k_scale: Tensor | None  # fp32 [kv_heads], of quantised pages
+    v_scale: Tensor | None
+
+
+class KVCache:
+    """K and V pages of all layers: [layers, blocks, block_size, kv_heads, head_dim] each.
+
+    Memory is reserved, not touched: on CPU a block costs nothing until a token is written to it.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        scales: Scales | None = None,  # on the device; of quantised pages
+    ) -> None:
+        shape = (config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim)
+        self.k = empty_huge(shape, dtype, device)
+        self.v = empty_huge(shape, dtype, device)
+        self.scales = scales
+
+    @property
+    def num_blocks(self) -> int:
+        """Pages of each layer."""
+        return self.k.shape[1]
+
+    def layer(self, index: int) -> Layer:
+        """The pages and scales of one layer."""
+        scales = (None, None) if self.scales is None else (s[index] for s in self.scales)
+        return Layer(self.k[index], self.v[index], *scales)
+
+    @staticmethod
+    def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+        """Bytes of one block over all layers, K and V."""
+        per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+        return per_token * block_size * dtype.itemsize

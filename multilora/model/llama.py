@@ -1,0 +1,115 @@
+"""Llama 2, 3, 3.1, 3.2 and 3.3, whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint.parts import Part, fill
+from ..config.lora_sites import Site, sites_of
+from ..config.model import ModelConfig
+from ..config.quantization import Scheme
+from .forward_batch import ForwardBatch
+from .kv_cache import KVCache
+from .layers import MLP, Attention, Linear, RMSNorm, Rope
+
+
+class Block(nn.Module):
+    """One decoder layer."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        sites: dict[str, Site],
+        layer: int,
+        dtype: torch.dtype,
+        schemes: Mapping[str, Scheme],
+    ) -> None:
+        super().__init__()
+        self.attention = Attention(config, sites, layer, dtype, schemes)
+        self.mlp = MLP(config, sites, layer, dtype, schemes)
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+
+    def forward(
+        self, x: Tensor, residual: Tensor, batch: ForwardBatch, cache: KVCache, rope: Rope
+    ) -> Tensor:
+        """x is what the last part adds; the running sum is `residual`, changed in place."""
+        x = self.attention(self.attention_norm(x, residual), batch, cache, rope)
+        y: Tensor = self.mlp(self.mlp_norm(x, residual), batch)
+        return y
+
+
+class Llama(nn.Module):
+    """A Llama for causal language modelling, with LoRA per row of the batch.
+
+    Its weights are there when all of its `parts` are loaded.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        schemes: Mapping[str, Scheme] = MappingProxyType({}),  # of the sites that are quantised
+    ) -> None:
+        super().__init__()
+        sites = sites_of(config)
+        self.config, self.dtype = config, dtype
+        self.head = Linear(sites["lm_head"], 0, dtype, scheme=schemes.get("lm_head"))
+        self.embed: nn.Parameter | None = None  # None = tied: the head has the rows
+        if not config.tie_word_embeddings:
+            self.embed = nn.Parameter(
+                torch.empty(config.vocab_size, config.hidden_size, dtype=dtype), requires_grad=False
+            )
+        self.blocks = nn.ModuleList(
+            Block(config, sites, i, dtype, schemes) for i in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.rope = Rope(config, self.norm.weight.device)
+
+    def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
+        """Logits [logits_rows, vocab] of the tokens that `batch.logits_rows` names."""
+        ids = batch.ids
+        x = self.head.rows(ids, self.dtype) if self.embed is None else self.embed[ids]
+        batch.add_embed_lora_(x)
+        residual = torch.zeros_like(x)
+        for block in self.blocks:
+            x = block(x, residual, batch, cache, self.rope)
+        x = self.norm(x, residual)
+        if batch.logits_rows is not None:
+            x = x[batch.logits_rows]
+        logits: Tensor = self.head(x, batch)
+        return logits
+
+    def parts(self) -> Iterator[Part]:
+        """What is to be loaded, under Hugging Face's names."""
+        norms = {"model.norm.weight": self.norm.weight}
+        if self.embed is None:
+            yield self.head.part("model.embed_tokens")
+        else:
+            yield fill({"model.embed_tokens.weight": self.embed})
+            yield self.head.part()
+        for i, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            norms[f"model.layers.{i}.input_layernorm.weight"] = block.attention_norm.weight
+            norms[f"model.layers.{i}.post_attention_layernorm.weight"] = block.mlp_norm.weight
+            yield block.attention.qkv.part()
+            yield block.attention.o.part()
+            yield block.mlp.gate_up.part()
+            yield block.mlp.down.part()
+        yield fill(norms)
+
+    @cached_property
+    def rows_are_independent(self) -> bool:
+        """Whether rows need no padding; asked when everything is loaded."""
+        return all(m.rows_are_independent for m in self.modules() if isinstance(m, Linear))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the weights, a tied head counted once."""
+        linears = sum(m.num_bytes for m in self.modules() if isinstance(m, Linear))
+        return linears + sum(p.numel() * p.element_size() for p in self.parameters())

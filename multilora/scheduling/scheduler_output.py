@@ -1,0 +1,64 @@
+"""What one engine step computes, and what came of it: plain data between scheduler and runner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..outputs import TokenLogprobs
+from ..sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class NewRow:
+    """A sequence that takes a runner row in this step: all that the runner must know of it."""
+
+    row: int
+    token_ids: list[int]  # prompt, and output so far when it was preempted
+    num_prompt: int
+    params: SamplingParams
+    seed: int
+    stop_ids: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens `start : start + count` of the sequence in `row`, without their values."""
+
+    row: int
+    start: int
+    count: int
+    slot: int  # adapter table slot, -1 = base
+    blocks: tuple[int, ...]  # KV blocks of the sequence, enough for start + count tokens
+    samples: bool  # whether the last token's logits give a new token
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One step."""
+
+    new_rows: tuple[NewRow, ...]
+    chunks: tuple[Chunk, ...]
+    freed_rows: tuple[int, ...]  # rows whose sequence left since the last plan
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the step computes."""
+        return sum(chunk.count for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class RowResult:
+    """What came of one chunk."""
+
+    row: int
+    token: int | None  # the sampled token, None when the chunk sampled none
+    logprobs: TokenLogprobs | None
+    prompt_logprobs: list[TokenLogprobs] | None  # of prompt positions start + 1 ..
+    failed: bool = False  # logits were not finite: the request must end with an error
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What came of a plan, in the order of its chunks."""
+
+    rows: tuple[RowResult, ...]

@@ -1,0 +1,122 @@
+"""What a Hugging Face tokenizer's ids are in bytes, read from the parts it declares."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+from ..errors import TokenizerError
+from .vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    import tokenizers
+
+BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def read_hf_vocabulary(hf: tokenizers.Tokenizer, path: Path) -> Vocabulary:
+    """The bytes of every id. Raises TokenizerError for a decoder that has no such table."""
+    steps = list(_flat(_declared(hf.decoder), "decoders"))
+    strips = any(
+        step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never"
+        for step in steps
+    )
+    for step in steps:
+        if step["type"] == "Strip":
+            if step["content"] != " " or step["stop"] or step["start"] > 1:
+                raise _unsupported(path, step)
+            strips = strips or step["start"] == 1
+    to_bytes = _byte_reader(steps, path)
+    added = hf.get_added_tokens_decoder()
+    table = {i: to_bytes(piece) for piece, i in hf.get_vocab(with_added_tokens=False).items()}
+    table.update((i, token.content.encode()) for i, token in added.items())
+    if not table:
+        raise TokenizerError(f"{path} has an empty vocabulary; fetch the file again")
+    specials = {token.content: i for i, token in added.items() if token.special}
+    return Vocabulary(table, specials, strip_space=strips)
+
+
+def special_patterns(hf: tokenizers.Tokenizer) -> dict[str, str]:
+    """Regexes of the special tokens that take white space, or stand as words of their own."""
+    patterns = {}
+    for token in hf.get_added_tokens_decoder().values():
+        if token.special and (token.lstrip or token.rstrip or token.single_word):
+            word = re.escape(token.content)
+            word = rf"(?<!\w){word}(?!\w)" if token.single_word else word
+            patterns[token.content] = (
+                (r"\s*" if token.lstrip else "") + word + (r"\s*" if token.rstrip else "")
+            )
+    return patterns
+
+
+def starts_differently(hf: tokenizers.Tokenizer) -> bool:
+    """Whether only the start of a text gets a space put before it (not every part of it)."""
+    steps = _flat(_declared(hf.pre_tokenizer), "pretokenizers")
+    return any(s["type"] == "Metaspace" and s.get("prepend_scheme") == "first" for s in steps)
+
+
+def _byte_reader(steps: list[dict[str, Any]], path: Path) -> Callable[[str], bytes]:
+    """The function from a piece of the vocabulary to its bytes."""
+    kinds = [step["type"] for step in steps]
+    if kinds == ["ByteLevel"]:
+        codes = {letter: code for code, letter in _byte_letters().items()}
+
+        def read_letters(piece: str) -> bytes:
+            if all(letter in codes for letter in piece):
+                return bytes(codes[letter] for letter in piece)
+            return piece.encode()
+
+        return read_letters
+    replaced = []
+    for step in steps:
+        if step["type"] == "Replace" and "String" in step["pattern"]:
+            replaced.append((step["pattern"]["String"], step["content"]))
+        elif step["type"] == "Metaspace":
+            replaced.append((step["replacement"], " "))
+        elif step["type"] not in ("ByteFallback", "Fuse", "Strip"):
+            raise _unsupported(path, step)
+    if not replaced:
+        raise _unsupported(path, {"type": "+".join(kinds) or "none"})
+
+    def read_piece(piece: str) -> bytes:
+        byte = BYTE_PIECE.fullmatch(piece) if "ByteFallback" in kinds else None
+        if byte:
+            return bytes([int(byte[1], 16)])
+        for old, new in replaced:
+            piece = piece.replace(old, new)
+        return piece.encode()
+
+    return read_piece
+
+
+def _byte_letters() -> dict[int, str]:
+    """The letter that byte-level vocabularies write for each byte: itself, if it can be seen."""
+    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [code for code in range(256) if code not in seen]
+    letters = {code: chr(code) for code in seen}
+    return letters | {code: chr(256 + i) for i, code in enumerate(hidden)}
+
+
+def _declared(part: Any) -> dict[str, Any]:
+    """A part of the tokenizer as it stands in tokenizer.json; empty for None."""
+    found: dict[str, Any] = {} if part is None else json.loads(part.__getstate__())
+    return found
+
+
+def _flat(step: dict[str, Any], members: str) -> Iterator[dict[str, Any]]:
+    if step.get("type") == "Sequence":
+        for member in step[members]:
+            yield from _flat(member, members)
+    elif step:
+        yield step
+
+
+def _unsupported(path: Path, step: dict[str, Any]) -> TokenizerError:
+    return TokenizerError(
+        f"{path}: decoder {step['type']} is not supported; supported are those of Llama models: "
+        "ByteLevel, Metaspace and Replace with ByteFallback, Fuse and Strip"
+    )
