@@ -110,7 +110,7 @@ def profile(
     most = steps + before + 2 * len(rows)  # those whose prompt came first are ahead
     params = SamplingParams(temperature=0, max_tokens=most, ignore_eos=True, detokenize=False)
     left = {
-        engine.add(ids, params, adapter=None if a is None else f"a{a}")
+        engine.add_request(ids, params, adapter=None if a is None else f"a{a}")
         for ids, a in zip(rows, adapters, strict=True)
     }
     while left:  # until each has its first token

@@ -121,7 +121,7 @@ class Session:
         prompt = [self._draw.randrange(self.vocab) for _ in range(length)]
         params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
         name = None if adapter is None else f"a{adapter}"
-        return self.engine.add(prompt, params, adapter=name)
+        return self.engine.add_request(prompt, params, adapter=name)
 
     def decode(self, batch: int, adapters: int) -> list[float]:
         """Seconds of each decode step of a batch."""

@@ -74,7 +74,7 @@ def drain(engine: Engine) -> dict[str, RequestOutput]:
 
 def add(engine: Engine, job: Job) -> str:
     """Queues a job; its request id."""
-    return engine.add(job.prompt, job.params, adapter=job.adapter)
+    return engine.add_request(job.prompt, job.params, adapter=job.adapter)
 
 
 def run(engine: Engine, jobs: Iterable[Job]) -> list[RequestOutput]:

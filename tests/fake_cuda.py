@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import multilora_kernels as mk
-from multilora.device.cpu_graph import Recording, _Recorder
+from multilora.device.cpu_graph import CpuGraph, _Recorder
 from multilora.device.cuda import CudaDevice
 from multilora_kernels import cuda
 
@@ -64,7 +64,7 @@ def install(patch: pytest.MonkeyPatch) -> Calls:
         calls.append(f"capture in pool {pool}")
         with mk.Tape(mk.Pool()) as tape, _Recorder(tape) as recorder:
             yield
-        graph.recording = Recording.__new__(Recording)
+        graph.recording = CpuGraph.__new__(CpuGraph)
         graph.recording._steps, graph.recording._inputs = recorder.steps(), recorder.inputs
 
     class Graph:

@@ -43,7 +43,7 @@ class Ours(Peer):
         params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
         engine, clock = self.llm.engine, Clock.of(len(prompts))
         request_of = {
-            engine.add(ids, params, adapter=None if a is None else f"a{a}"): i
+            engine.add_request(ids, params, adapter=None if a is None else f"a{a}"): i
             for i, (ids, a) in enumerate(zip(prompts, adapters, strict=True))
         }
         while engine.has_work:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .rank_pages import AdapterTable, PackedSite, SitePool
+from .rank_pages import AdapterTable, PackedSite, RankPagePool
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -24,13 +24,13 @@ class _Slot:
     pins: int = 0
 
 
-class Residents:
+class DeviceAdapterCache:
     """What is on the device: the pages of adapters, the slots of mixes, each in order of use.
 
     A mix on the device has all its adapters there; an adapter that mixes share is there once.
     """
 
-    def __init__(self, pools: Mapping[str, SitePool], table: AdapterTable, slots: int) -> None:
+    def __init__(self, pools: Mapping[str, RankPagePool], table: AdapterTable, slots: int) -> None:
         self.pools, self.table = pools, table
         self._num_slots = slots
         self._free_slots = list(range(slots))[::-1]

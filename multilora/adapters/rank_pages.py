@@ -86,7 +86,7 @@ def pack(adapter: Adapter, site: Site, dtype: torch.dtype) -> PackedSite | None:
     return PackedSite(a_pages.contiguous(), b_pages.contiguous())
 
 
-class SitePool:
+class RankPagePool:
     """The pages of one site on the device. It takes memory only once an adapter needs the site."""
 
     def __init__(

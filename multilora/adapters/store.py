@@ -23,9 +23,9 @@ from ..errors import (
     CapacityError,
     RequestError,
 )
-from .device_cache import Residents
+from .device_cache import DeviceAdapterCache
 from .mix import mix_identity
-from .rank_pages import PAGE_ROWS, AdapterTable, PackedSite, SitePool, pack, pages_for
+from .rank_pages import PAGE_ROWS, AdapterTable, PackedSite, RankPagePool, pack, pages_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -53,7 +53,7 @@ class AdapterInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class _Hosted:
+class HostAdapter:
     """One version of an adapter on the host."""
 
     rank: int
@@ -77,16 +77,16 @@ class AdapterStore:
     ) -> None:
         self._sites, self._config, self._dtype = sites, config, dtype
         self._names: dict[str, str] = {}  # name -> digest
-        self._hosted: dict[str, _Hosted] = {}  # by digest
+        self._host: dict[str, HostAdapter] = {}  # by digest
         self._holds: Counter[str] = Counter()  # by digest
         self._capacity = config.lora_pages or config.max_loras * 8
         self._max_pages = config.max_lora_rank // PAGE_ROWS
         pools = {
-            name: SitePool(site, self._capacity, dtype=dtype, device=device)
+            name: RankPagePool(site, self._capacity, dtype=dtype, device=device)
             for name, site in sites.items()
         }
         table = AdapterTable(sites, config.max_loras, self._max_pages, device)
-        self._device = Residents(pools, table, config.max_loras)
+        self._device = DeviceAdapterCache(pools, table, config.max_loras)
 
     # Names -----------------------------------------------------------------------------------
 
@@ -106,7 +106,7 @@ class AdapterStore:
         _check_name(name)
         self._check_size(name, adapter)
         _check_base(name, adapter, base or {})
-        if adapter.digest not in self._hosted:
+        if adapter.digest not in self._host:
             try:
                 packed = {
                     site.name: found
@@ -115,7 +115,7 @@ class AdapterStore:
                 }
             except AdapterInvalid as error:
                 raise AdapterInvalid(f"adapter {name!r}: {error}") from error
-            self._hosted[adapter.digest] = _Hosted(adapter.rank, packed)
+            self._host[adapter.digest] = HostAdapter(adapter.rank, packed)
         old = self._names.get(name)
         self._names[name] = adapter.digest
         if old is not None:
@@ -131,7 +131,7 @@ class AdapterStore:
         return {
             name: AdapterInfo(name, digest, hosted.rank, hosted.num_bytes)
             for name, digest in sorted(self._names.items())
-            for hosted in (self._hosted[digest],)
+            for hosted in (self._host[digest],)
         }
 
     def _forget(self, name: str) -> str:
@@ -193,7 +193,7 @@ class AdapterStore:
 
     def ready(self, mix: Mix) -> bool:
         """Whether `pin` could bring the mix to the device now, as far as the host goes."""
-        return all(digest in self._hosted for digest, _ in mix)
+        return all(digest in self._host for digest, _ in mix)
 
     # Device ----------------------------------------------------------------------------------
 
@@ -206,7 +206,7 @@ class AdapterStore:
             return -1
         if not self.ready(mix):
             return None
-        return self._device.pin(mix, {d: self._hosted[d].packed for d, _ in mix})
+        return self._device.pin(mix, {d: self._host[d].packed for d, _ in mix})
 
     def unpin(self, mix: Mix) -> None:
         """Ends one successful `pin`. The mix stays on the device until its place is needed."""
@@ -218,7 +218,7 @@ class AdapterStore:
         """Sites that any of these slots adapts; at others there is nothing to do. -1 is allowed."""
         return self._device.active_sites(slots)
 
-    def pool(self, site: str) -> SitePool:
+    def pool(self, site: str) -> RankPagePool:
         """The pages of a site."""
         return self._device.pools[site]
 
@@ -237,7 +237,7 @@ class AdapterStore:
         """Bytes of all pages of the sites in layers, which most adapters need."""
         return sum(pool.capacity * pool.page_bytes for pool in self._layer_pools())
 
-    def _layer_pools(self) -> list[SitePool]:
+    def _layer_pools(self) -> list[RankPagePool]:
         return [pool for name, pool in self._device.pools.items() if self._sites[name].in_layers]
 
     @property
@@ -247,11 +247,11 @@ class AdapterStore:
 
     def check_integrity(self) -> None:
         """Asserts that names, references, pages, slots and table agree."""
-        assert self._hosted.keys() >= set(self._names.values())
-        assert self._holds.keys() <= self._hosted.keys()
+        assert self._host.keys() >= set(self._names.values())
+        assert self._holds.keys() <= self._host.keys()
         assert min(self._holds.values(), default=1) > 0
-        assert not [d for d in self._hosted if not self._is_needed(d)]
-        self._device.check_integrity({d: h.packed for d, h in self._hosted.items()})
+        assert not [d for d in self._host if not self._is_needed(d)]
+        self._device.check_integrity({d: h.packed for d, h in self._host.items()})
 
     # Checks ----------------------------------------------------------------------------------
 
@@ -264,9 +264,9 @@ class AdapterStore:
 
     def _drop_unneeded(self, digests: Iterable[str]) -> None:
         for digest in digests:
-            if digest in self._hosted and not self._is_needed(digest):
+            if digest in self._host and not self._is_needed(digest):
                 self._device.evict(digest)
-                del self._hosted[digest]
+                del self._host[digest]
 
     def _check_size(self, name: str, adapter: Adapter) -> None:
         if adapter.rank > self._config.max_lora_rank:
@@ -285,7 +285,7 @@ class AdapterStore:
     def _check_mix(self, mix: Mix) -> None:
         pages: Counter[str] = Counter()
         for digest, _ in mix:
-            for site, packed in self._hosted[digest].packed.items():
+            for site, packed in self._host[digest].packed.items():
                 pages[site] += packed.num_pages
         site, most = max(pages.items(), key=lambda item: item[1], default=("", 0))
         if most > self._max_pages:

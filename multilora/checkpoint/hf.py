@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ..config.model import read_json
 from ..errors import CheckpointError
-from .parts import _ignored, _some, _Weight
+from .parts import CheckpointWeight, is_ignored, some_of
 
 MAX_HEADER_BYTES = 64 << 20  # a header of a 405B model is under 1 MiB
 
 
-def _safetensors_files(folder: Path) -> list[Path]:
+def safetensors_files(folder: Path) -> list[Path]:
     """The safetensors files of a Hugging Face folder; empty if it has none."""
     single = folder / "model.safetensors"
     if single.is_file():
@@ -37,7 +37,7 @@ def _safetensors_files(folder: Path) -> list[Path]:
     if lost:
         raise CheckpointError(
             f"{folder} lacks {len(lost)} of the {len(files)} files that its index names: "
-            f"{_some(lost)}; download them again"
+            f"{some_of(lost)}; download them again"
         )
     return files
 
@@ -46,20 +46,22 @@ def _is_plain_file_name(name: str) -> bool:
     return name.endswith(".safetensors") and not set(name) & set("/\\:\0")
 
 
-def _hf_weights(files: list[Path]) -> dict[str, _Weight]:
-    weights: dict[str, _Weight] = {}
+def hf_weights(files: list[Path]) -> dict[str, CheckpointWeight]:
+    weights: dict[str, CheckpointWeight] = {}
     for file in files:
         _check_header_size(file)
         try:
             with safe_open(file, framework="pt") as opened:
                 for name in opened.offset_keys():
-                    if _ignored(name):
+                    if is_ignored(name):
                         continue
                     if name in weights:
                         raise CheckpointError(f"{name} is in both {weights[name].file} and {file}")
                     view = opened.get_slice(name)
                     read = partial(_read_safetensor, file, name)
-                    weights[name] = _Weight(tuple(view.get_shape()), view.get_dtype(), file, read)
+                    weights[name] = CheckpointWeight(
+                        tuple(view.get_shape()), view.get_dtype(), file, read
+                    )
         except (SafetensorError, OSError) as error:
             raise _damaged(file, error) from error
     return weights

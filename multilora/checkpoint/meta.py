@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..config.model import MetaFacts, ModelConfig
 from ..errors import CheckpointError
-from .parts import EMBEDDING, HEAD, _ignored, _some, _Weight
+from .parts import EMBEDDING, HEAD, CheckpointWeight, is_ignored, some_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -65,7 +65,7 @@ def _open_meta_shards(folder: Path) -> dict[Path, dict[str, Tensor]]:
     return shards
 
 
-def _meta_facts(folder: Path, raw: Mapping[str, object]) -> MetaFacts | None:
+def meta_facts(folder: Path, raw: Mapping[str, object]) -> MetaFacts | None:
     """From the names and shapes in `consolidated.*.pth`; None if there is no such file."""
     shards = list(_open_meta_shards(folder).values())
     if not shards:
@@ -82,15 +82,15 @@ def _meta_facts(folder: Path, raw: Mapping[str, object]) -> MetaFacts | None:
     )
 
 
-def _meta_weights(folder: Path, config: ModelConfig) -> dict[str, _Weight]:
+def meta_weights(folder: Path, config: ModelConfig) -> dict[str, CheckpointWeight]:
     shards = _open_meta_shards(folder)
-    weights: dict[str, _Weight] = {}
+    weights: dict[str, CheckpointWeight] = {}
     for name in dict.fromkeys(name for shard in shards.values() for name in shard):
-        if _ignored(name):
+        if is_ignored(name):
             continue
         lacking = [file.name for file, shard in shards.items() if name not in shard]
         if lacking:
-            raise CheckpointError(f"{folder}: {name} is missing in {_some(lacking)}")
+            raise CheckpointError(f"{folder}: {name} is missing in {some_of(lacking)}")
         pieces = [shard[name] for shard in shards.values()]
         weights[_hf_name(name)] = _meta_weight(name, pieces, next(iter(shards)), config)
     return weights
@@ -107,7 +107,9 @@ def _hf_name(name: str) -> str:
     return name
 
 
-def _meta_weight(name: str, pieces: list[Tensor], file: Path, config: ModelConfig) -> _Weight:
+def _meta_weight(
+    name: str, pieces: list[Tensor], file: Path, config: ModelConfig
+) -> CheckpointWeight:
     dim = _split_dim(name, pieces[0], config)
     if dim is None:
         pieces = pieces[:1]  # every shard holds the same
@@ -120,7 +122,7 @@ def _meta_weight(name: str, pieces: list[Tensor], file: Path, config: ModelConfi
         shape[dim] = sum(p.shape[dim] for p in pieces)
     rotated = name.endswith((".wq.weight", ".wk.weight"))
     read = partial(_read_meta, pieces, dim, config.head_dim if rotated else None)
-    return _Weight(tuple(shape), _dtype_name(first.dtype), file, read)
+    return CheckpointWeight(tuple(shape), _dtype_name(first.dtype), file, read)
 
 
 def _split_dim(

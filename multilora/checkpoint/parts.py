@@ -41,7 +41,7 @@ def fill(targets: Mapping[str, Tensor]) -> Part:
 
 
 @dataclass(frozen=True, slots=True)
-class _Weight:
+class CheckpointWeight:
     """One weight of a checkpoint that is not read yet."""
 
     shape: tuple[int, ...]
@@ -50,10 +50,10 @@ class _Weight:
     read: Callable[[], Tensor]
 
 
-def _some(names: list[str], shown: int = 5) -> str:
+def some_of(names: list[str], shown: int = 5) -> str:
     rest = len(names) - shown
     return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _ignored(name: str) -> bool:
+def is_ignored(name: str) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in _IGNORED)

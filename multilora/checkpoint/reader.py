@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ..config.model import ModelConfig, read_json
 from ..errors import CheckpointError
-from .hf import _hf_weights, _safetensors_files
-from .meta import _meta_facts, _meta_weights
-from .parts import DTYPES, EMBEDDING, HEAD, Part, _some, _Weight
+from .hf import hf_weights, safetensors_files
+from .meta import meta_facts, meta_weights
+from .parts import DTYPES, EMBEDDING, HEAD, CheckpointWeight, Part, some_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
@@ -30,7 +30,7 @@ def read_config(folder: str | Path) -> ModelConfig:
     if (folder / "config.json").is_file() or not (folder / "params.json").is_file():
         return ModelConfig.from_dir(folder)
     raw = read_json(folder / "params.json")
-    return ModelConfig.from_meta(raw, _meta_facts(folder, raw))
+    return ModelConfig.from_meta(raw, meta_facts(folder, raw))
 
 
 def load_checkpoint(folder: str | Path, parts: Iterable[Part], config: ModelConfig) -> None:
@@ -60,12 +60,12 @@ def read_base_weight(folder: str | Path, site: str, config: ModelConfig) -> Tens
     return _weights(Path(folder), config)[HEAD if own_head else EMBEDDING].read()
 
 
-def _weights(folder: Path, config: ModelConfig) -> dict[str, _Weight]:
-    files = _safetensors_files(folder)
+def _weights(folder: Path, config: ModelConfig) -> dict[str, CheckpointWeight]:
+    files = safetensors_files(folder)
     if files:
-        return _hf_weights(files)
+        return hf_weights(files)
     if any(folder.glob("consolidated.*.pth")):
-        return _meta_weights(folder, config)
+        return meta_weights(folder, config)
     if any(folder.glob("pytorch_model*.bin")):
         raise CheckpointError(
             f"{folder} holds only pytorch_model.bin files, which are pickles and are not read; "
@@ -77,23 +77,25 @@ def _weights(folder: Path, config: ModelConfig) -> dict[str, _Weight]:
     )
 
 
-def _check_names(folder: Path, weights: Mapping[str, _Weight], wanted: Collection[str]) -> None:
+def _check_names(
+    folder: Path, weights: Mapping[str, CheckpointWeight], wanted: Collection[str]
+) -> None:
     missing = [name for name in wanted if name not in weights]
     if missing:
         raise CheckpointError(
             f"{folder} lacks {len(missing)} of the model's {len(wanted)} weights: "
-            f"{_some(missing)}; "
+            f"{some_of(missing)}; "
             "the download is incomplete, or the config is of another model"
         )
     extra = [name for name in weights if name not in wanted]
     if extra:
         raise CheckpointError(
-            f"{folder} holds {len(extra)} weights that the model does not have: {_some(extra)}; "
+            f"{folder} holds {len(extra)} weights that the model does not have: {some_of(extra)}; "
             "the config is of another model, or the checkpoint is not a plain Llama"
         )
 
 
-def _check_weight(name: str, weight: _Weight, want: tuple[int, ...]) -> None:
+def _check_weight(name: str, weight: CheckpointWeight, want: tuple[int, ...]) -> None:
     if weight.dtype not in DTYPES:
         raise CheckpointError(
             f"{weight.file}: {name} has dtype {weight.dtype}; supported: {', '.join(DTYPES)}"
@@ -105,7 +107,7 @@ def _check_weight(name: str, weight: _Weight, want: tuple[int, ...]) -> None:
         )
 
 
-def _check_tied(head: _Weight, embedding: _Weight) -> None:
+def _check_tied(head: CheckpointWeight, embedding: CheckpointWeight) -> None:
     """Accepts the head of a model with tied embeddings if it repeats the embedding.
 
     One of the two may be stored as a rounding of the other.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .cpu import Device
 
 
-def check(device: Device, config: EngineConfig, shape: ModelConfig) -> None:
+def check_capabilities(device: Device, config: EngineConfig, shape: ModelConfig) -> None:
     """Raises ConfigError for what the device's ops would refuse in the first step, or later."""
     if device.is_cuda:
         _check_gpu(device, config, shape)

@@ -17,10 +17,10 @@ from torch import Tensor
 
 import multilora_kernels as mk
 
-from .cpu_graph import Recording
+from .cpu_graph import CpuGraph
 
 
-class Replay(Protocol):
+class CapturedGraph(Protocol):
     """Work that was captured once, and is done again on what its input buffers hold by then."""
 
     @property
@@ -39,7 +39,7 @@ class Fetch(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
+class DeviceMemory:
     """Bytes of a device."""
 
     free: int
@@ -86,9 +86,9 @@ class Device:
         """A place for work beside the main stream."""
         return Side()
 
-    def capture(self, work: Callable[[], Tensor]) -> Replay:
+    def capture(self, work: Callable[[], Tensor]) -> CapturedGraph:
         """Keeps the work for replay; here it is done as well. It may use fixed buffers only."""
-        return Recording(work, self._results)
+        return CpuGraph(work, self._results)
 
     def scratch(self) -> AbstractContextManager[Any]:
         """Within, kernels put results where those of earlier steps were: use them in this step."""
@@ -97,7 +97,7 @@ class Device:
     def synchronize(self) -> None:
         """Waits for all work."""
 
-    def memory(self) -> Memory | None:
+    def memory(self) -> DeviceMemory | None:
         """Free and total bytes; None where pages cost nothing until they are touched."""
         return None
 

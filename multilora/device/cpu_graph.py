@@ -41,7 +41,7 @@ class _Call:
             tensor.copy_(found[i])
 
 
-class Recording:
+class CpuGraph:
     """The operators of `work`, in order, done once. A pool may serve many, one at a time."""
 
     def __init__(self, work: Callable[[], Tensor], pool: mk.Pool | None = None) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cpu import Device, Fetch, Memory, Replay, Side
+from .cpu import CapturedGraph, Device, DeviceMemory, Fetch, Side
 
 _cuda: Any = torch.cuda  # torch gives its streams and events no types
 
@@ -61,7 +61,7 @@ class CudaDevice(Device):
         """A second stream."""
         return _CudaSide(_cuda.Stream(self.torch))
 
-    def capture(self, work: Callable[[], Tensor]) -> Replay:
+    def capture(self, work: Callable[[], Tensor]) -> CapturedGraph:
         """Runs the work a few times, for compilers and libraries to settle, then captures it."""
         stream = _cuda.Stream(self.torch)
         stream.wait_stream(torch.cuda.current_stream())
@@ -83,10 +83,10 @@ class CudaDevice(Device):
         """Waits for all work."""
         torch.cuda.synchronize(self.torch)
 
-    def memory(self) -> Memory | None:
+    def memory(self) -> DeviceMemory | None:
         """Free and total bytes; what torch caches but nobody uses is returned first."""
         torch.cuda.empty_cache()
-        return Memory(*torch.cuda.mem_get_info(self.torch))
+        return DeviceMemory(*torch.cuda.mem_get_info(self.torch))
 
     def peak_of(self, work: Callable[[], Any]) -> int:
         """Bytes that the work needs beside what is allocated now."""

@@ -23,7 +23,7 @@ _NUMPY = {
 
 
 @dataclass(frozen=True, slots=True)
-class Field:
+class InputField:
     """Values of one kind, and the shape that they are padded to."""
 
     values: list[int] | list[float] | np.ndarray  # a list has one dimension
@@ -41,7 +41,7 @@ class _Layout:
     views: dict[str, Tensor]
 
 
-class Staging:
+class InputBuffer:
     """One device buffer that stays in place, and host buffers that take turns to fill it.
 
     Fields of the same shapes in the same order lie at the same addresses at every `send`, which is
@@ -58,7 +58,7 @@ class Staging:
         self._turn = 0
         self._layout = _Layout([], [], {})  # the last one: most steps are like the one before
 
-    def send(self, fields: Mapping[str, Field]) -> dict[str, Tensor]:
+    def send(self, fields: Mapping[str, InputField]) -> dict[str, Tensor]:
         """Views of the device buffer, one for each field; valid until the next step's kernels."""
         shapes = [(field.dtype, field.shape) for field in fields.values()]
         if shapes != self._layout.shapes or list(self._layout.views) != list(fields):
@@ -73,7 +73,7 @@ class Staging:
         return self._layout.views
 
     def _lay_out(
-        self, fields: Mapping[str, Field], shapes: list[tuple[torch.dtype, tuple[int, ...]]]
+        self, fields: Mapping[str, InputField], shapes: list[tuple[torch.dtype, tuple[int, ...]]]
     ) -> _Layout:
         views, ends, end = {}, [], 0
         for name, field in fields.items():
@@ -85,7 +85,7 @@ class Staging:
         return _Layout(shapes, ends, views)
 
 
-def _write(flat: np.ndarray, field: Field) -> None:
+def _write(flat: np.ndarray, field: InputField) -> None:
     if isinstance(field.values, list):
         flat[: len(field.values)] = field.values
         flat[len(field.values) :] = field.fill

@@ -15,15 +15,15 @@ from ..config.lora_sites import sites_of
 from ..config.model import ModelConfig
 from ..config.presets import SHAPES, shape_of
 from ..config.quantization import schemes_of
-from ..device.capabilities import check
+from ..device.capabilities import check_capabilities
 from ..device.cpu import Device
 from ..device.select import open_device
 from ..errors import ConfigError
 from ..model.families import MODELS
 from ..model.kv_cache import DTYPES, KVCache
-from ..model.kv_calibration import measure
-from ..runtime.memory_budget import Needs, num_blocks
-from ..runtime.model_runner import Runner
+from ..model.kv_calibration import calibrate
+from ..runtime.memory_budget import MemoryNeeds, num_blocks
+from ..runtime.model_runner import ModelRunner
 from ..tokenization.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class EngineParts:
     """What an engine is made of."""
 
     device: Device
@@ -40,17 +40,17 @@ class Parts:
     model: Llama
     tokenizer: Tokenizer | None
     store: AdapterStore
-    runner: Runner
+    runner: ModelRunner
     max_model_len: int
-    needs: Needs  # bytes, for `Engine.memory`
+    needs: MemoryNeeds  # bytes, for `Engine.memory`
 
 
-def start(config: EngineConfig) -> Parts:
+def build(config: EngineConfig) -> EngineParts:
     """Loads everything; raises ConfigError, CheckpointError or TokenizerError if it cannot."""
     device = open_device(config.device)
     is_dummy = config.load_format == "dummy"
     shape = shape_of(config.model) if is_dummy else read_config(config.model)
-    check(device, config, shape)
+    check_capabilities(device, config, shape)
     dtype: torch.dtype = getattr(torch, shape.dtype if config.dtype == "auto" else config.dtype)
     length = _max_model_len(config, shape)
     tokenizer = _tokenizer(config)
@@ -63,7 +63,7 @@ def start(config: EngineConfig) -> Parts:
     lora_dtype = dtype if config.lora_dtype == "auto" else getattr(torch, config.lora_dtype)
     store = AdapterStore(sites_of(shape), config, dtype=lora_dtype, device=device.torch)
     runner, needs = _runner(config, device, model, store, length, dtype)
-    return Parts(device, shape, model, tokenizer, store, runner, length, needs)
+    return EngineParts(device, shape, model, tokenizer, store, runner, length, needs)
 
 
 def _runner(
@@ -73,21 +73,21 @@ def _runner(
     store: AdapterStore,
     max_model_len: int,
     dtype: torch.dtype,
-) -> tuple[Runner, Needs]:
+) -> tuple[ModelRunner, MemoryNeeds]:
     """The runner with as many KV blocks as fit, its decode steps captured."""
     shape, size = model.config, config.block_size
     kv_dtype, scales = DTYPES.get(config.kv_cache_dtype, dtype), None
     if config.kv_cache_dtype in DTYPES:
-        scales = measure(model, max_model_len, kv_dtype)
+        scales = calibrate(model, max_model_len, kv_dtype)
 
     def cache(blocks: int) -> KVCache:
         return KVCache(shape, blocks, size, kv_dtype, device.torch, scales)
 
-    runner = Runner(config, device, model, cache(1), store, sites_of(shape), max_model_len)
+    runner = ModelRunner(config, device, model, cache(1), store, sites_of(shape), max_model_len)
     memory = device.memory()
-    needs = Needs(
+    needs = MemoryNeeds(
         base=model.num_bytes,
-        activations=0 if memory is None else device.peak_of(runner.rehearse),
+        activations=0 if memory is None else device.peak_of(runner.profile_run),
         rank_pages=store.reserved_bytes,
         block=KVCache.block_bytes(shape, size, kv_dtype),
         max_blocks=config.max_num_seqs * -(-max_model_len // size),

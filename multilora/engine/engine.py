@@ -17,13 +17,13 @@ from ..checkpoint.reader import read_base_weight
 from ..config.engine import EngineConfig
 from ..errors import CapacityError, RequestError
 from ..outputs import FinishReason, RequestOutput
-from ..runtime.model_runner import Ticket
+from ..runtime.model_runner import StepHandle
 from ..sampling_params import SamplingParams
 from ..scheduling.block_pool import BlockPool
 from ..scheduling.scheduler import Scheduler
-from ..scheduling.scheduler_output import Plan, StepResult
+from ..scheduling.scheduler_output import SchedulerOutput, StepResult
 from ..scheduling.sequence import Sequence
-from .builder import start
+from .builder import build
 from .output_processor import RequestState
 
 Adapter = str | Mapping[str, float] | None
@@ -49,7 +49,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
-        parts = start(config)
+        parts = build(config)
         self.model_config, self.model, self.tokenizer = (
             parts.model_config,
             parts.model,
@@ -62,13 +62,13 @@ class Engine:
         )
         self.scheduler = Scheduler(config, self.pool, self.store, self.max_model_len)
         self._depth = 2 if config.is_async(parts.device.is_cuda) else 1  # steps on their way
-        self._tickets: deque[Ticket] = deque()
+        self._tickets: deque[StepHandle] = deque()
         self._requests: dict[str, RequestState] = {}
         self._by_seq: dict[int, RequestState] = {}
         self._seq_ids, self._arrivals = itertools.count(), itertools.count()
         self._steps = self._prompt_tokens = self._generated = 0
 
-    def add(
+    def add_request(
         self,
         prompt: str | Ids[int],
         params: SamplingParams | None = None,
@@ -124,7 +124,7 @@ class Engine:
 
         With `async_scheduling` it starts a step and returns what came of the one before it.
         """
-        plan = self.scheduler.plan()
+        plan = self.scheduler.schedule()
         if plan is not None:
             self._tickets.append(self.runner.submit(plan))
         if not self._tickets or (plan is not None and len(self._tickets) < self._depth):
@@ -138,7 +138,7 @@ class Engine:
         ticket = self._tickets.popleft()
         plan, result = ticket.plan, self.runner.collect(ticket)
         touched = self._record(plan, result)
-        for seq in self.scheduler.commit(plan, result):
+        for seq in self.scheduler.update(plan, result):
             state = self._by_seq[seq.seq_id]
             touched[state.request_id] = state
             stop = state.advance(seq)
@@ -228,7 +228,7 @@ class Engine:
         alive = {seq.seq_id for seq in everyone if seq.finish_reason is None}
         assert alive == set(self._by_seq), "sequences of the scheduler and the engine differ"
 
-    def _record(self, plan: Plan, result: StepResult) -> dict[str, RequestState]:
+    def _record(self, plan: SchedulerOutput, result: StepResult) -> dict[str, RequestState]:
         """Keeps the logprobs of a step; returns the requests that got prompt logprobs."""
         self._steps += 1
         touched = {}

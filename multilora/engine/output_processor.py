@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from ..adapters.mix import Mix
 from ..outputs import CompletionOutput, FinishReason, RequestOutput, TokenLogprobs
 from ..sampling_params import SamplingParams
-from ..scheduling.scheduler_output import RowResult
+from ..scheduling.scheduler_output import ChunkResult
 from ..scheduling.sequence import Sequence
 from ..tokenization.detokenizer import IncrementalDetokenizer
 from ..tokenization.tokenizer import Tokenizer
 
 
-class Answer:
+class CompletionState:
     """One of a request's `n` answers."""
 
     def __init__(self, seq: Sequence, detokenizer: IncrementalDetokenizer | None) -> None:
@@ -87,7 +87,7 @@ class RequestState:
     ) -> None:
         self.request_id, self.prompt, self.prompt_ids = request_id, prompt, prompt_ids
         self.params, self.adapter, self.mix = params, adapter, mix
-        self.answers: list[Answer] = []
+        self.answers: list[CompletionState] = []
         self._shown_ids = list(prompt_ids)  # the outputs' own: long, and the same in every step
         self.prompt_logprobs: list[TokenLogprobs | None] | None = (
             None if params.prompt_logprobs is None else [None]
@@ -100,9 +100,9 @@ class RequestState:
             detokenizer = IncrementalDetokenizer(
                 tokenizer, self.prompt_ids, skip_special_tokens=self.params.skip_special_tokens
             )
-        self.answers.append(Answer(seq, detokenizer))
+        self.answers.append(CompletionState(seq, detokenizer))
 
-    def keep_logprobs(self, seq: Sequence, row: RowResult) -> bool:
+    def keep_logprobs(self, seq: Sequence, row: ChunkResult) -> bool:
         """Keeps what a step says of a sequence's logprobs; True if prompt logprobs came."""
         answer = self.answers[seq.index]
         if row.token is not None and row.logprobs is not None:
@@ -117,7 +117,7 @@ class RequestState:
         return True
 
     def advance(self, seq: Sequence) -> str | None:
-        """See Answer.advance."""
+        """See CompletionState.advance."""
         return self.answers[seq.index].advance()
 
     def output(self) -> RequestOutput:

@@ -154,7 +154,7 @@ def version() -> None:
 
 
 def _stream(llm: LLM, prompt: Any, params: SamplingParams, spec: AdapterSpec) -> None:
-    request_id = llm.engine.add(prompt, params, adapter=spec)
+    request_id = llm.engine.add_request(prompt, params, adapter=spec)
     shown = 0
     try:
         while llm.engine.has_work:

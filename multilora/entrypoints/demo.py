@@ -107,7 +107,7 @@ def run_batch(
         for expert, prompt in prompts.items():
             ids = engine.tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
             adapter = expert if with_adapters else None
-            experts[engine.add(ids, params, adapter=adapter)] = expert
+            experts[engine.add_request(ids, params, adapter=adapter)] = expert
         while engine.has_work:
             before = _count(outputs)
             start = time.perf_counter()

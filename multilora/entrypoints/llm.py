@@ -81,7 +81,7 @@ class LLM:
         added: list[str] = []
         try:
             for item, one, spec in zip(items, params, adapters, strict=True):
-                added.append(self.engine.add(item, one, adapter=spec))
+                added.append(self.engine.add_request(item, one, adapter=spec))
             return self._finish(added, use_tqdm=use_tqdm)
         except BaseException:  # KeyboardInterrupt too: nothing may go on running unseen
             for request_id in added:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import multilora_kernels as mk
 
-from ..adapters.rank_pages import SitePool
+from ..adapters.rank_pages import RankPagePool
 from ..device.cpu import Side
 
 
@@ -17,7 +17,7 @@ from ..device.cpu import Side
 class SiteLora:
     """The adapters of a step at one site."""
 
-    pool: SitePool
+    pool: RankPagePool
     table: mk.Table
     tiles: mk.Tiles
     slice_starts: tuple[int, ...]

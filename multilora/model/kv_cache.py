@@ -1,4 +1,4 @@
-"""The tensors that hold keys and values, in pages. `blocks.py` says which page is whose."""
+"""The tensors that hold keys and values, in blocks. `block_pool` says which is whose."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.floa
 """Of quantised pages, by `EngineConfig.kv_cache_dtype`; "auto" is the model's dtype."""
 
 
-class Scales(NamedTuple):
+class KVScales(NamedTuple):
     """What a stored number is multiplied by: fp32 [layers, kv_heads] each."""
 
     k: Tensor
     v: Tensor
 
 
-class Layer(NamedTuple):
+class LayerPages(NamedTuple):
     """One layer's part of a cache, in the order of `paged_attention`'s and `rope_store_kv_`'s."""
 
     k: Tensor  # [blocks, block_size, kv_heads, head_dim]
@@ -44,7 +44,7 @@ class KVCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
-        scales: Scales | None = None,  # on the device; of quantised pages
+        scales: KVScales | None = None,  # on the device; of quantised pages
     ) -> None:
         shape = (config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim)
         self.k = empty_huge(shape, dtype, device)
@@ -56,10 +56,10 @@ class KVCache:
         """Pages of each layer."""
         return self.k.shape[1]
 
-    def layer(self, index: int) -> Layer:
+    def layer(self, index: int) -> LayerPages:
         """The pages and scales of one layer."""
         scales = (None, None) if self.scales is None else (s[index] for s in self.scales)
-        return Layer(self.k[index], self.v[index], *scales)
+        return LayerPages(self.k[index], self.v[index], *scales)
 
     @staticmethod
     def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:

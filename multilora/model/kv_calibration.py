@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .forward_batch import ForwardBatch
-from .kv_cache import KVCache, Scales
+from .kv_cache import KVCache, KVScales
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +25,7 @@ MARGIN = 2.0  # room for other texts and for adapters: docs/quantization.md has 
 
 
 @torch.inference_mode()
-def measure(model: Llama, max_len: int, dtype: torch.dtype) -> Scales:
+def calibrate(model: Llama, max_len: int, dtype: torch.dtype) -> KVScales:
     """The scales of pages of `dtype`, on the model's device, from at most `max_len` tokens."""
     config, device = model.config, model.norm.weight.device
     count = max(min(TOKENS, max_len) // 16, 1) * 16  # whole rows: see ForwardBatch
@@ -52,7 +52,7 @@ def measure(model: Llama, max_len: int, dtype: torch.dtype) -> Scales:
     )
     model(batch, cache)
     largest = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
-    return Scales(*(_scale(pages, largest) for pages in (cache.k, cache.v)))
+    return KVScales(*(_scale(pages, largest) for pages in (cache.k, cache.v)))
 
 
 def _scale(pages: Tensor, largest: float) -> Tensor:

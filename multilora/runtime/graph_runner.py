@@ -18,12 +18,12 @@ from torch import Tensor
 
 import multilora_kernels as mk
 
-from ..device.cpu import Device, Replay
-from .step_inputs import ROWS, Extent, StepInputs
+from ..device.cpu import CapturedGraph, Device
+from .step_inputs import ROWS, BatchShape, StepInputs
 
 logger = logging.getLogger(__name__)
 
-ON_DEMAND_TOKENS = 64
+MAX_ON_DEMAND_TOKENS = 64
 """Most tokens of a graph on a CPU: beyond, what Python takes is nothing beside the work."""
 
 
@@ -47,10 +47,10 @@ def tile_sizes(tokens: int, max_loras: int) -> list[int]:
     return sorted({min(few, worst), worst})
 
 
-def extents(max_seqs: int, max_loras: int, max_seq_len: int) -> list[Extent]:
+def batch_shapes(max_seqs: int, max_loras: int, max_seq_len: int) -> list[BatchShape]:
     """All sizes to capture, the largest first, so that smaller graphs find memory in their pool."""
     return [
-        Extent(tokens, tokens, tokens, tiles, 0, 1, max_seq_len)
+        BatchShape(tokens, tokens, tokens, tiles, 0, 1, max_seq_len)
         for tokens in reversed(token_sizes(max_seqs))
         for tiles in (0, *tile_sizes(tokens, max_loras))
     ]
@@ -60,7 +60,7 @@ Work = Callable[[frozenset[str], Tensor], Tensor]
 """A step that adapts these sites, as a function of its block table: logits [tokens, vocab]."""
 
 
-class Graphs:
+class GraphRunner:
     """The captured decode steps of a runner."""
 
     def __init__(
@@ -74,20 +74,22 @@ class Graphs:
         self.sites = frozenset(sites)
         self._device, self._has_pages = device, has_pages
         self._block_table, self._max_seq_len = block_table, max_seq_len
-        self._graphs: dict[tuple[Extent, frozenset[str]], Replay] = {}
-        self._beforehand: list[Extent] = []  # the smallest first
-        self._came: set[tuple[Extent, frozenset[str]]] = set()  # on demand: to capture next time
+        self._graphs: dict[tuple[BatchShape, frozenset[str]], CapturedGraph] = {}
+        self._beforehand: list[BatchShape] = []  # the smallest first
+        self._came: set[tuple[BatchShape, frozenset[str]]] = (
+            set()
+        )  # on demand: to capture next time
 
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def capture(self, sizes: Iterable[Extent], work: Callable[[Extent], Work]) -> None:
-        """Captures `work(extent)` for each extent. Says how long it took."""
+    def capture(self, sizes: Iterable[BatchShape], work: Callable[[BatchShape], Work]) -> None:
+        """Captures `work(shape)` for each shape. Says how long it took."""
         start, before = time.perf_counter(), self._device.memory()
-        for extent in sizes:
-            self._capture(extent, self._adapted(extent), work(extent))
-            self._beforehand.append(extent)
-        self._beforehand.sort(key=lambda extent: (extent.tokens, extent.tiles))
+        for shape in sizes:
+            self._capture(shape, self._adapted(shape), work(shape))
+            self._beforehand.append(shape)
+        self._beforehand.sort(key=lambda shape: (shape.tokens, shape.tiles))
         self._device.synchronize()
         after = self._device.memory()
         taken = before.free - after.free if before is not None and after is not None else 0
@@ -99,46 +101,46 @@ class Graphs:
             taken / 1e9,
         )
 
-    def extent_for(self, step: StepInputs) -> Extent | None:
+    def shape_for(self, step: StepInputs) -> BatchShape | None:
         """The sizes to send a step with, or None if it runs uncaptured.
 
         That is one with prompts, with an adapted embedding or head, or one that is too large.
         """
-        need = step.extent
+        need = step.shape
         if need.max_query_len > 1 or not step.gives_all_logits or not step.sites <= self.sites:
             return None
         if self._device.captures_on_demand:
             tokens, tiles = need.tokens, need.tokens if need.tiles else 0
             if tokens > len(self._block_table):
                 return None
-            return Extent(tokens, tokens, tokens, tiles, 0, 1, self._max_seq_len)
+            return BatchShape(tokens, tokens, tokens, tiles, 0, 1, self._max_seq_len)
         for has in self._beforehand:
             adapts = (has.tiles > 0) == (need.tiles > 0)
             if adapts and has.tokens >= need.tokens and has.tiles >= need.tiles:
                 return has
         return None
 
-    def run(self, extent: Extent, sent: Mapping[str, Tensor], work: Work) -> Tensor:
-        """What `work` gives, for a step whose fields were sent with the extent."""
-        table, sites = sent["block_table"], self._adapted(extent)
+    def run(self, shape: BatchShape, sent: Mapping[str, Tensor], work: Work) -> Tensor:
+        """What `work` gives, for a step whose fields were sent with the shape."""
+        table, sites = sent["block_table"], self._adapted(shape)
         self._block_table[: table.shape[0], : table.shape[1]].copy_(table)
-        key = extent, sites
+        key = shape, sites
         graph = self._graphs.get(key)
         if graph is not None:
             graph.replay()
             return graph.output
         if key in self._came:
-            return self._capture(extent, sites, work).output
+            return self._capture(shape, sites, work).output
         self._came.add(key)
-        return work(sites, self._block_table[: extent.seqs])
+        return work(sites, self._block_table[: shape.seqs])
 
-    def _adapted(self, extent: Extent) -> frozenset[str]:
-        return frozenset(filter(self._has_pages, self.sites)) if extent.tiles else frozenset()
+    def _adapted(self, shape: BatchShape) -> frozenset[str]:
+        return frozenset(filter(self._has_pages, self.sites)) if shape.tiles else frozenset()
 
-    def _capture(self, extent: Extent, sites: frozenset[str], work: Work) -> Replay:
-        table = self._block_table[: extent.seqs]
+    def _capture(self, shape: BatchShape, sites: frozenset[str], work: Work) -> CapturedGraph:
+        table = self._block_table[: shape.seqs]
         graph = self._device.capture(lambda: work(sites, table))
-        self._graphs[extent, sites] = graph
+        self._graphs[shape, sites] = graph
         return graph
 
 

@@ -10,7 +10,7 @@ from ..errors import ConfigError
 
 if TYPE_CHECKING:
     from ..config.engine import EngineConfig
-    from ..device.cpu import Memory
+    from ..device.cpu import DeviceMemory
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ GRAPH_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
-class Needs:
+class MemoryNeeds:
     """Bytes that an engine needs, and what they are for."""
 
     base: int  # the weights
@@ -31,7 +31,7 @@ class Needs:
     max_blocks: int  # that full-length requests in every row could use
 
 
-def num_blocks(config: EngineConfig, needs: Needs, memory: Memory | None) -> int:
+def num_blocks(config: EngineConfig, needs: MemoryNeeds, memory: DeviceMemory | None) -> int:
     """The number of KV blocks; `memory` as it is when only the weights are loaded.
 
     Without a GPU (None) memory is virtual: as many as full requests need, at most 4 GiB of them.
@@ -60,7 +60,7 @@ def num_blocks(config: EngineConfig, needs: Needs, memory: Memory | None) -> int
     return wanted
 
 
-def _say(config: EngineConfig, needs: Needs, blocks: int) -> None:
+def _say(config: EngineConfig, needs: MemoryNeeds, blocks: int) -> None:
     logger.info(
         "memory: base %s, activations %s, rank pages %s, %d KV blocks of %d tokens %s",
         _gb(needs.base),

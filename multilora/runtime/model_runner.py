@@ -14,30 +14,30 @@ from ..adapters.store import AdapterStore
 from ..config.engine import EngineConfig
 from ..config.lora_sites import Site
 from ..device.cpu import Device
-from ..device.input_buffer import Field, Staging
+from ..device.input_buffer import InputBuffer, InputField
 from ..model.forward_batch import ForwardBatch, SiteLora
 from ..model.kv_cache import KVCache
 from ..model.llama import Llama
 from ..outputs import TokenLogprobs
 from ..sampling.device import Adjuster, Choice, choose, draw_fields
 from ..sampling.host import Sampled, as_logprobs, rank, sample
-from ..scheduling.scheduler_output import Plan, RowResult, StepResult
-from .graph_runner import ON_DEMAND_TOKENS, Graphs, Work, empty_block_table, extents
-from .request_slots import Rows
-from .step_inputs import ROWS, Extent, StepInputs, lay_out
+from ..scheduling.scheduler_output import ChunkResult, SchedulerOutput, StepResult
+from .graph_runner import MAX_ON_DEMAND_TOKENS, GraphRunner, Work, batch_shapes, empty_block_table
+from .request_slots import RequestSlots
+from .step_inputs import ROWS, BatchShape, StepInputs, lay_out
 
 
 @dataclass(frozen=True, slots=True)
-class Ticket:
+class StepHandle:
     """A step on its way. What it draws and scores waits for the device when it is called."""
 
-    plan: Plan
+    plan: SchedulerOutput
     step: StepInputs
     drawn: Callable[[], list[Sampled]]  # for each chunk that samples
     scored: Callable[[], list[TokenLogprobs]]  # for each prompt position that is scored
 
 
-class Runner:
+class ModelRunner:
     """The compute side of the engine: one model, one KV cache, the adapters' device pages."""
 
     def __init__(
@@ -54,32 +54,32 @@ class Runner:
         self._config, self._device, self._sites = config, device, sites
         self._max_len = max_model_len
         max_blocks = -(-max_model_len // config.block_size)
-        self._rows = Rows(config.max_num_seqs, max_blocks, device)
-        self._staging = Staging(device, _staging_bytes(config, max_blocks))
+        self._rows = RequestSlots(config.max_num_seqs, max_blocks, device)
+        self._input_buffer = InputBuffer(device, _input_buffer_bytes(config, max_blocks))
         self._batched = config.is_async(device.is_cuda)
         self._side = device.side() if config.overlaps(device.is_cuda) else None
-        self.graphs: Graphs | None = None
+        self.graphs: GraphRunner | None = None
 
     # A step -----------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def submit(self, plan: Plan) -> Ticket:
+    def submit(self, plan: SchedulerOutput) -> StepHandle:
         """Starts a step. Chunks are laid out by slot, so that a slot's tokens lie together."""
         self._device.activate()
         self._rows.take(plan)
         multiple = 1 if self.model.rows_are_independent else ROWS
         step = lay_out(plan.chunks, self._rows, self.store, self._config.block_size, multiple)
-        extent = self.graphs.extent_for(step) if self.graphs is not None else None
+        shape = self.graphs.shape_for(step) if self.graphs is not None else None
         choices = self._choices(step)
-        sent = self._send(step, extent or step.extent, choices)
-        if extent is None or self.graphs is None:
-            logits = self._forward(sent, step.extent, step.sites, sent["block_table"])
+        sent = self._send(step, shape or step.shape, choices)
+        if shape is None or self.graphs is None:
+            logits = self._forward(sent, step.shape, step.sites, sent["block_table"])
         else:
-            logits = self.graphs.run(extent, sent, self._work(sent, extent))
+            logits = self.graphs.run(shape, sent, self._work(sent, shape))
         drawn = self._start_drawing(step, logits, choices, sent)
-        return Ticket(plan, step, drawn, self._start_scoring(step, logits))
+        return StepHandle(plan, step, drawn, self._start_scoring(step, logits))
 
-    def collect(self, ticket: Ticket) -> StepResult:
+    def collect(self, ticket: StepHandle) -> StepResult:
         """Waits for a step; what came of it."""
         drawn, scored = iter(ticket.drawn()), iter(ticket.scored())
         results = {}
@@ -87,34 +87,36 @@ class Runner:
             sampling, prompt_logprobs = wanted.row.sampling, None
             if sampling.params.prompt_logprobs is not None:
                 prompt_logprobs = [next(scored) for _ in wanted.targets]
-            result = RowResult(chunk.row, None, None, prompt_logprobs)
+            result = ChunkResult(chunk.row, None, None, prompt_logprobs)
             if wanted.sample_row is not None:
                 found = next(drawn)
                 sampling.output_ids.append(found.token)
-                result = RowResult(
+                result = ChunkResult(
                     chunk.row, found.token, found.logprobs, prompt_logprobs, found.failed
                 )
             results[chunk.row] = result
         return StepResult(tuple(results[chunk.row] for chunk in ticket.plan.chunks))
 
-    def _send(self, step: StepInputs, extent: Extent, choices: list[Choice]) -> dict[str, Tensor]:
-        fields = step.fields(extent)
+    def _send(
+        self, step: StepInputs, shape: BatchShape, choices: list[Choice]
+    ) -> dict[str, Tensor]:
+        fields = step.fields(shape)
         rows = [w.sample_row for w in step.wanted if w.sample_row is not None]
         # The CPU's sampler takes rows padded like all others.
         count = len(rows) if self._batched else -(-len(rows) // ROWS) * ROWS
-        fields["sample.logits"] = Field(rows, torch.int64, (count,))
+        fields["sample.logits"] = InputField(rows, torch.int64, (count,))
         if self._batched:
             owners = [c.row for c, w in zip(step.order, step.wanted, strict=True) if w.samples]
-            fields["sample.rows"] = Field(owners, torch.int64, (len(rows),))
+            fields["sample.rows"] = InputField(owners, torch.int64, (len(rows),))
             fields |= draw_fields(choices, self.model.config.vocab_size)
         # Last, since its width changes from step to step.
-        fields["block_table"] = Field(step.block_table, torch.int32, step.block_table.shape)
-        return self._staging.send(fields)
+        fields["block_table"] = InputField(step.block_table, torch.int32, step.block_table.shape)
+        return self._input_buffer.send(fields)
 
     def _forward(
         self,
         sent: Mapping[str, Tensor],
-        extent: Extent,
+        shape: BatchShape,
         sites: frozenset[str],
         block_table: Tensor,  # int32 [seqs, blocks]
         gives_all_logits: bool = False,
@@ -130,8 +132,8 @@ class Runner:
             query_starts=sent["query_starts"],
             seq_lens=sent["seq_lens"],
             block_table=block_table,
-            max_query_len=extent.max_query_len,
-            max_seq_len=extent.max_seq_len,
+            max_query_len=shape.max_query_len,
+            max_seq_len=shape.max_seq_len,
             logits_rows=None if gives_all_logits else sent["logits_rows"],
             lora={name: self._site_lora(name, sent) for name in sites},
             batch_invariant=self._config.batch_invariant,
@@ -211,10 +213,12 @@ class Runner:
         config, on_demand = self._config, self._device.captures_on_demand
         if on_demand and not self.model.rows_are_independent:
             return  # rows are padded, torch computes: there is little to win
-        sizes = [] if on_demand else extents(config.max_num_seqs, config.max_loras, self._max_len)
-        seqs = sizes[0].seqs if sizes else min(config.max_num_seqs, ON_DEMAND_TOKENS)
+        sizes = (
+            [] if on_demand else batch_shapes(config.max_num_seqs, config.max_loras, self._max_len)
+        )
+        seqs = sizes[0].seqs if sizes else min(config.max_num_seqs, MAX_ON_DEMAND_TOKENS)
         self.model.rope.tables(self._max_len)  # they move when they grow
-        self.graphs = Graphs(
+        self.graphs = GraphRunner(
             self._device,
             (name for name, site in self._sites.items() if site.in_layers),
             lambda name: self.store.pool(name).is_allocated,
@@ -224,26 +228,26 @@ class Runner:
         if sizes:
             self.graphs.capture(sizes, self._empty_step)
 
-    def _empty_step(self, extent: Extent) -> Work:
-        sent = self._staging.send(StepInputs.empty(extent).fields(extent))
-        return self._work(sent, extent)
+    def _empty_step(self, shape: BatchShape) -> Work:
+        sent = self._input_buffer.send(StepInputs.empty(shape).fields(shape))
+        return self._work(sent, shape)
 
-    def _work(self, sent: Mapping[str, Tensor], extent: Extent) -> Work:
+    def _work(self, sent: Mapping[str, Tensor], shape: BatchShape) -> Work:
         """What is captured."""
-        return lambda sites, table: self._forward(sent, extent, sites, table, gives_all_logits=True)
+        return lambda sites, table: self._forward(sent, shape, sites, table, gives_all_logits=True)
 
     @torch.inference_mode()
-    def rehearse(self) -> None:
+    def profile_run(self) -> None:
         """Runs the largest step, on nothing: what it needs beside weights, pages and blocks."""
         config = self._config
         tokens = -(-config.max_num_batched_tokens // ROWS) * ROWS
         seqs = min(config.max_num_seqs, tokens)
-        extent = Extent(tokens, 1, -(-seqs // ROWS) * ROWS, 0, 0, tokens, self._max_len)
-        step = StepInputs.empty(extent)
+        shape = BatchShape(tokens, 1, -(-seqs // ROWS) * ROWS, 0, 0, tokens, self._max_len)
+        step = StepInputs.empty(shape)
         step.query_starts, step.seq_lens = [0, tokens], [min(tokens, self._max_len)]
-        sent = self._staging.send(step.fields(extent))
+        sent = self._input_buffer.send(step.fields(shape))
         table = empty_block_table(1, -(-self._max_len // config.block_size), self._device)
-        logits = self._forward(sent, extent, frozenset(), table)
+        logits = self._forward(sent, shape, frozenset(), table)
         if self._batched:
             logits.float().sort(-1)[0].double().softmax(-1)  # about what `choose` needs
 
@@ -263,7 +267,7 @@ def _logprobs(ranked: list[Tensor]) -> list[TokenLogprobs]:
     return [as_logprobs(*ranked[i : i + 3]) for i in range(0, len(ranked), 3)]
 
 
-def _staging_bytes(config: EngineConfig, max_blocks: int) -> int:
+def _input_buffer_bytes(config: EngineConfig, max_blocks: int) -> int:
     """Enough for any step: per token, per sequence, and the block table."""
     tokens = config.max_num_batched_tokens + 4 * config.max_num_seqs + 8 * ROWS
     return 64 * tokens + 128 * config.max_num_seqs + 4 * config.max_num_seqs * max_blocks + 8192

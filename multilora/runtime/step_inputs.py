@@ -10,9 +10,9 @@ import torch
 
 import multilora_kernels as mk
 
-from ..device.input_buffer import Field
-from ..scheduling.scheduler_output import Chunk
-from .request_slots import Row, Rows
+from ..device.input_buffer import InputField
+from ..scheduling.scheduler_output import ScheduledChunk
+from .request_slots import RequestSlot, RequestSlots
 
 if TYPE_CHECKING:
     from ..adapters.store import AdapterStore
@@ -24,7 +24,7 @@ _LONG, _INT = torch.int64, torch.int32
 
 
 @dataclass(frozen=True, slots=True)
-class Extent:
+class BatchShape:
     """The sizes that a step is padded to."""
 
     tokens: int
@@ -37,10 +37,10 @@ class Extent:
 
 
 @dataclass(slots=True)
-class Wanted:
+class ChunkLogits:
     """Which logits rows of the step belong to one chunk."""
 
-    row: Row
+    row: RequestSlot
     prompt_rows: range = range(0)  # rows of prompt positions whose next token is scored
     targets: list[int] = field(default_factory=list)  # those next tokens
     sample_row: int | None = None
@@ -55,11 +55,11 @@ class Wanted:
 class StepInputs:
     """One step, in the order of its computation: by slot, so that a slot's tokens are one run."""
 
-    order: list[Chunk]
+    order: list[ScheduledChunk]
     sites: frozenset[str]  # that some row adapts
     block_table: np.ndarray  # int32 [seqs, blocks]
-    extent: Extent  # its own sizes, padded to whole rows
-    wanted: list[Wanted]  # by chunk
+    shape: BatchShape  # its own sizes, padded to whole rows
+    wanted: list[ChunkLogits]  # by chunk
     ids: list[int] = field(default_factory=list)  # by token; 0 where only the device knows it
     token_rows: list[int] = field(default_factory=list)  # runner row to take it from there, or -1
     positions: list[int] = field(default_factory=list)
@@ -76,27 +76,27 @@ class StepInputs:
         return self.logits_tokens == list(range(len(self.ids)))
 
     @classmethod
-    def empty(cls, extent: Extent) -> StepInputs:
+    def empty(cls, shape: BatchShape) -> StepInputs:
         """A step of nothing, to be padded: it stores nothing and reads block 0 at most."""
-        return cls([], frozenset(), np.zeros((0, 0), np.int32), extent, [])
+        return cls([], frozenset(), np.zeros((0, 0), np.int32), shape, [])
 
-    def fields(self, extent: Extent) -> dict[str, Field]:
-        """What goes to the device, padded to an extent that is large enough."""
+    def fields(self, shape: BatchShape) -> dict[str, InputField]:
+        """What goes to the device, padded to an shape that is large enough."""
         found = {
-            "ids": Field(self.ids, _LONG, (extent.tokens,)),
-            "token_rows": Field(self.token_rows, _LONG, (extent.tokens,), -1),
-            "positions": Field(self.positions, _LONG, (extent.tokens,)),
-            "kv_slots": Field(self.kv_slots, _LONG, (extent.tokens,), -1),
-            "logits_rows": Field(self.logits_tokens, _LONG, (extent.logits,)),
+            "ids": InputField(self.ids, _LONG, (shape.tokens,)),
+            "token_rows": InputField(self.token_rows, _LONG, (shape.tokens,), -1),
+            "positions": InputField(self.positions, _LONG, (shape.tokens,)),
+            "kv_slots": InputField(self.kv_slots, _LONG, (shape.tokens,), -1),
+            "logits_rows": InputField(self.logits_tokens, _LONG, (shape.logits,)),
             # Sequences beyond the real ones have no rows and no tokens.
-            "query_starts": Field(
-                self.query_starts, _INT, (extent.seqs + 1,), self.query_starts[-1]
+            "query_starts": InputField(
+                self.query_starts, _INT, (shape.seqs + 1,), self.query_starts[-1]
             ),
-            "seq_lens": Field(self.seq_lens, _INT, (extent.seqs,)),
+            "seq_lens": InputField(self.seq_lens, _INT, (shape.seqs,)),
         }
         for name, tiles, size in (
-            ("tiles", self.tiles, extent.tiles),
-            ("head", self.head_tiles, extent.head_tiles),
+            ("tiles", self.tiles, shape.tiles),
+            ("head", self.head_tiles, shape.head_tiles),
         ):
             if tiles is not None or size:
                 found |= _tile_fields(name, tiles or mk.make_tiles([], ROWS), size)
@@ -104,7 +104,11 @@ class StepInputs:
 
 
 def lay_out(
-    chunks: tuple[Chunk, ...], rows: Rows, store: AdapterStore, size: int, multiple: int = ROWS
+    chunks: tuple[ScheduledChunk, ...],
+    rows: RequestSlots,
+    store: AdapterStore,
+    size: int,
+    multiple: int = ROWS,
 ) -> StepInputs:
     """The step of these chunks, with blocks of `size` tokens, rows padded to a `multiple`."""
     order = sorted(chunks, key=lambda chunk: (chunk.slot, chunk.row))
@@ -116,7 +120,7 @@ def lay_out(
     tile = mk.DECODE_TILE if one_each or len(slots) <= ROWS * 4 else mk.PREFILL_TILE
     tiles = mk.make_tiles(slots, tile) if sites else None
     head = mk.make_tiles(logits_slots, mk.DECODE_TILE) if "lm_head" in sites else None
-    extent = Extent(
+    shape = BatchShape(
         tokens=-(-len(slots) // multiple) * multiple,
         seqs=len(order),
         logits=-(-len(logits_tokens) // multiple) * multiple,
@@ -125,8 +129,8 @@ def lay_out(
         max_query_len=max(chunk.count for chunk in order),
         max_seq_len=max(seq_lens),
     )
-    table = rows.block_table(order, -(-extent.max_seq_len // size))
-    step = StepInputs(order, sites, table, extent, wanted)
+    table = rows.block_table(order, -(-shape.max_seq_len // size))
+    step = StepInputs(order, sites, table, shape, wanted)
     step.seq_lens, step.logits_tokens = seq_lens, logits_tokens
     step.tiles, step.head_tiles = tiles, head
     for chunk in order:
@@ -134,7 +138,7 @@ def lay_out(
     return step
 
 
-def _add_tokens(step: StepInputs, chunk: Chunk, row: Row, size: int) -> None:
+def _add_tokens(step: StepInputs, chunk: ScheduledChunk, row: RequestSlot, size: int) -> None:
     known = row.tokens(chunk.start, chunk.count)
     unknown = chunk.count - len(known)
     assert unknown <= 1, "only the last token may be unknown"
@@ -146,15 +150,17 @@ def _add_tokens(step: StepInputs, chunk: Chunk, row: Row, size: int) -> None:
     step.query_starts.append(len(step.ids))
 
 
-def _wanted(order: list[Chunk], rows: Rows) -> tuple[list[Wanted], list[int], list[int]]:
+def _wanted(
+    order: list[ScheduledChunk], rows: RequestSlots
+) -> tuple[list[ChunkLogits], list[int], list[int]]:
     """For each chunk its logits rows; for each logits row its token and slot."""
-    found: list[Wanted] = []
+    found: list[ChunkLogits] = []
     tokens: list[int] = []
     slots: list[int] = []
     first = 0
     for chunk in order:
         row = rows[chunk.row]
-        prompt, wanted = row.sampling.prompt_ids, Wanted(row)
+        prompt, wanted = row.sampling.prompt_ids, ChunkLogits(row)
         if row.sampling.params.prompt_logprobs is not None:
             last = min(chunk.start + chunk.count, len(prompt) - 1)
             count = max(last - chunk.start, 0)
@@ -170,10 +176,10 @@ def _wanted(order: list[Chunk], rows: Rows) -> tuple[list[Wanted], list[int], li
     return found, tokens, slots
 
 
-def _tile_fields(name: str, tiles: mk.Tiles, size: int) -> dict[str, Field]:
+def _tile_fields(name: str, tiles: mk.Tiles, size: int) -> dict[str, InputField]:
     return {
-        f"{name}.slots": Field(tiles.slots.numpy(), _INT, (size,), -1),
-        f"{name}.starts": Field(tiles.starts.numpy(), _INT, (size,)),
-        f"{name}.lens": Field(tiles.lens.numpy(), _INT, (size,)),
-        f"{name}.num_tiles": Field(tiles.num_tiles.numpy(), _INT, (1,)),
+        f"{name}.slots": InputField(tiles.slots.numpy(), _INT, (size,), -1),
+        f"{name}.starts": InputField(tiles.starts.numpy(), _INT, (size,)),
+        f"{name}.lens": InputField(tiles.lens.numpy(), _INT, (size,)),
+        f"{name}.num_tiles": InputField(tiles.num_tiles.numpy(), _INT, (1,)),
     }

@@ -20,7 +20,7 @@ from torch import Tensor
 from multilora_kernels import reference
 from multilora_kernels.reference import ONE
 
-from ..device.input_buffer import Field
+from ..device.input_buffer import InputField
 from .host import GREEDY_BELOW, SampleRow, draw_columns
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class Adjuster:
         return flags
 
 
-def draw_fields(choices: Sequence[Choice], vocab: int) -> dict[str, Field]:
+def draw_fields(choices: Sequence[Choice], vocab: int) -> dict[str, InputField]:
     """What `choose` needs from the host for the rows that are not greedy.
 
     Those with a small top_k are apart ("few"): they need no order of the whole vocabulary.
@@ -118,11 +118,11 @@ def draw_fields(choices: Sequence[Choice], vocab: int) -> dict[str, Field]:
     return _group_fields("few", few, vocab) | _group_fields("many", many, vocab)
 
 
-def _group_fields(name: str, rows: list[tuple[int, Choice]], vocab: int) -> dict[str, Field]:
+def _group_fields(name: str, rows: list[tuple[int, Choice]], vocab: int) -> dict[str, InputField]:
     columns = draw_columns([(c.row, c.position) for _, c in rows], vocab)
     columns.insert(0, ([i for i, _ in rows], torch.int64))
     return {
-        f"{name}.{field}": Field(values, kind, (len(rows),))
+        f"{name}.{field}": InputField(values, kind, (len(rows),))
         for field, (values, kind) in zip(_Group._fields, columns, strict=True)
     }
 

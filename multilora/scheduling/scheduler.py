@@ -19,7 +19,7 @@ from ..errors import CapacityError
 from ..outputs import FinishReason
 from .block_pool import ROOT_KEY, BlockPool, block_key
 from .policies import View, by_arrival, policy_named
-from .scheduler_output import Chunk, NewRow, Plan, RowResult, StepResult
+from .scheduler_output import ChunkResult, NewSequence, ScheduledChunk, SchedulerOutput, StepResult
 from .sequence import Sequence
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Scheduler:
         elif seq.row is not None and not seq.in_flight:
             self._retire(seq)
 
-    def plan(self) -> Plan | None:
+    def schedule(self) -> SchedulerOutput | None:
         """The next step, or None when nothing can run before the plans in flight are committed.
 
         `freed_rows` are freed before `new_rows` are taken, and a row may be in both.
@@ -110,7 +110,7 @@ class Scheduler:
         wishes = self._wishes()
         if self._in_flight and self._lacks_blocks(wishes):
             return None  # nothing is taken from a sequence that is being computed
-        chunks: list[Chunk] = []
+        chunks: list[ScheduledChunk] = []
         before = self.num_preemptions
         budget = self._plan_running(wishes, chunks)
         # Blocks that a preempted sequence gave up are not for a newcomer that arrived later.
@@ -120,9 +120,9 @@ class Scheduler:
         rows = {seq.row: seq for seq in self.running}
         self._in_flight.append({chunk.row: rows[chunk.row] for chunk in chunks})
         freed, self._left_rows = tuple(self._left_rows), []
-        return Plan(new_rows=tuple(new_rows), chunks=tuple(chunks), freed_rows=freed)
+        return SchedulerOutput(new_rows=tuple(new_rows), chunks=tuple(chunks), freed_rows=freed)
 
-    def commit(self, plan: Plan, result: StepResult) -> list[Sequence]:
+    def update(self, plan: SchedulerOutput, result: StepResult) -> list[Sequence]:
         """Takes in what came of the oldest plan; the sequences with something to tell.
 
         That is a new token, prompt logprobs or an error, in the order of the chunks. What came of
@@ -198,7 +198,9 @@ class Scheduler:
             need += self._new_blocks(seq, count)
         return need > self._pool.num_free
 
-    def _plan_running(self, wishes: list[tuple[Sequence, int]], chunks: list[Chunk]) -> int:
+    def _plan_running(
+        self, wishes: list[tuple[Sequence, int]], chunks: list[ScheduledChunk]
+    ) -> int:
         """Appends the running sequences' chunks; the token budget left."""
         budget = self._max_tokens
         for seq, wish in wishes:
@@ -211,9 +213,9 @@ class Scheduler:
                 budget -= count
         return budget
 
-    def _plan_waiting(self, chunks: list[Chunk], budget: int) -> list[NewRow]:
+    def _plan_waiting(self, chunks: list[ScheduledChunk], budget: int) -> list[NewSequence]:
         """Admits waiting sequences and appends their first chunks."""
-        new_rows: list[NewRow] = []
+        new_rows: list[NewSequence] = []
         if not budget or not self._free_rows:  # before a long queue is put in order
             return new_rows
         without_slot: list[Sequence] = []
@@ -296,7 +298,7 @@ class Scheduler:
         limit = seq.num_tokens - 1  # one token must be computed, to have logits
         return self._pool.match(seq.tokens(0, limit), seq.identity, limit)
 
-    def _admit(self, seq: Sequence, slot: int) -> NewRow:
+    def _admit(self, seq: Sequence, slot: int) -> NewSequence:
         """Moves a sequence that has its slot and its cached prefix from waiting to running."""
         if seq.seq_id not in self._keys:  # the first admission, not the return after a preemption
             self._keys[seq.seq_id] = []
@@ -305,7 +307,7 @@ class Scheduler:
         self._slots[row] = slot
         self.waiting.remove(seq)
         self.running.append(seq)
-        return NewRow(
+        return NewSequence(
             row=row,
             token_ids=seq.tokens(0, seq.num_tokens),
             num_prompt=len(seq.prompt_ids),
@@ -314,7 +316,7 @@ class Scheduler:
             stop_ids=seq.stop_ids,
         )
 
-    def _schedule(self, seq: Sequence, count: int) -> Chunk:
+    def _schedule(self, seq: Sequence, count: int) -> ScheduledChunk:
         """The next `count` tokens of a running sequence, for which there is room."""
         assert seq.row is not None
         seq.blocks += self._pool.allocate(self._new_blocks(seq, count))
@@ -322,7 +324,7 @@ class Scheduler:
         end = start + count
         samples = end == seq.num_expected
         seq.num_scheduled, seq.num_pending = end, seq.num_pending + samples
-        return Chunk(
+        return ScheduledChunk(
             row=seq.row,
             start=start,
             count=count,
@@ -336,7 +338,7 @@ class Scheduler:
 
     # Committing -----------------------------------------------------------------------------------
 
-    def _advance(self, seq: Sequence, chunk: Chunk, row: RowResult) -> None:
+    def _advance(self, seq: Sequence, chunk: ScheduledChunk, row: ChunkResult) -> None:
         """Takes in what came of one chunk, and sets the finish reason if it was the last."""
         if row.failed:  # what it computed is not to be shared
             seq.finish_reason = FinishReason.ERROR

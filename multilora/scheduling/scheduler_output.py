@@ -9,7 +9,7 @@ from ..sampling_params import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
-class NewRow:
+class NewSequence:
     """A sequence that takes a runner row in this step: all that the runner must know of it."""
 
     row: int
@@ -21,7 +21,7 @@ class NewRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
+class ScheduledChunk:
     """Tokens `start : start + count` of the sequence in `row`, without their values."""
 
     row: int
@@ -33,11 +33,11 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class SchedulerOutput:
     """One step."""
 
-    new_rows: tuple[NewRow, ...]
-    chunks: tuple[Chunk, ...]
+    new_rows: tuple[NewSequence, ...]
+    chunks: tuple[ScheduledChunk, ...]
     freed_rows: tuple[int, ...]  # rows whose sequence left since the last plan
 
     @property
@@ -47,7 +47,7 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class RowResult:
+class ChunkResult:
     """What came of one chunk."""
 
     row: int
@@ -61,4 +61,4 @@ class RowResult:
 class StepResult:
     """What came of a plan, in the order of its chunks."""
 
-    rows: tuple[RowResult, ...]
+    rows: tuple[ChunkResult, ...]

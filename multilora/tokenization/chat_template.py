@@ -2,7 +2,7 @@
 
 The template comes with the base model; requests never bring one. It still runs in Jinja's immutable
 sandbox, and since the sandbox does not bound time or memory, under a clock and size limits that
-`multilora.tokenization.template_sandbox` adds. Its words for the caller (`raise_exception`) are a RequestError;
+`template_sandbox` adds. Its words for the caller (`raise_exception`) are a RequestError;
 everything else that goes wrong inside is a TokenizerError.
 """
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from multilora.device.input_buffer import Staging
+from multilora.device.input_buffer import InputBuffer
 from multilora.sampling.device import Adjuster, Choice, choose, draw_fields
 from multilora.sampling.host import sample
 from tests.multilora.test_batch_sampler import VOCAB, random_row
@@ -30,7 +30,7 @@ def test_it_chooses_the_tokens_of_the_cpu(device: Device, kinds: int | None) -> 
         choices = [
             Choice(row, Adjuster.of(row, VOCAB, device.torch), len(row.output_ids)) for row in rows
         ]
-        sent = Staging(device, 1 << 16).send(draw_fields(choices, VOCAB))
+        sent = InputBuffer(device, 1 << 16).send(draw_fields(choices, VOCAB))
         tokens, failed = choose(logits.to(device.torch), choices, sent)
         ours = list(zip(tokens.tolist(), failed.tolist(), strict=True))
         theirs = [(s.token, s.failed) for s in sample(logits, rows)]

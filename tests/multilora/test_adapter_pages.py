@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from multilora.adapters.peft.reader import Adapter, LoraModule, read_adapter
-from multilora.adapters.rank_pages import AdapterTable, PackedSite, SitePool, pack
+from multilora.adapters.rank_pages import AdapterTable, PackedSite, RankPagePool, pack
 from multilora.config.lora_sites import sites_of
 from multilora.errors import AdapterInvalid
 
@@ -143,7 +143,7 @@ def test_overflow_is_refused_and_names_the_site(
 
 
 def test_a_pool_takes_no_memory_until_it_is_needed() -> None:
-    pool = SitePool(SITES["qkv"], 4, dtype=torch.float32)
+    pool = RankPagePool(SITES["qkv"], 4, dtype=torch.float32)
     assert pool.allocate(0) == []
     assert not pool.is_allocated
     with pytest.raises(AssertionError, match="no adapter"):
@@ -154,7 +154,7 @@ def test_a_pool_takes_no_memory_until_it_is_needed() -> None:
 
 
 def test_a_pool_gives_each_page_once() -> None:
-    pool = SitePool(SITES["o"], 3, dtype=torch.float32)
+    pool = RankPagePool(SITES["o"], 3, dtype=torch.float32)
     first, second = pool.allocate(2), pool.allocate(1)
     assert first is not None
     assert second is not None
@@ -172,7 +172,7 @@ def test_num_bytes_counts_pages_in_use(tmp_path: Path) -> None:
     for site in SITES.values():
         packed = pack(adapter, site, torch.float16)
         assert packed is not None
-        pool = SitePool(site, 5, dtype=torch.float16)
+        pool = RankPagePool(site, 5, dtype=torch.float16)
         assert pool.num_bytes == 0
         pool.allocate(packed.num_pages)
         assert pool.num_bytes == packed.num_bytes
@@ -184,7 +184,7 @@ def test_written_pages_come_back_by_layer(tmp_path: Path, name: str) -> None:
     site = SITES[name]
     packed = pack(adapter, site, torch.float32)
     assert packed is not None
-    pool = SitePool(site, 6, dtype=torch.float32)
+    pool = RankPagePool(site, 6, dtype=torch.float32)
     assert pool.allocate(3) is not None
     ids = pool.allocate(2)
     assert ids is not None

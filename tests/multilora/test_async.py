@@ -120,7 +120,7 @@ def test_stop_strings_end_an_answer_where_they_would(tmp_path: Path) -> None:
             max_model_len=64,
         )
         job = SamplingParams(temperature=0, max_tokens=30, stop=["e"])
-        engine.add("A short text", job)
+        engine.add_request("A short text", job)
         texts.append([facts(output) for output in drain(engine).values()])
     assert texts[0] == texts[1]
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from multilora.device.cpu import Device
-from multilora.device.cpu_graph import Recording
-from multilora.device.input_buffer import Staging
+from multilora.device.cpu_graph import CpuGraph
+from multilora.device.input_buffer import InputBuffer
 from multilora.sampling.device import Adjuster, Choice, choose, draw_fields
 from multilora.sampling.host import SampleRow, sample
 from multilora.sampling_params import SamplingParams
@@ -47,7 +47,7 @@ def both(logits: torch.Tensor, rows: list[SampleRow]) -> tuple[list[Any], list[A
     choices = [
         Choice(row, Adjuster.of(row, logits.shape[1], CPU), len(row.output_ids)) for row in rows
     ]
-    sent = Staging(Device(), 1 << 16).send(draw_fields(choices, logits.shape[1]))
+    sent = InputBuffer(Device(), 1 << 16).send(draw_fields(choices, logits.shape[1]))
     tokens, failed = choose(logits, choices, sent)
     ours = list(zip(tokens.tolist(), failed.tolist(), strict=True))
     return ours, [(s.token, s.failed) for s in sample(logits, rows)]
@@ -105,7 +105,7 @@ def test_a_small_top_k_sorts_no_vocabulary(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.Tensor, "sort", watched)
     row = SampleRow(SamplingParams(top_k=40), 5, [1], [], frozenset())
     choice = Choice(row, None, 0)
-    sent = Staging(Device(), 4096).send(draw_fields([choice], VOCAB))
+    sent = InputBuffer(Device(), 4096).send(draw_fields([choice], VOCAB))
     choose(torch.randn(1, VOCAB), [choice], sent)
     assert widths
     assert max(widths) < VOCAB
@@ -130,7 +130,7 @@ def test_a_chosen_token_counts_for_the_next_choice() -> None:
     logits = torch.randn(1, VOCAB)
     for position in range(12):
         choice = Choice(row, adjuster, position)
-        sent = Staging(Device(), 4096).send(draw_fields([choice], VOCAB))
+        sent = InputBuffer(Device(), 4096).send(draw_fields([choice], VOCAB))
         token = choose(logits, [choice], sent)[0].tolist()
         assert token == [sample(logits, [row])[0].token]
         row.output_ids.extend(token)
@@ -141,6 +141,6 @@ def test_it_never_looks_at_the_host() -> None:
     draw = random.Random(3)
     rows = [random_row(draw) for _ in range(32)]
     choices = [Choice(row, Adjuster.of(row, VOCAB, CPU), len(row.output_ids)) for row in rows]
-    sent = Staging(Device(), 1 << 16).send(draw_fields(choices, VOCAB))
+    sent = InputBuffer(Device(), 1 << 16).send(draw_fields(choices, VOCAB))
     logits = torch.randn(32, VOCAB)
-    Recording(lambda: choose(logits, choices, sent)[0])  # which refuses what does
+    CpuGraph(lambda: choose(logits, choices, sent)[0])  # which refuses what does

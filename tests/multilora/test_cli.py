@@ -70,9 +70,9 @@ def test_threads_spin_shortly_unless_the_user_says_how_they_wait(
 def test_the_command_line_sets_it_before_torch_and_the_library_never(
     run_python: Callable[..., str],
 ) -> None:
-    assert run_python("import sys; from multilora import cli; print('torch' in sys.modules)") == (
-        "False\n"
-    )
+    assert run_python(
+        "import sys; from multilora.entrypoints import cli; print('torch' in sys.modules)"
+    ) == ("False\n")
     uses = "before = dict(os.environ); multilora.LLM, multilora.Engine; "
     code = f"import os, multilora; {uses}print(before == dict(os.environ))"
     assert run_python(code) == "True\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from multilora.device.cpu import Device, Memory
+from multilora.device.cpu import Device, DeviceMemory
 from multilora.device.select import open_device
 from multilora.errors import ConfigError
 from tests.fake_cuda import Calls, FakeCuda, install
@@ -110,6 +110,6 @@ def test_a_capture_warms_up_on_another_stream_and_shares_its_memory(calls: Calls
 
 def test_memory_is_what_the_driver_says(calls: Calls) -> None:
     device = FakeCuda()
-    assert device.memory() == Memory(free=60 * 10**9, total=80 * 10**9)
+    assert device.memory() == DeviceMemory(free=60 * 10**9, total=80 * 10**9)
     assert device.peak_of(lambda: None) == 2 * 10**9
     assert device.name == "a fake GPU"

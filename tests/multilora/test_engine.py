@@ -60,7 +60,7 @@ def tokens(engine: Engine, adapter: Any = None, **fields: Any) -> list[int]:
 
 
 def test_outputs_are_cumulative_and_the_last_one_is_finished(engine: Engine) -> None:
-    request = engine.add(list(PROMPT), greedy(4), adapter="a", request_id="mine")
+    request = engine.add_request(list(PROMPT), greedy(4), adapter="a", request_id="mine")
     assert request == "mine"
     seen = []
     while engine.has_work:
@@ -83,8 +83,8 @@ def test_a_step_without_work_does_nothing(engine: Engine) -> None:
 def test_an_aborted_request_gives_all_back_and_its_neighbour_stays(engine: Engine) -> None:
     alone, _ = tokens(engine, "a"), tokens(engine, "b")
     before = engine.memory()
-    doomed = engine.add(prompt_of(50, seed=9), greedy(50, n=2), adapter="b")
-    kept = engine.add(PROMPT, greedy(), adapter="a")
+    doomed = engine.add_request(prompt_of(50, seed=9), greedy(50, n=2), adapter="b")
+    kept = engine.add_request(PROMPT, greedy(), adapter="a")
     engine.step()
     assert engine.abort(doomed)
     engine.check_integrity()
@@ -138,7 +138,7 @@ def test_a_stop_string_cuts_the_text_and_is_never_streamed(writer: Engine) -> No
     free = run(writer, [job])[0].outputs[0].text
     assert len(free) > 6
     stop = free[3:6]
-    writer.add(job.prompt, greedy(16, stop=stop))
+    writer.add_request(job.prompt, greedy(16, stop=stop))
     texts = []
     while writer.has_work:
         texts += [output.outputs[0] for output in writer.step()]
@@ -152,7 +152,7 @@ def test_a_stop_string_cuts_the_text_and_is_never_streamed(writer: Engine) -> No
 
 
 def test_a_text_prompt_is_encoded(writer: Engine) -> None:
-    request = writer.add("Hello", greedy(2))
+    request = writer.add_request("Hello", greedy(2))
     output = drain(writer)[request]
     assert writer.tokenizer is not None
     assert output.prompt == "Hello"
@@ -236,28 +236,28 @@ def test_a_refused_request_costs_nothing(
     engine: Engine, prompt: Any, fields: Any, adapter: Any, error: type[Exception]
 ) -> None:
     alone = tokens(engine, "b", max_tokens=6)
-    request = engine.add(PROMPT, greedy(6), adapter="b")
+    request = engine.add_request(PROMPT, greedy(6), adapter="b")
     engine.step()
     before = (engine.memory(), engine.stats, engine.adapters)
     with pytest.raises(error):
-        engine.add(prompt, greedy(**fields), adapter=adapter)
+        engine.add_request(prompt, greedy(**fields), adapter=adapter)
     assert (engine.memory(), engine.stats, engine.adapters) == before
     engine.check_integrity()
     assert drain(engine)[request].outputs[0].token_ids == alone
 
 
 def test_a_request_id_in_use_is_refused(engine: Engine) -> None:
-    engine.add(PROMPT, greedy(), request_id="x")
+    engine.add_request(PROMPT, greedy(), request_id="x")
     with pytest.raises(RequestError, match="'x' is in use"):
-        engine.add(PROMPT, greedy(), request_id="x")
+        engine.add_request(PROMPT, greedy(), request_id="x")
     assert set(drain(engine)) == {"x"}
-    engine.add(PROMPT, greedy(), request_id="x")
+    engine.add_request(PROMPT, greedy(), request_id="x")
 
 
 def test_a_prompt_larger_than_the_pool_is_refused(root: Path) -> None:
     engine = make_engine(root / "base", num_kv_blocks=2)
     with pytest.raises(CapacityError, match="num_kv_blocks"):
-        engine.add(prompt_of(32), greedy(n=3))
+        engine.add_request(prompt_of(32), greedy(n=3))
     engine.check_integrity()
     assert not engine.has_work
 
@@ -295,7 +295,7 @@ def test_a_malformed_adapter_leaves_the_running_ones_alone(
 ) -> None:
     alone = tokens(engine, "a", max_tokens=6)
     spoil(write_adapter(tmp_path, TINY))
-    request = engine.add(PROMPT, greedy(6), adapter="a")
+    request = engine.add_request(PROMPT, greedy(6), adapter="a")
     engine.step()
     before = (engine.memory(), engine.adapters)
     with pytest.raises(AdapterInvalid):
@@ -323,12 +323,12 @@ def test_an_adapter_too_large_or_badly_named_is_refused(root: Path, tmp_path: Pa
 
 def test_a_replaced_adapter_serves_its_old_requests_to_the_end(engine: Engine, root: Path) -> None:
     old = tokens(engine, "a")
-    first = engine.add(PROMPT, greedy(), adapter="a")
+    first = engine.add_request(PROMPT, greedy(), adapter="a")
     engine.step()
-    waiting = engine.add(PROMPT, greedy(), adapter="a")
+    waiting = engine.add_request(PROMPT, greedy(), adapter="a")
     digest = engine.load_adapter("a", root / "c")
     assert engine.adapters["a"].digest == digest
-    second = engine.add(PROMPT, greedy(), adapter="a")
+    second = engine.add_request(PROMPT, greedy(), adapter="a")
     done = {i: output.outputs[0].token_ids for i, output in drain(engine).items()}
     assert done[first] == done[waiting] == old
     engine.load_adapter("c", root / "c")
@@ -337,12 +337,12 @@ def test_a_replaced_adapter_serves_its_old_requests_to_the_end(engine: Engine, r
 
 def test_an_unloaded_adapter_serves_its_requests_to_their_end(engine: Engine) -> None:
     alone, plain = tokens(engine, "a"), tokens(engine)
-    request = engine.add(PROMPT, greedy(), adapter="a")
+    request = engine.add_request(PROMPT, greedy(), adapter="a")
     engine.step()
     loaded = engine.memory()["adapters"]
     engine.unload_adapter("a")
     with pytest.raises(AdapterNotFound):
-        engine.add(PROMPT, greedy(), adapter="a")
+        engine.add_request(PROMPT, greedy(), adapter="a")
     assert drain(engine)[request].outputs[0].token_ids == alone
     assert engine.memory()["adapters"] < loaded
     assert set(engine.adapters) == {"b"}

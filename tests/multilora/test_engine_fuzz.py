@@ -129,7 +129,7 @@ class Life(RuleBasedStateMachine):
     def request_of_an_unknown_adapter(self, name: str) -> None:
         if name not in self.loaded:
             with pytest.raises(AdapterNotFound):
-                self.engine.add(PROMPTS[0], adapter=name)
+                self.engine.add_request(PROMPTS[0], adapter=name)
 
     @precondition(lambda self: self.engine.has_work)
     @rule(data=st.data())

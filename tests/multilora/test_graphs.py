@@ -1,6 +1,6 @@
 """Captured decode steps: which sizes there are, which one a step takes, and the bits that come out.
 
-On a CPU a graph is a recording of operators (`multilora/recording.py`): like a CUDA graph it reads
+On a CPU a graph is a recording of operators (`multilora/device/cpu_graph.py`): like a CUDA graph it reads
 nothing but fixed buffers, so a count or a table that was baked in at capture shows here. A CPU has
 graphs of its own for each size, made on demand; `like_a_gpu` takes a GPU's, which are made before.
 """
@@ -19,9 +19,9 @@ import multilora_kernels as mk
 from multilora.device.cpu import Device
 from multilora.model.layers import Rope
 from multilora.runtime.graph_runner import (
-    ON_DEMAND_TOKENS,
-    Graphs,
-    extents,
+    MAX_ON_DEMAND_TOKENS,
+    GraphRunner,
+    batch_shapes,
     tile_sizes,
     token_sizes,
 )
@@ -62,7 +62,7 @@ def test_the_largest_tile_size_holds_every_step(tokens: int, loras: int) -> None
 
 
 def test_every_size_comes_with_and_without_lora() -> None:
-    found = [(extent.tokens, extent.tiles) for extent in extents(20, 4, 100)]
+    found = [(shape.tokens, shape.tiles) for shape in batch_shapes(20, 4, 100)]
     assert found == [(32, 0), (32, 3), (32, 6), (16, 0), (16, 2), (16, 5)]
 
 
@@ -90,14 +90,14 @@ class Seen:
     def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
         self.sizes: list[tuple[int, int]] = []
         assert engine.runner.graphs is not None
-        run = Graphs.run
+        run = GraphRunner.run
 
-        def counted(graphs: Graphs, extent: Any, *rest: Any) -> Any:
-            if (extent, graphs._adapted(extent)) in graphs._graphs:
-                self.sizes.append((extent.tokens, extent.tiles))
-            return run(graphs, extent, *rest)
+        def counted(graphs: GraphRunner, shape: Any, *rest: Any) -> Any:
+            if (shape, graphs._adapted(shape)) in graphs._graphs:
+                self.sizes.append((shape.tokens, shape.tiles))
+            return run(graphs, shape, *rest)
 
-        monkeypatch.setattr(Graphs, "run", counted)
+        monkeypatch.setattr(GraphRunner, "run", counted)
 
 
 def jobs(names: list[Any]) -> list[Job]:
@@ -234,17 +234,17 @@ def test_one_graph_serves_all_positions(root: Path, monkeypatch: pytest.MonkeyPa
 def test_more_rows_than_graphs_are_made_for_run_uncaptured(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    count = ON_DEMAND_TOKENS + 3
+    count = MAX_ON_DEMAND_TOKENS + 3
     work = [Job(prompt_of(3, seed=i), greedy(3 + i % 4), "a") for i in range(count)]
     settings = {"max_num_seqs": count, "max_num_batched_tokens": 4 * count}
     engine = engine_of(root, **settings)
     seen = Seen(engine, monkeypatch)
     assert [facts(output) for output in run(engine, work)] == eager(root, work)
-    assert all(tokens <= ON_DEMAND_TOKENS for tokens, _ in seen.sizes)
+    assert all(tokens <= MAX_ON_DEMAND_TOKENS for tokens, _ in seen.sizes)
     assert engine.runner.graphs is not None
-    came = {extent.tokens for extent, _ in engine.runner.graphs._came}
+    came = {shape.tokens for shape, _ in engine.runner.graphs._came}
     assert came
-    assert max(came) <= ON_DEMAND_TOKENS  # and the first steps had all rows
+    assert max(came) <= MAX_ON_DEMAND_TOKENS  # and the first steps had all rows
 
 
 def test_shrinking_beside_the_base_gives_the_same_answers(root: Path) -> None:

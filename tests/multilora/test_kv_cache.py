@@ -39,7 +39,7 @@ engine = Engine(EngineConfig(
 ))
 cache, found = engine.runner.cache, []
 for length in LENGTHS:
-    engine.add([5] * length, SamplingParams(max_tokens=1))
+    engine.add_request([5] * length, SamplingParams(max_tokens=1))
     while engine.has_work:
         engine.step()
     found.append(resident(cache.k) + resident(cache.v))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from multilora.model import kv_calibration as kv_scales
+from multilora.model import kv_calibration
 from multilora.model.kv_cache import KVCache
 from tests.adapters import write_adapter
 from tests.checkpoints import TINY, write_checkpoint
@@ -63,7 +63,7 @@ def test_a_block_takes_a_quarter_of_fp32s_memory(base: Path) -> None:
 def test_scales_hold_what_the_base_makes_of_any_text(base: Path) -> None:
     """Full pages after a request: all fits the codes, and the largest uses many of them."""
     engine = engine_of(base, "auto")
-    scales = kv_scales.measure(engine.model, 256, torch.int8)
+    scales = kv_calibration.calibrate(engine.model, 256, torch.int8)
     assert [s.shape for s in scales] == [(2, 2), (2, 2)]
     cache = engine.runner.cache
     for pages in (cache.k, cache.v):
@@ -72,13 +72,13 @@ def test_scales_hold_what_the_base_makes_of_any_text(base: Path) -> None:
     for pages, scale in zip((cache.k, cache.v), scales, strict=True):
         codes = pages.abs().amax((1, 2, 4)) / scale
         assert codes.max() <= 127
-        assert codes.min() >= 127 / kv_scales.MARGIN / 2
+        assert codes.min() >= 127 / kv_calibration.MARGIN / 2
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
 def test_scales_depend_on_the_base_alone(base: Path, dtype: torch.dtype) -> None:
     first, second = (
-        kv_scales.measure(engine_of(base, **settings).model, 256, dtype)
+        kv_calibration.calibrate(engine_of(base, **settings).model, 256, dtype)
         for settings in ({}, {"max_num_seqs": 1, "block_size": 32, "seed": 9})
     )
     assert all(map(torch.equal, first, second))
@@ -90,7 +90,7 @@ def test_a_head_without_values_has_a_scale(base: Path) -> None:
     weight = torch.randn(128, 64)
     weight[64:] = 0  # keys and values
     qkv.weight = weight
-    scales = kv_scales.measure(engine.model, 256, torch.int8)
+    scales = kv_calibration.calibrate(engine.model, 256, torch.int8)
     assert all(scale[0].min() > 0 for scale in scales)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from multilora.device.select import open_device
-from multilora.engine import builder as startup
+from multilora.engine import builder
 from multilora.errors import ConfigError
 from multilora_kernels import cuda, plans
 from tests.checkpoints import write_checkpoint
@@ -27,8 +27,8 @@ TOO_NARROW = {"hidden_size": 96, "num_heads": 4, "num_kv_heads": 2, "head_dim": 
 def _gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch)
     plans.device_of.cache_clear()
-    monkeypatch.setattr(startup, "open_device", lambda name: FakeCuda())
-    monkeypatch.setattr(startup, "load_checkpoint", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(builder, "open_device", lambda name: FakeCuda())
+    monkeypatch.setattr(builder, "load_checkpoint", lambda *_: pytest.fail("too late"))
 
 
 def refuse(monkeypatch: pytest.MonkeyPatch, version: str | None, capability: int) -> None:
@@ -90,7 +90,7 @@ def test_a_gpu_without_e4m3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_cpu_without_e4m3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_checkpoint(tmp_path)
-    monkeypatch.setattr(startup, "open_device", open_device)
+    monkeypatch.setattr(builder, "open_device", open_device)
     with pytest.raises(ConfigError, match="'fp8_e4m3' needs a GPU; on a CPU use 'int8'"):
         make_engine(tmp_path, kv_cache_dtype="fp8_e4m3")
 
@@ -99,6 +99,6 @@ def test_a_cpu_takes_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     write_checkpoint(tmp_path, **TOO_NARROW)
     monkeypatch.undo()
     engine = make_engine(tmp_path, quantization="int8")
-    engine.add(prompt_of(9), greedy(2))
+    engine.add_request(prompt_of(9), greedy(2))
     while engine.has_work:
         engine.step()

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from multilora.config.engine import EngineConfig
-from multilora.device.cpu import Memory
+from multilora.device.cpu import DeviceMemory
 from multilora.errors import ConfigError
-from multilora.runtime.memory_budget import DEFAULT_KV_BYTES, GRAPH_BYTES, Needs, num_blocks
+from multilora.runtime.memory_budget import DEFAULT_KV_BYTES, GRAPH_BYTES, MemoryNeeds, num_blocks
 
 GB = 10**9
-NEEDS = Needs(base=16 * GB, activations=GB, rank_pages=5 * GB, block=2**21, max_blocks=10**6)
-GPU = Memory(free=63 * GB, total=80 * GB)  # 16 GB of weights, 1 GB of others
+NEEDS = MemoryNeeds(base=16 * GB, activations=GB, rank_pages=5 * GB, block=2**21, max_blocks=10**6)
+GPU = DeviceMemory(free=63 * GB, total=80 * GB)  # 16 GB of weights, 1 GB of others
 
 
 def config(**settings: Any) -> EngineConfig:

@@ -141,7 +141,7 @@ def test_the_codes_do_not_depend_on_the_dtype_that_is_served(tmp_path: Path) -> 
     assert torch.equal(*heads)
 
 
-# Memory -------------------------------------------------------------------------------------------
+# DeviceMemory -------------------------------------------------------------------------------------
 
 
 @tied

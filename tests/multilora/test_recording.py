@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import multilora_kernels as mk
-from multilora.device.cpu_graph import Recording
+from multilora.device.cpu_graph import CpuGraph
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,7 +25,7 @@ def test_a_replay_reads_what_the_buffers_hold_by_then() -> None:
         calls.append(1)
         return (x.view(2, 3).T @ torch.ones(2, 1)).flatten() * 2
 
-    recording = Recording(work)
+    recording = CpuGraph(work)
     output = recording.output
     x += 1
     assert output.tolist() == [6, 10, 14]
@@ -44,7 +44,7 @@ def test_work_in_place_starts_from_fresh_memory_at_each_replay() -> None:
             total.add_(x)
         return total
 
-    recording = Recording(work)
+    recording = CpuGraph(work)
     recording.replay()
     recording.replay()
     assert recording.output.tolist() == [2, 2, 2]
@@ -52,7 +52,7 @@ def test_work_in_place_starts_from_fresh_memory_at_each_replay() -> None:
 
 def test_our_own_operators_are_recorded_whole() -> None:
     x, weight = torch.randn(16, 32), torch.randn(8, 32)
-    recording = Recording(lambda: mk.silu_mul(mk.linear(x, weight)))
+    recording = CpuGraph(lambda: mk.silu_mul(mk.linear(x, weight)))
     assert len(recording) == 2
     x.normal_()
     recording.replay()
@@ -61,7 +61,7 @@ def test_our_own_operators_are_recorded_whole() -> None:
 
 def test_numbers_of_the_host_stay_as_they_were() -> None:
     x, factor = torch.ones(2), [3]
-    recording = Recording(lambda: x * factor[0])
+    recording = CpuGraph(lambda: x * factor[0])
     factor[0] = 5
     recording.replay()
     assert recording.output.tolist() == [3, 3]
@@ -78,7 +78,7 @@ def test_calls_in_a_row_are_one_program_whose_results_share_memory() -> None:
             y = mk.rms_norm(mk.linear(y, weight), norm, 1e-5)
         return y
 
-    recordings = [Recording(work, pool) for _ in range(5)]
+    recordings = [CpuGraph(work, pool) for _ in range(5)]
     assert len({pool.empty((4, 64), torch.float32).data_ptr() for _ in range(9)}) == 1
     for recording in recordings:
         assert [len(program) for program in recording.programs()] == [2 * depth]
@@ -91,8 +91,8 @@ def test_calls_in_a_row_are_one_program_whose_results_share_memory() -> None:
 
 def test_a_capture_does_not_import_torchs_compiler(run_python: Callable[..., str]) -> None:
     code = (
-        "import sys, torch; from multilora.device.cpu_graph import Recording; x = torch.ones(2); "
-        "Recording(lambda: x + 1).replay(); print('torch._dynamo' in sys.modules)"
+        "import sys, torch; from multilora.device.cpu_graph import CpuGraph; x = torch.ones(2); "
+        "CpuGraph(lambda: x + 1).replay(); print('torch._dynamo' in sys.modules)"
     )
     assert run_python(code).split() == ["False"]
 
@@ -107,7 +107,7 @@ def test_a_result_that_an_operator_of_torch_reads_stays_in_place() -> None:
         third = mk.linear(second, weight)
         return mk.linear(first + third, weight)
 
-    recording = Recording(work)
+    recording = CpuGraph(work)
     x.normal_()
     recording.replay()
     assert torch.equal(recording.output, work())
@@ -116,7 +116,7 @@ def test_a_result_that_an_operator_of_torch_reads_stays_in_place() -> None:
 @needs_cpp
 def test_an_operator_that_copies_first_is_recorded_as_a_whole() -> None:
     x, weight = torch.randn(64, 4), mk.pack(torch.randn(64, 64))
-    recording = Recording(lambda: mk.linear(x.T, weight))
+    recording = CpuGraph(lambda: mk.linear(x.T, weight))
     assert not recording.programs()
     x.normal_()
     recording.replay()
@@ -126,7 +126,7 @@ def test_an_operator_that_copies_first_is_recorded_as_a_whole() -> None:
 @needs_cpp
 def test_what_the_calls_read_stays_alive() -> None:
     x, weights = torch.randn(4, 64), [mk.pack(torch.randn(64, 64)) for _ in range(2)]
-    recording = Recording(lambda: mk.linear(mk.linear(x, weights[0]), weights[1]))
+    recording = CpuGraph(lambda: mk.linear(mk.linear(x, weights[0]), weights[1]))
     alive = [weakref.ref(weight.data) for weight in weights]
     weights.clear()
     gc.collect()
@@ -142,4 +142,4 @@ def test_what_the_calls_read_stays_alive() -> None:
 def test_work_that_looks_at_a_value_cannot_be_captured(look: object) -> None:
     x = torch.ones(2)
     with pytest.raises(RuntimeError, match="reads a value on the host"):
-        Recording(lambda: look(x))  # type: ignore[operator]
+        CpuGraph(lambda: look(x))  # type: ignore[operator]

@@ -17,7 +17,7 @@ from multilora.sampling_params import SamplingParams
 from multilora.scheduling.block_pool import BlockPool
 from multilora.scheduling.policies import Fcfs, View, policy_named
 from multilora.scheduling.scheduler import Scheduler
-from multilora.scheduling.scheduler_output import Plan, RowResult, StepResult
+from multilora.scheduling.scheduler_output import ChunkResult, SchedulerOutput, StepResult
 from multilora.scheduling.sequence import Sequence
 
 if TYPE_CHECKING:
@@ -93,8 +93,8 @@ class House:
         self.scheduler.add(seq)
         return seq
 
-    def plan(self) -> Plan | None:
-        plan = self.scheduler.plan()
+    def plan(self) -> SchedulerOutput | None:
+        plan = self.scheduler.schedule()
         self.check()
         if plan is None:
             return None
@@ -107,7 +107,10 @@ class House:
         return plan
 
     def run(
-        self, plan: Plan, token: Callable[[Sequence], int] = lambda _: 9, failed: int | None = None
+        self,
+        plan: SchedulerOutput,
+        token: Callable[[Sequence], int] = lambda _: 9,
+        failed: int | None = None,
     ) -> StepResult:
         results = []
         for chunk in plan.chunks:
@@ -126,7 +129,7 @@ class House:
                 known.append(new)
             wanted = seq.params.prompt_logprobs is not None and chunk.start < len(seq.prompt_ids)
             results.append(
-                RowResult(chunk.row, new, None, [] if wanted else None, chunk.row == failed)
+                ChunkResult(chunk.row, new, None, [] if wanted else None, chunk.row == failed)
             )
         return StepResult(tuple(results))
 
@@ -134,7 +137,7 @@ class House:
         plan = self.plan()
         if plan is None:
             return None
-        advanced = self.scheduler.commit(plan, self.run(plan, **kwargs))
+        advanced = self.scheduler.update(plan, self.run(plan, **kwargs))
         self.check()
         return advanced
 
@@ -156,7 +159,7 @@ def test_a_sequence_is_prefilled_in_chunks_then_decoded_to_its_length() -> None:
     spans = []
     while (plan := house.plan()) is not None:
         spans += [(chunk.start, chunk.count, chunk.samples) for chunk in plan.chunks]
-        house.scheduler.commit(plan, house.run(plan))
+        house.scheduler.update(plan, house.run(plan))
     assert spans == [
         (0, 4, False),
         (4, 4, False),
@@ -236,7 +239,7 @@ def test_a_prefix_is_taken_from_the_cache_but_for_the_last_token() -> None:
     plan = house.plan()
     assert plan is not None
     assert (plan.chunks[0].start, plan.chunks[0].count, again.num_cached) == (4, 4, 4)
-    house.scheduler.commit(plan, house.run(plan))
+    house.scheduler.update(plan, house.run(plan))
     longer = house.seq([1] * 9, max_tokens=1)
     house.step()
     assert longer.num_cached == 8
@@ -281,7 +284,7 @@ def test_the_last_arrival_is_preempted_and_recomputed() -> None:
     assert house.scheduler.waiting == [last]  # and not admitted in the same plan
     assert plan.freed_rows == (1,)
     assert (last.num_scheduled, last.blocks, last.row) == (0, [], None)
-    house.scheduler.commit(plan, house.run(plan))
+    house.scheduler.update(plan, house.run(plan))
     while house.step():
         pass
     for seq in (first, last):
@@ -309,7 +312,7 @@ def test_no_one_is_admitted_in_a_plan_that_preempts() -> None:
         newcomer = house.seq([4])
         plan = house.plan()
         assert plan is not None
-        house.scheduler.commit(plan, house.run(plan))
+        house.scheduler.update(plan, house.run(plan))
         if house.scheduler.num_preemptions:
             assert plan.new_rows == ()
         house.scheduler.abort(newcomer)
@@ -398,7 +401,7 @@ def test_later_answers_to_a_request_share_the_prompt_blocks_of_the_first(caching
     prompt_tokens = 0
     while (plan := house.plan()) is not None:
         prompt_tokens += sum(min(c.count, max(14 - c.start, 0)) for c in plan.chunks)
-        house.scheduler.commit(plan, house.run(plan))
+        house.scheduler.update(plan, house.run(plan))
     assert prompt_tokens == (14 + 2 + 2 if caching else 3 * 14)
     assert all(len(answer.output_ids) == 2 for answer in answers)
     house.check_empty()
@@ -445,7 +448,7 @@ def test_abort_works_in_every_state() -> None:
     house.check()
     assert flying.blocks, "the runner still writes them"
     outputs = list(flying.output_ids)
-    assert house.scheduler.commit(plan, house.run(plan)) == []
+    assert house.scheduler.update(plan, house.run(plan)) == []
     assert flying.output_ids == outputs
     assert {s.finish_reason for s in (running, flying, waiting)} == {FinishReason.ABORT}
     house.scheduler.abort(flying)
@@ -491,36 +494,36 @@ def test_what_can_never_fit_is_refused_and_what_fills_the_pool_ends() -> None:
 def test_plans_are_committed_once_and_in_their_order() -> None:
     house = House()
     house.seq([1])
-    first, second = house.scheduler.plan(), house.scheduler.plan()
+    first, second = house.scheduler.schedule(), house.scheduler.schedule()
     assert first is not None
     assert second is not None
-    results = [StepResult((RowResult(0, 9, None, None),)) for _ in range(2)]
+    results = [StepResult((ChunkResult(0, 9, None, None),)) for _ in range(2)]
     house.seq([1])
-    third = house.scheduler.plan()
+    third = house.scheduler.schedule()
     assert third is not None
-    house.scheduler.commit(first, results[0])
+    house.scheduler.update(first, results[0])
     with pytest.raises(AssertionError, match="not the oldest plan"):
-        house.scheduler.commit(third, results[0])
+        house.scheduler.update(third, results[0])
 
 
-def answer(plan: Plan, token: int = 9) -> StepResult:
-    rows = (RowResult(c.row, token if c.samples else None, None, None) for c in plan.chunks)
+def answer(plan: SchedulerOutput, token: int = 9) -> StepResult:
+    rows = (ChunkResult(c.row, token if c.samples else None, None, None) for c in plan.chunks)
     return StepResult(tuple(rows))
 
 
 def test_a_plan_ahead_counts_on_a_token_that_is_not_sampled_yet() -> None:
     house = House()
     seq = house.seq([1, 2, 3])
-    first, second = house.scheduler.plan(), house.scheduler.plan()
+    first, second = house.scheduler.schedule(), house.scheduler.schedule()
     assert first is not None
     assert second is not None
     assert [(c.start, c.count, c.samples) for c in first.chunks] == [(0, 3, True)]
     assert [(c.start, c.count, c.samples) for c in second.chunks] == [(3, 1, True)]
     assert (seq.num_tokens, seq.num_scheduled, seq.num_computed, seq.num_pending) == (3, 4, 0, 2)
-    house.scheduler.commit(first, answer(first))
+    house.scheduler.update(first, answer(first))
     house.check()
     assert (seq.num_tokens, seq.num_scheduled, seq.num_computed, seq.num_pending) == (4, 4, 3, 1)
-    house.scheduler.commit(second, answer(second))
+    house.scheduler.update(second, answer(second))
     assert seq.output_ids == [9, 9]
 
 
@@ -528,12 +531,12 @@ def test_nothing_is_planned_beyond_a_length_that_is_known_to_end_it() -> None:
     house = House()
     house.seq([1, 2], max_tokens=2)
     house.seq([1, 2], max_total=4)
-    plans = [house.scheduler.plan(), house.scheduler.plan()]
+    plans = [house.scheduler.schedule(), house.scheduler.schedule()]
     assert all(plan is not None and len(plan.chunks) == 2 for plan in plans)
-    assert house.scheduler.plan() is None
+    assert house.scheduler.schedule() is None
     for plan in plans:
         assert plan is not None
-        house.scheduler.commit(plan, answer(plan))
+        house.scheduler.update(plan, answer(plan))
     assert not house.scheduler.running
     house.check()
 
@@ -541,15 +544,15 @@ def test_nothing_is_planned_beyond_a_length_that_is_known_to_end_it() -> None:
 def test_what_a_plan_ahead_computed_for_an_ended_sequence_is_dropped() -> None:
     house = House()
     seq = house.seq([1, 2, 3])
-    first, second = house.scheduler.plan(), house.scheduler.plan()
+    first, second = house.scheduler.schedule(), house.scheduler.schedule()
     assert first is not None
     assert second is not None
-    assert house.scheduler.commit(first, answer(first, EOS)) == [seq]
+    assert house.scheduler.update(first, answer(first, EOS)) == [seq]
     house.check()
     assert seq.finish_reason == FinishReason.STOP
     assert house.scheduler.running == [seq]  # its blocks are still being written
-    assert house.scheduler.plan() is None
-    assert house.scheduler.commit(second, answer(second)) == []
+    assert house.scheduler.schedule() is None
+    assert house.scheduler.update(second, answer(second)) == []
     assert seq.output_ids == [EOS]
     assert house.pool.num_free == house.pool.num_blocks
 
@@ -557,13 +560,13 @@ def test_what_a_plan_ahead_computed_for_an_ended_sequence_is_dropped() -> None:
 def test_an_aborted_sequence_holds_its_blocks_until_its_plans_are_committed() -> None:
     house = House()
     seq = house.seq([1, 2, 3])
-    plans = [house.scheduler.plan(), house.scheduler.plan()]
+    plans = [house.scheduler.schedule(), house.scheduler.schedule()]
     house.scheduler.abort(seq)
     for plan in plans:
         house.check()
         assert house.scheduler.running == [seq]
         assert plan is not None
-        assert house.scheduler.commit(plan, answer(plan)) == []
+        assert house.scheduler.update(plan, answer(plan)) == []
     house.check()
     assert not house.scheduler.running
 
@@ -572,15 +575,15 @@ def test_nothing_is_taken_from_a_sequence_that_is_being_computed() -> None:
     house = House(num_blocks=4)
     house.seq([1] * 7)
     house.seq([2] * 7)
-    first = house.scheduler.plan()  # both, two blocks each, full with the next token
-    second = house.scheduler.plan()
+    first = house.scheduler.schedule()  # both, two blocks each, full with the next token
+    second = house.scheduler.schedule()
     assert first is not None
     assert second is not None
-    assert house.scheduler.plan() is None  # a third block is needed, and none is free
-    house.scheduler.commit(first, answer(first))
-    assert house.scheduler.plan() is None
-    house.scheduler.commit(second, answer(second))
-    third = house.scheduler.plan()
+    assert house.scheduler.schedule() is None  # a third block is needed, and none is free
+    house.scheduler.update(first, answer(first))
+    assert house.scheduler.schedule() is None
+    house.scheduler.update(second, answer(second))
+    third = house.scheduler.schedule()
     assert third is not None
     assert len(third.chunks) == house.scheduler.num_preemptions == 1
     house.check()
@@ -634,7 +637,7 @@ def act(house: House, seqs: list[Sequence], action: tuple[Any, ...]) -> None:
             scheduler.abort(seq)
         house.check()
         if plan is not None:
-            assert seq not in scheduler.commit(plan, house.run(plan))
+            assert seq not in scheduler.update(plan, house.run(plan))
     house.check()
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from multilora.device.cpu import Device
-from multilora.device.input_buffer import ALIGN, Field, Staging
+from multilora.device.input_buffer import ALIGN, InputBuffer, InputField
 
 
 class Apart(Device):
@@ -32,18 +32,18 @@ class Apart(Device):
         return wait
 
 
-def fields(first: list[int]) -> dict[str, Field]:
+def fields(first: list[int]) -> dict[str, InputField]:
     return {
-        "a": Field(first, torch.int64, (5,), -1),
-        "none": Field([], torch.int32, (0,)),
-        "b": Field([0.5, 2.5], torch.float64, (2,)),
-        "c": Field(np.array([[1, 2], [3, 4]], np.int32), torch.int32, (2, 2)),
+        "a": InputField(first, torch.int64, (5,), -1),
+        "none": InputField([], torch.int32, (0,)),
+        "b": InputField([0.5, 2.5], torch.float64, (2,)),
+        "c": InputField(np.array([[1, 2], [3, 4]], np.int32), torch.int32, (2, 2)),
     }
 
 
 @pytest.mark.parametrize("device", [Device(), Apart()], ids=["one memory", "two memories"])
 def test_every_field_arrives_padded_and_aligned(device: Device) -> None:
-    sent = Staging(device, 1024).send(fields([7, 8]))
+    sent = InputBuffer(device, 1024).send(fields([7, 8]))
     assert sent["a"].tolist() == [7, 8, -1, -1, -1]
     assert sent["none"].tolist() == []
     assert sent["b"].tolist() == [0.5, 2.5]
@@ -54,7 +54,7 @@ def test_every_field_arrives_padded_and_aligned(device: Device) -> None:
 
 def test_one_copy_and_the_same_addresses_at_every_step() -> None:
     device = Apart()
-    staging = Staging(device, 1024)
+    staging = InputBuffer(device, 1024)
     first = staging.send(fields([1]))
     places = [t.data_ptr() for t in first.values()]
     for step in range(2, 6):
@@ -67,4 +67,4 @@ def test_one_copy_and_the_same_addresses_at_every_step() -> None:
 
 def test_values_that_do_not_fit_are_our_own_bug() -> None:
     with pytest.raises(AssertionError, match="does not fit"):
-        Staging(Device(), 64).send(fields([1]))
+        InputBuffer(Device(), 64).send(fields([1]))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import multilora_kernels as mk
-from multilora.engine import builder as startup
+from multilora.engine import builder
 from multilora.model.kv_cache import KVCache
 from multilora.sampling_params import SamplingParams
 from tests.adapters import write_adapter
@@ -61,7 +61,7 @@ def test_a_gpus_way_to_run_gives_the_answers_of_a_cpu(
     """Steps ahead, graphs, the side stream and two memories, all by the defaults of a GPU."""
     wanted = run(engine_of(root), jobs())
     calls = install(monkeypatch)
-    monkeypatch.setattr(startup, "open_device", lambda name: FakeCuda())
+    monkeypatch.setattr(builder, "open_device", lambda name: FakeCuda())
     found = run(engine_of(root, device="cuda"), jobs())
     assert [o.outputs[0].token_ids for o in found] == [o.outputs[0].token_ids for o in wanted]
     assert calls.count("replay") > 5
@@ -74,7 +74,7 @@ def test_a_gpus_memory_decides_the_blocks(
     root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     install(monkeypatch)
-    monkeypatch.setattr(startup, "open_device", lambda name: FakeCuda())
+    monkeypatch.setattr(builder, "open_device", lambda name: FakeCuda())
     # 0.29 x 80 GB, less 20 in use, 2 of activations and 1 GiB for graphs.
     with caplog.at_level(logging.INFO, "multilora"):
         engine = engine_of(
