@@ -1,6 +1,6 @@
 """Captured decode steps: which sizes there are, which one a step takes, and the bits that come out.
 
-On a CPU a graph is a recording of operators (`multilora/device/cpu_graph.py`): like a CUDA graph it reads
+On a CPU a graph is a recording of operators (`device/cpu_graph.py`): like a CUDA graph it reads
 nothing but fixed buffers, so a count or a table that was baked in at capture shows here. A CPU has
 graphs of its own for each size, made on demand; `like_a_gpu` takes a GPU's, which are made before.
 """
