@@ -9,7 +9,9 @@
     │   ├── AdapterInvalid     its files are malformed, or use a feature that we refuse
     │   └── AdapterTooLarge    it needs more rank pages than the engine was started with
     ├── RequestError           the request is wrong: a bad parameter, no prompt, an unknown field
-    └── CapacityError          the request is right but could never fit this engine
+    ├── CapacityError          the request is right but could never fit this engine
+    ├── EngineBusyError        a call from within a call of the same engine
+    └── EngineDeadError        nothing runs any more; make a new engine
 
 The text of an error says what is wrong, which object, and how to cure it.
 """
@@ -58,3 +60,11 @@ class RequestError(MultiloraError, ValueError):
 
 class CapacityError(MultiloraError):
     """The request could never fit this engine."""
+
+
+class EngineBusyError(MultiloraError, RuntimeError):
+    """The engine was called from within one of its own calls."""
+
+
+class EngineDeadError(MultiloraError, RuntimeError):
+    """Nothing runs any more."""

@@ -53,3 +53,4 @@ class RequestOutput:
     finished: bool
     num_cached_tokens: int  # prompt tokens taken from the prefix cache
     adapter: str | Mapping[str, float] | None  # as the user named it
+    error: str | None = None  # why an answer ended with finish_reason "error"

@@ -52,6 +52,27 @@ class DeviceAdapterCache:
         self._touch(mix)
         return entry.slot
 
+    @property
+    def pins(self) -> Counter[Mix]:
+        """How often each mix is pinned."""
+        return Counter({mix: entry.pins for mix, entry in self._mixes.items() if entry.pins})
+
+    def reset(self) -> None:
+        """Pins nothing, and frees what belongs to no adapter and no mix. Idempotent.
+
+        An adapter or a mix is entered when all of it is written, and taken out before any of it
+        is overwritten: the two tables say what is complete, whatever was raised in between.
+        """
+        for site, pool in self.pools.items():
+            pool.reset(page for sites in self._pages.values() for page in sites.get(site, ()))
+        for entry in self._mixes.values():
+            entry.pins = 0
+        used = {entry.slot for entry in self._mixes.values()}
+        self._free_slots = [slot for slot in reversed(range(self._num_slots)) if slot not in used]
+        for slot in self._free_slots:
+            self.table.clear(slot)
+            self._slot_sites[slot] = frozenset()
+
     def unpin(self, mix: Mix) -> None:
         """Ends one pin."""
         entry = self._mixes[mix]

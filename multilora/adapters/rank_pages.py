@@ -159,6 +159,11 @@ class RankPagePool:
             self._used.remove(page)
             self._free.append(page)
 
+    def reset(self, used: Iterable[int]) -> None:
+        """Makes these the pages in use, and all others free."""
+        self._used = set(used)
+        self._free = [page for page in reversed(range(self.capacity)) if page not in self._used]
+
     def write(self, page_ids: Sequence[int], packed: PackedSite) -> None:
         """Fills allocated pages, in the order of `page_ids`."""
         assert self._pages is not None

@@ -24,7 +24,7 @@ from ..errors import (
     RequestError,
 )
 from .device_cache import DeviceAdapterCache
-from .mix import mix_identity
+from .mix import AdapterSpec, Mix, mix_identity
 from .rank_pages import PAGE_ROWS, AdapterTable, PackedSite, RankPagePool, pack, pages_for
 
 if TYPE_CHECKING:
@@ -99,28 +99,46 @@ class AdapterStore:
     ) -> str:
         """Makes `name` mean this adapter from now on, and returns its digest.
 
+        Raises like `pack`, which it is with `install`; then nothing has changed.
+        """
+        self.install(name, adapter.digest, self.pack(name, adapter, base=base))
+        return adapter.digest
+
+    def pack(
+        self,
+        name: str,
+        adapter: Adapter,
+        *,
+        base: Mapping[str, Tensor] | None = None,
+    ) -> HostAdapter:
+        """The adapter in page layout, which changes nothing here.
+
         `base` holds the base model's own "embed" and "lm_head" weights, which an adapter that
         brings such weights must equal. Raises AdapterError for a name that is not allowed,
-        AdapterInvalid, or AdapterTooLarge; then nothing has changed.
+        AdapterInvalid, or AdapterTooLarge.
         """
         _check_name(name)
         self._check_size(name, adapter)
         _check_base(name, adapter, base or {})
-        if adapter.digest not in self._host:
-            try:
-                packed = {
-                    site.name: found
-                    for site in self._sites.values()
-                    if (found := pack(adapter, site, self._dtype)) is not None
-                }
-            except AdapterInvalid as error:
-                raise AdapterInvalid(f"adapter {name!r}: {error}") from error
-            self._host[adapter.digest] = HostAdapter(adapter.rank, packed)
+        if adapter.digest in self._host:
+            return self._host[adapter.digest]
+        try:
+            packed = {
+                site.name: found
+                for site in self._sites.values()
+                if (found := pack(adapter, site, self._dtype)) is not None
+            }
+        except AdapterInvalid as error:
+            raise AdapterInvalid(f"adapter {name!r}: {error}") from error
+        return HostAdapter(adapter.rank, packed)
+
+    def install(self, name: str, digest: str, host: HostAdapter) -> None:
+        """Makes `name` mean what was packed."""
+        self._host.setdefault(digest, host)
         old = self._names.get(name)
-        self._names[name] = adapter.digest
+        self._names[name] = digest
         if old is not None:
             self._drop_unneeded([old])
-        return adapter.digest
 
     def unload(self, name: str) -> None:
         """Forgets a name. Requests in flight keep the adapter until they end."""
@@ -147,7 +165,7 @@ class AdapterStore:
 
     # Requests --------------------------------------------------------------------------------
 
-    def resolve(self, adapter: str | Mapping[str, float] | None) -> Mix:
+    def resolve(self, adapter: AdapterSpec) -> Mix:
         """The mix that a request means by `adapter`; None and {} are the base.
 
         Raises RequestError for a wrong weight or type, AdapterNotFound for an unknown name, and
@@ -177,8 +195,14 @@ class AdapterStore:
 
     identity = staticmethod(mix_identity)
 
+    def acquire(self, adapter: AdapterSpec) -> tuple[Mix, bytes]:
+        """`resolve` and `hold`: the mix and its identity. Raises like `resolve`."""
+        mix = self.resolve(adapter)
+        self.hold(mix)
+        return mix, mix_identity(mix)
+
     def hold(self, mix: Mix) -> None:
-        """Keeps the mix's adapters on the host until `release`: from a request's add to its end."""
+        """Keeps the mix's adapters on the host until `release`."""
         assert self.ready(mix)
         self._holds.update(digest for digest, _ in mix)
 
@@ -245,8 +269,24 @@ class AdapterStore:
         """Bytes of the device pages in use."""
         return sum(pool.num_bytes for pool in self._device.pools.values())
 
-    def check_integrity(self) -> None:
-        """Asserts that names, references, pages, slots and table agree."""
+    def reset(self, held: Iterable[Mix]) -> None:
+        """Holds these mixes and pins none. Idempotent, whatever was raised in the midst of a call.
+
+        What is complete on the device stays there; what was to be dropped is.
+        """
+        self._holds = Counter(digest for mix in held for digest, _ in mix)
+        self._device.reset()
+        self._drop_unneeded(list(self._host))
+
+    def check_integrity(
+        self, pins: Iterable[Mix] | None = None, holds: Iterable[Mix] | None = None
+    ) -> None:
+        """Asserts that names, references, pages, slots and table agree, also with the callers'."""
+        if pins is not None:
+            assert Counter(mix for mix in pins if mix) == self._device.pins, "pins differ"
+        if holds is not None:
+            held = Counter(digest for mix in holds for digest, _ in mix)
+            assert held == self._holds, "holds differ"
         assert self._host.keys() >= set(self._names.values())
         assert self._holds.keys() <= self._host.keys()
         assert min(self._holds.values(), default=1) > 0

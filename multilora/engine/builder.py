@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,11 +25,15 @@ from ..model.kv_cache import DTYPES, KVCache
 from ..model.kv_calibration import calibrate
 from ..runtime.memory_budget import MemoryNeeds, num_blocks
 from ..runtime.model_runner import ModelRunner
+from ..scheduling.block_pool import BlockPool
+from ..scheduling.scheduler import Scheduler
 from ..tokenization.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from ..model.llama import Llama
     from ..tokenization.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +46,11 @@ class EngineParts:
     tokenizer: Tokenizer | None
     store: AdapterStore
     runner: ModelRunner
+    pool: BlockPool
+    scheduler: Scheduler
     max_model_len: int
     needs: MemoryNeeds  # bytes, for `Engine.memory`
+    end_ids: frozenset[int]  # that end an answer, unless a request ignores them
 
 
 def build(config: EngineConfig) -> EngineParts:
@@ -63,7 +71,34 @@ def build(config: EngineConfig) -> EngineParts:
     lora_dtype = dtype if config.lora_dtype == "auto" else getattr(torch, config.lora_dtype)
     store = AdapterStore(sites_of(shape), config, dtype=lora_dtype, device=device.torch)
     runner, needs = _runner(config, device, model, store, length, dtype)
-    return EngineParts(device, shape, model, tokenizer, store, runner, length, needs)
+    pool = BlockPool(runner.cache.num_blocks, config.block_size, config.enable_prefix_caching)
+    return EngineParts(
+        device=device,
+        model_config=shape,
+        model=model,
+        tokenizer=tokenizer,
+        store=store,
+        runner=runner,
+        pool=pool,
+        scheduler=Scheduler(config, pool, store, length),
+        max_model_len=length,
+        needs=needs,
+        end_ids=_end_ids(shape, tokenizer),
+    )
+
+
+def _end_ids(shape: ModelConfig, tokenizer: Tokenizer | None) -> frozenset[int]:
+    """The model's and the tokenizer's; those that the model has no row for are said, once."""
+    found = {*shape.eos_token_ids, *(() if tokenizer is None else tokenizer.eos_token_ids)}
+    beyond = sorted(token for token in found if not 0 <= token < shape.vocab_size)
+    if beyond:
+        logger.warning(
+            "the end tokens %s lie beyond the %d rows of the model, which cannot produce them: "
+            "answers end at other end tokens, stop_token_ids or max_tokens only",
+            beyond,
+            shape.vocab_size,
+        )
+    return frozenset(found.difference(beyond))
 
 
 def _runner(

@@ -1,13 +1,16 @@
-"""A request's answers as text: detokenised step by step, cut at stop strings, with logprobs."""
+"""A request's answers as text: detokenised step by step, cut at stop strings, with logprobs.
+
+What lasts are the tokens of its sequences, which the scheduler writes. All that is kept here is
+made from them, token by token, and can be made again.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from ..adapters.mix import Mix
-from ..outputs import CompletionOutput, FinishReason, RequestOutput, TokenLogprobs
+from ..outputs import CompletionOutput, FinishReason, RequestOutput
 from ..sampling_params import SamplingParams
-from ..scheduling.scheduler_output import ChunkResult
 from ..scheduling.sequence import Sequence
 from ..tokenization.detokenizer import IncrementalDetokenizer
 from ..tokenization.tokenizer import Tokenizer
@@ -16,44 +19,85 @@ from ..tokenization.tokenizer import Tokenizer
 class CompletionState:
     """One of a request's `n` answers."""
 
-    def __init__(self, seq: Sequence, detokenizer: IncrementalDetokenizer | None) -> None:
-        self.seq, self.detokenizer = seq, detokenizer
-        self.text = ""
-        self.logprobs: list[TokenLogprobs] = []
-        self.cumulative = 0.0
-        self._seen = 0  # output tokens that are in the text
+    def __init__(self, seq: Sequence, tokenizer: Tokenizer | None) -> None:
+        self.seq = seq
+        self._tokenizer = tokenizer if seq.params.detokenize else None
+        self._restart()
 
-    def advance(self) -> str | None:
-        """Takes in the new tokens; returns the stop string that ended the answer, if one did."""
+    def _restart(self) -> None:
         seq = self.seq
-        new, self._seen = seq.output_ids[self._seen :], len(seq.output_ids)
-        if self.detokenizer is None or not new:
-            return None
-        before = len(self.text)
-        # The token that stopped it is not part of the text.
-        ended = seq.finish_reason == FinishReason.STOP
-        self.text += self.detokenizer.append(new[:-1] if ended else new)
-        stop = self._find_stop(before)
-        if stop is None and seq.finish_reason is not None:
-            self.text += self.detokenizer.finish()
-            stop = self._find_stop(before)
-        return stop
+        self._detokenizer: IncrementalDetokenizer | None = None
+        if self._tokenizer is not None:
+            self._detokenizer = IncrementalDetokenizer(
+                self._tokenizer, seq.prompt_ids, skip_special_tokens=seq.params.skip_special_tokens
+            )
+        self.text = ""
+        self.stop: str | None = None  # the stop string that ended it
+        self._num_seen = 0  # output tokens that are in the text
+        self._is_final = False  # nothing comes after what is in the text
+        self._cumulative = 0.0
+        self._is_half_made = False
 
-    def _find_stop(self, before: int) -> str | None:
-        """The stop string that occurs first in the text; cuts the text there."""
+    def give_up(self) -> None:
+        """There will be no text: it cannot be made."""
+        self._tokenizer = None
+        self._restart()
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether there are tokens, or an end, that `advance` has not taken in."""
+        seq = self.seq
+        return self._num_seen < len(seq.output_ids) or (
+            seq.finish_reason is not None and not self._is_final
+        )
+
+    def advance(self) -> None:
+        """Takes in the new tokens. After an exception within, it begins again from the first."""
+        if self._is_half_made:
+            self._restart()
+        self._is_half_made = True
+        seq = self.seq
+        for number in range(self._num_seen, len(seq.output_ids)):
+            if self.stop is None:
+                self._take(number)
+            self._num_seen = number + 1
+        if seq.finish_reason is not None and not self._is_final:
+            if self._detokenizer is not None and self.stop is None:
+                before = len(self.text)
+                self.text += self._detokenizer.finish()
+                self._find_stop(before, len(seq.output_ids))
+            self._is_final = True
+        self._is_half_made = False
+
+    def _take(self, number: int) -> None:
+        """Output token `number`."""
+        seq = self.seq
+        if seq.output_logprobs:
+            token = seq.output_ids[number]
+            self._cumulative += seq.output_logprobs[number][token].logprob
+        if self._detokenizer is None:
+            return
+        ended = seq.finish_reason is FinishReason.STOP and number == len(seq.output_ids) - 1
+        if ended and seq.output_ids[number] in seq.stop_ids:
+            return  # the token that stopped it is not part of the text
+        before = len(self.text)
+        self.text += self._detokenizer.append(seq.output_ids[number : number + 1])
+        self._find_stop(before, number + 1)
+
+    def _find_stop(self, before: int, num_tokens: int) -> None:
+        """Looks for the stop string that occurs first in the text; cuts the text there."""
         params = self.seq.params
-        if not params.stop or len(self.seq.output_ids) < params.min_tokens:
-            return None
+        if not params.stop or num_tokens < params.min_tokens:
+            return
         found = [
             (at, stop)
             for stop in params.stop
             if (at := self.text.find(stop, max(before - len(stop) + 1, 0))) >= 0
         ]
-        if not found:
-            return None
-        at, stop = min(found)
-        self.text = self.text[: at + len(stop) if params.include_stop_str_in_output else at]
-        return stop
+        if found:
+            at, self.stop = min(found)
+            keep = len(self.stop) if params.include_stop_str_in_output else 0
+            self.text = self.text[: at + keep]
 
     def output(self) -> CompletionOutput:
         """The answer so far; what may yet become a stop string is held back."""
@@ -66,8 +110,8 @@ class CompletionState:
             index=seq.index,
             text=text,
             token_ids=list(seq.output_ids),
-            cumulative_logprob=self.cumulative if wanted else None,
-            logprobs=list(self.logprobs) if wanted else None,
+            cumulative_logprob=self._cumulative if wanted else None,
+            logprobs=list(seq.output_logprobs) if wanted else None,
             finish_reason=None if seq.finish_reason is None else seq.finish_reason.value,
             stop_reason=seq.stop_reason,
         )
@@ -89,46 +133,26 @@ class RequestState:
         self.params, self.adapter, self.mix = params, adapter, mix
         self.answers: list[CompletionState] = []
         self._shown_ids = list(prompt_ids)  # the outputs' own: long, and the same in every step
-        self.prompt_logprobs: list[TokenLogprobs | None] | None = (
-            None if params.prompt_logprobs is None else [None]
-        )
 
-    def start(self, seq: Sequence, tokenizer: Tokenizer | None) -> None:
-        """Adds an answer."""
-        detokenizer = None
-        if tokenizer is not None and self.params.detokenize:
-            detokenizer = IncrementalDetokenizer(
-                tokenizer, self.prompt_ids, skip_special_tokens=self.params.skip_special_tokens
-            )
-        self.answers.append(CompletionState(seq, detokenizer))
-
-    def keep_logprobs(self, seq: Sequence, row: ChunkResult) -> bool:
-        """Keeps what a step says of a sequence's logprobs; True if prompt logprobs came."""
-        answer = self.answers[seq.index]
-        if row.token is not None and row.logprobs is not None:
-            answer.logprobs.append(row.logprobs)
-            answer.cumulative += row.logprobs[row.token].logprob
-        if self.prompt_logprobs is None or not row.prompt_logprobs or seq.index != 0:
-            return False
-        missing = len(self.prompt_ids) - len(self.prompt_logprobs)
-        # A preempted prompt is scored again; its first positions are here already.
-        first = seq.num_computed + 1
-        self.prompt_logprobs += row.prompt_logprobs[len(self.prompt_logprobs) - first :][:missing]
-        return True
-
-    def advance(self, seq: Sequence) -> str | None:
-        """See CompletionState.advance."""
-        return self.answers[seq.index].advance()
+    @property
+    def unfinished(self) -> list[Sequence]:
+        """The sequences that have not ended."""
+        return [answer.seq for answer in self.answers if answer.seq.finish_reason is None]
 
     def output(self) -> RequestOutput:
         """Everything so far."""
+        seqs = [answer.seq for answer in self.answers]
+        prompt_logprobs = None
+        if self.params.prompt_logprobs is not None:
+            prompt_logprobs = [None, *seqs[0].prompt_logprobs]
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
             prompt_token_ids=self._shown_ids,
-            prompt_logprobs=None if self.prompt_logprobs is None else list(self.prompt_logprobs),
+            prompt_logprobs=prompt_logprobs,
             outputs=[answer.output() for answer in self.answers],
-            finished=all(answer.seq.finish_reason is not None for answer in self.answers),
-            num_cached_tokens=self.answers[0].seq.num_cached,
+            finished=not self.unfinished,
+            num_cached_tokens=seqs[0].num_cached or 0,
             adapter=self.adapter if isinstance(self.adapter, str | None) else dict(self.adapter),
+            error=next((seq.error for seq in seqs if seq.error is not None), None),
         )

@@ -18,8 +18,9 @@ with suppress(ImportError):  # main() says what to install
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from ..adapters.mix import AdapterSpec
     from ..sampling_params import SamplingParams
-    from .llm import LLM, AdapterSpec
+    from .llm import LLM
 
 SPINS = "3000"
 """How often a waiting thread of libgomp looks for work before it sleeps; its default is 300,000.

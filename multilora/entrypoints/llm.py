@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..adapters.mix import AdapterSpec
 from ..config.engine import EngineConfig
 from ..engine.engine import Engine
 from ..errors import ConfigError, RequestError
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from ..adapters.store import AdapterInfo
 
 Prompt = str | Sequence[int]  # text, or token ids
-AdapterSpec = str | Mapping[str, float] | None  # a name, a mix of weighted names, or the base
 Message = Mapping[str, Any]  # {"role": ..., "content": ...}
 
 

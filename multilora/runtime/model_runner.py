@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,12 +26,17 @@ from .graph_runner import MAX_ON_DEMAND_TOKENS, GraphRunner, Work, batch_shapes,
 from .request_slots import RequestSlots
 from .step_inputs import ROWS, BatchShape, StepInputs, lay_out
 
+NO_TOKEN = (
+    "no token can be chosen: the model's logits are not finite, or allowed_token_ids, logit_bias "
+    "and min_tokens leave none"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class StepHandle:
     """A step on its way. What it draws and scores waits for the device when it is called."""
 
-    plan: SchedulerOutput
+    scheduler_output: SchedulerOutput
     step: StepInputs
     drawn: Callable[[], list[Sampled]]  # for each chunk that samples
     scored: Callable[[], list[TokenLogprobs]]  # for each prompt position that is scored
@@ -91,11 +96,25 @@ class ModelRunner:
             if wanted.sample_row is not None:
                 found = next(drawn)
                 sampling.output_ids.append(found.token)
-                result = ChunkResult(
-                    chunk.row, found.token, found.logprobs, prompt_logprobs, found.failed
-                )
+                error = NO_TOKEN if found.failed else None
+                result = ChunkResult(chunk.row, found.token, found.logprobs, prompt_logprobs, error)
             results[chunk.row] = result
-        return StepResult(tuple(results[chunk.row] for chunk in ticket.plan.chunks))
+        return StepResult(tuple(results[chunk.row] for chunk in ticket.scheduler_output.chunks))
+
+    def reset(self) -> None:
+        """Forgets all sequences and steps, and waits for the device. Idempotent."""
+        self._device.activate()
+        self._device.synchronize()
+        self._rows.clear()
+
+    def check_health(self) -> None:
+        """Computes a step of one token that is stored nowhere; raises what the device raises."""
+        self._run_empty(ROWS, 1)
+        self._device.synchronize()
+
+    def check_integrity(self, rows: Collection[int]) -> None:
+        """Asserts that it knows the sequences in these rows, and others only that are to leave."""
+        assert self._rows.known >= set(rows), "a running sequence is unknown to the runner"
 
     def _send(
         self, step: StepInputs, shape: BatchShape, choices: list[Choice]
@@ -241,15 +260,20 @@ class ModelRunner:
         """Runs the largest step, on nothing: what it needs beside weights, pages and blocks."""
         config = self._config
         tokens = -(-config.max_num_batched_tokens // ROWS) * ROWS
-        seqs = min(config.max_num_seqs, tokens)
+        logits = self._run_empty(tokens, min(config.max_num_seqs, tokens))
+        if self._batched:
+            logits.float().sort(-1)[0].double().softmax(-1)  # about what `choose` needs
+
+    @torch.inference_mode()
+    def _run_empty(self, tokens: int, seqs: int) -> Tensor:
+        """The logits of a step of so many tokens that are stored nowhere."""
+        config = self._config
         shape = BatchShape(tokens, 1, -(-seqs // ROWS) * ROWS, 0, 0, tokens, self._max_len)
         step = StepInputs.empty(shape)
         step.query_starts, step.seq_lens = [0, tokens], [min(tokens, self._max_len)]
         sent = self._input_buffer.send(step.fields(shape))
         table = empty_block_table(1, -(-self._max_len // config.block_size), self._device)
-        logits = self._forward(sent, shape, frozenset(), table)
-        if self._batched:
-            logits.float().sort(-1)[0].double().softmax(-1)  # about what `choose` needs
+        return self._forward(sent, shape, frozenset(), table)
 
 
 def _sampled(choices: list[Choice], found: list[Tensor]) -> list[Sampled]:

@@ -50,6 +50,15 @@ class RequestSlots:
     def __getitem__(self, row: int) -> RequestSlot:
         return self._rows[row]
 
+    @property
+    def known(self) -> frozenset[int]:
+        """The rows that have a sequence."""
+        return frozenset(self._rows)
+
+    def clear(self) -> None:
+        """Frees all rows."""
+        self._rows.clear()
+
     def take(self, plan: SchedulerOutput) -> None:
         """Frees and fills rows as the plan says, and notes the blocks of its chunks."""
         for freed in plan.freed_rows:

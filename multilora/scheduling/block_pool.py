@@ -112,6 +112,19 @@ class BlockPool:
             else:
                 self._free.append(block)
 
+    def reset(self) -> None:
+        """Nobody refers to any block; what is published stays so. Idempotent.
+
+        A block leaves `_block_of` before it is handed out, and enters when its KV is complete: that
+        table alone says what is valid, whatever was raised in between.
+        """
+        self._key_of = {block: key for key, block in self._block_of.items()}
+        lately_used = [block for block in self._key_of if block not in self._idle]
+        idle = [block for block in self._idle if block in self._key_of]
+        self._idle = OrderedDict.fromkeys(idle + lately_used)
+        self._refs = [0] * self.num_blocks
+        self._free = deque(block for block in range(self.num_blocks) if block not in self._key_of)
+
     def check_integrity(self, owners: Iterable[Sequence[int]]) -> None:
         """Asserts that references equal the owners' block lists and that no block is lost."""
         refs = Counter(block for blocks in owners for block in blocks)

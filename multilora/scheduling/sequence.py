@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..adapters.mix import Mix
-from ..outputs import FinishReason
+from ..outputs import FinishReason, TokenLogprobs
 from ..sampling_params import SamplingParams
 
 
@@ -25,15 +25,18 @@ class Sequence:
     max_total: int  # prompt + output tokens at most
     stop_ids: frozenset[int] = frozenset()  # ids that end it, eos among them unless ignored
     output_ids: list[int] = field(default_factory=list)
+    output_logprobs: list[TokenLogprobs] = field(default_factory=list)  # by token, if asked for
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # from position 1 on
     num_scheduled: int = 0  # tokens whose KV is computed or being computed
     num_computed: int = 0  # tokens whose KV is known to be in the cache
     num_pending: int = 0  # tokens that are being sampled, their values not yet known
-    num_cached: int = 0  # of those, taken from the prefix cache at the first admission
+    num_cached: int | None = None  # of those, from the prefix cache at the first admission
     num_overtaken: int = 0  # later ones that got an adapter slot when there was none for it
     blocks: list[int] = field(default_factory=list)
     row: int | None = None  # the runner's row while it runs
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    error: str | None = None  # why, when it ended with FinishReason.ERROR
 
     @property
     def num_tokens(self) -> int:
@@ -56,3 +59,30 @@ class Sequence:
         if end <= cut:
             return self.prompt_ids[start:end]
         return self.prompt_ids[start:cut] + self.output_ids[max(start - cut, 0) : end - cut]
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether it has ended, or will when the tokens that are being sampled arrive."""
+        count = len(self.output_ids) + self.num_pending
+        return (
+            self.finish_reason is not None
+            or count == self.params.max_tokens
+            or (self.num_pending > 0 and self.num_expected >= self.max_total)
+        )
+
+    def end_if_due(self) -> None:
+        """Ends it if its last token does."""
+        params, count, token = self.params, len(self.output_ids), self.output_ids[-1]
+        if token in self.stop_ids and count >= params.min_tokens:
+            self.stop_reason = token if token in params.stop_token_ids else None
+            self.finish_reason = FinishReason.STOP
+        elif count == params.max_tokens or self.num_tokens >= self.max_total:
+            self.finish_reason = FinishReason.LENGTH
+
+    def rewind(self) -> None:
+        """Back to its tokens, as if nothing of it had been computed and it held nothing."""
+        del self.output_logprobs[len(self.output_ids) :]  # of a token that did not arrive
+        self.num_scheduled = self.num_computed = self.num_pending = 0
+        self.blocks, self.row = [], None
+        if self.output_ids and self.finish_reason is None:
+            self.end_if_due()

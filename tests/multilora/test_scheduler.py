@@ -114,7 +114,7 @@ class House:
     ) -> StepResult:
         results = []
         for chunk in plan.chunks:
-            seq = self.scheduler.sequence(chunk.row)
+            seq = next(seq for seq in self.scheduler.running if seq.row == chunk.row)
             known = self.rows[chunk.row]
             assert chunk.slot == (self.slots.table[seq.mix] if seq.mix else -1)
             for position in range(chunk.start, chunk.start + chunk.count):
@@ -129,7 +129,13 @@ class House:
                 known.append(new)
             wanted = seq.params.prompt_logprobs is not None and chunk.start < len(seq.prompt_ids)
             results.append(
-                ChunkResult(chunk.row, new, None, [] if wanted else None, chunk.row == failed)
+                ChunkResult(
+                    chunk.row,
+                    new,
+                    None,
+                    [] if wanted else None,
+                    "failed" if chunk.row == failed else None,
+                )
             )
         return StepResult(tuple(results))
 
@@ -502,7 +508,7 @@ def test_plans_are_committed_once_and_in_their_order() -> None:
     third = house.scheduler.schedule()
     assert third is not None
     house.scheduler.update(first, results[0])
-    with pytest.raises(AssertionError, match="not the oldest plan"):
+    with pytest.raises(AssertionError, match="not the oldest step"):
         house.scheduler.update(third, results[0])
 
 
@@ -678,4 +684,4 @@ def test_every_sequence_ends_and_nothing_leaks(
         if seq.finish_reason is FinishReason.LENGTH:
             assert len(seq.output_ids) == seq.params.max_tokens
         if not caching or seq.params.prompt_logprobs is not None:
-            assert seq.num_cached == 0
+            assert not seq.num_cached

@@ -1,0 +1,94 @@
+"""What a caller asks becomes sequences, or a RequestError: prompts, ids, end tokens, seeds."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Sequence as Ids
+
+from ..config.engine import EngineConfig
+from ..errors import RequestError
+from ..sampling_params import SamplingParams
+from ..scheduling.sequence import Sequence
+from ..tokenization.tokenizer import Tokenizer
+from .output_processor import CompletionState, RequestState
+
+
+class InputProcessor:
+    """Checks and tokenises prompts for one model."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        tokenizer: Tokenizer | None,
+        vocab_size: int,
+        max_model_len: int,
+        end_ids: frozenset[int],
+    ) -> None:
+        self._seed, self._tokenizer = config.seed, tokenizer
+        self._vocab_size, self._max_len, self._end_ids = vocab_size, max_model_len, end_ids
+        self._seq_ids = itertools.count()
+
+    def prompt_ids(self, prompt: str | Ids[int], params: SamplingParams) -> list[int]:
+        """The prompt's token ids. A RequestError for them, or for ids that the parameters name."""
+        if not isinstance(prompt, str):
+            ids = list(prompt)
+        elif self._tokenizer is None:
+            raise RequestError("skip_tokenizer_init=True serves token ids only; give a list of ids")
+        else:
+            ids = self._tokenizer.encode(prompt)
+        self._check_ids(ids, params)
+        return ids
+
+    def start(self, state: RequestState, identity: bytes, arrival: int) -> list[Sequence]:
+        """The answers of a request: its sequences, as yet unknown to the scheduler."""
+        seqs = [self._sequence(state, identity, i, arrival) for i in range(state.params.n)]
+        state.answers = [CompletionState(seq, self._tokenizer) for seq in seqs]
+        return seqs
+
+    def _sequence(self, state: RequestState, identity: bytes, index: int, arrival: int) -> Sequence:
+        params, ids, limit = state.params, state.prompt_ids, self._max_len
+        seed = params.seed if params.seed is not None else _seed(self._seed, arrival)
+        total = limit if params.max_tokens is None else min(limit, len(ids) + params.max_tokens)
+        return Sequence(
+            seq_id=next(self._seq_ids),
+            request_id=state.request_id,
+            index=index,
+            params=params,
+            prompt_ids=ids,
+            mix=state.mix,
+            identity=identity,
+            seed=seed + index,
+            arrival=arrival,
+            max_total=total,
+            stop_ids=self._stop_ids(params),
+        )
+
+    def _check_ids(self, ids: list[int], params: SamplingParams) -> None:
+        vocab = self._vocab_size
+        if not ids:
+            raise RequestError("the prompt is empty; give at least one token")
+        named = {
+            "prompt": ids,
+            "stop_token_ids": params.stop_token_ids,
+            "allowed_token_ids": params.allowed_token_ids or (),
+            "logit_bias": list(params.logit_bias or ()),
+        }
+        for name, values in named.items():
+            for token in values:
+                if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab:
+                    raise RequestError(
+                        f"{name}: {token!r} is not a token id of this model (0..{vocab - 1})"
+                    )
+        if params.stop and self._tokenizer is None:
+            raise RequestError("stop strings need a tokenizer; use stop_token_ids")
+
+    def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
+        ends = frozenset[int]() if params.ignore_eos else self._end_ids
+        return ends.union(params.stop_token_ids)
+
+
+def _seed(base: int, number: int) -> int:
+    """A seed for request `number`, unlike its neighbours'."""
+    digest = hashlib.sha256(f"{base}:{number}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
