@@ -8,7 +8,7 @@ CPU_LIBRARY := kernels/_cpu*.so
 
 TRITON36 := build/triton-3.6.0
 
-.PHONY: install typing check test test-triton test-codegen test-triton36 test-slow sanitize \
+.PHONY: install typing check test test-triton test-codegen test-triton36 test-slow fuzz sanitize \
         csrc-check bench demo wheel clean
 
 install: $(STAMP)
@@ -57,6 +57,11 @@ test-slow: install
 	$(BIN)/pytest -m "slow and not gpu"
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/triton -m "slow and not gpu"
 	$(BIN)/pytest tests/codegen -m "slow and not gpu"
+
+# Traces of the engine against the solo run of every request: hours on two cores.
+fuzz: install
+	MULTILORA_TRACES=$${MULTILORA_TRACES:-20000} $(BIN)/pytest -m slow -k long_life \
+		-o timeout=0 tests/multilora/test_engine_fuzz.py
 
 # The C++ library by other builds than setup.py's: build/<name>/_cpu.so.
 CSRC := $(patsubst csrc/%.cpp,%,$(wildcard csrc/*.cpp))
