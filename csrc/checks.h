@@ -19,7 +19,7 @@ int32_t check(const LoraArgs& g) {
         end = start + rows;
         if (!within(g.num_pages[slot], 0, g.max_pages + 1)) return MULTILORA_BAD_PAGES;
         for (int64_t page = 0; page < g.num_pages[slot]; ++page) {
-            if (!within(g.page_ids[slot * g.max_pages + page], 0, g.pages))
+            if (!within(g.page_ids[slot * g.table_stride + page], 0, g.pages))
                 return MULTILORA_BAD_PAGES;
         }
         if (g.scale_row != nullptr && !within(g.scale_row[slot], -1, g.scale_rows))

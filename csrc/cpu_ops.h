@@ -14,7 +14,7 @@
 
 // Raised whenever a function below changes its meaning or its arguments. The loader ignores a
 // library that says another number than kernels/native.py.
-#define MULTILORA_ABI_VERSION 10
+#define MULTILORA_ABI_VERSION 11
 
 // Element types, by the `dtype` arguments below; int8 of KV pages and packed weights, int4 of
 // packed weights alone.
@@ -84,6 +84,7 @@ struct LoraArgs {
     const void* bias;             // scale_dtype [scale_rows, out], or null
     int64_t slots;                //
     int64_t max_pages;            //
+    int64_t table_stride;         // of page_ids and page_weights, from slot to slot
     int64_t scale_rows;           //
     const int32_t* tile_slots;    // [num_tiles]
     const int32_t* tile_starts;   // [num_tiles], first row

@@ -115,10 +115,12 @@ def _cpp_can(y: Tensor, a_pages: Tensor, b_pages: Tensor, table: Table, tiles: T
         and page_ids.dtype == num_pages.dtype == torch.int32
         and page_weights.dtype == torch.float32
         and page_ids.shape == page_weights.shape
+        and page_ids.stride(0) == page_weights.stride(0)
+        and (page_ids.shape[1] < 2 or page_ids.stride(1) == page_weights.stride(1) == 1)
         and len(page_ids) == len(num_pages)
         and len(slots) == len(starts) == len(lens)
         and num_tiles.numel() == 1
-        and all(t.is_contiguous() for t in (page_ids, page_weights, num_pages))
+        and num_pages.is_contiguous()
         and all(t.dtype == torch.int32 and t.is_contiguous() for t in tiles)
         and (scale_row is None or _is_dora(scale_row, scale, bias, num_pages, y.shape[1]))
     )
@@ -171,7 +173,7 @@ def _cpp_lora(
         min(len(a_pages), len(b_pages)), addressof(starts), len(slice_starts) - 1,
         page_ids.data_ptr(), page_weights.data_ptr(), num_pages.data_ptr(),
         _pointer(scale_row), _pointer(scale), _pointer(bias),
-        *page_ids.shape, 0 if dora is None else len(dora),
+        *page_ids.shape, page_ids.stride(0), 0 if dora is None else len(dora),
         *(t.data_ptr() for t in tiles), len(tiles.slots),
         native.DTYPE_CODES[y.dtype], native.DTYPE_CODES[a_pages.dtype],
         0 if dora is None else native.DTYPE_CODES[dora.dtype], torch.get_num_threads(),

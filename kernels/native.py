@@ -21,7 +21,7 @@ from . import openmp
 
 logger = logging.getLogger(__name__)
 
-ABI_VERSION = 10  # MULTILORA_ABI_VERSION of csrc/cpu_ops.h
+ABI_VERSION = 11  # MULTILORA_ABI_VERSION of csrc/cpu_ops.h
 
 # The functions of csrc/cpu_ops.h take these structures; fields in its order, under its names.
 _Fields = list[tuple[str, type]]
@@ -45,7 +45,7 @@ class LoraArgs(ctypes.Structure):
         (c_void_p, "slice_starts"),
         (c_int64, "slices"),
         (c_void_p, "page_ids page_weights num_pages scale_row scale bias"),
-        (c_int64, "slots max_pages scale_rows"),
+        (c_int64, "slots max_pages table_stride scale_rows"),
         (c_void_p, "tile_slots tile_starts tile_lens num_tiles"),
         (c_int64, "tiles"),
         (c_int32, "dtype page_dtype scale_dtype num_threads"),

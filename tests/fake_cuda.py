@@ -60,8 +60,8 @@ def install(patch: pytest.MonkeyPatch) -> Calls:
         calls.append(f"off {stream.name}")
 
     @contextmanager
-    def capturing(graph: Any, pool: Any = None) -> Iterator[None]:
-        calls.append(f"capture in pool {pool}")
+    def capturing(graph: Any, pool: Any = None, stream: Any = None) -> Iterator[None]:
+        calls.append(f"capture in pool {pool} on {stream.name}")
         with mk.Tape(mk.Pool()) as tape, _Recorder(tape) as recorder:
             yield
         graph.recording = CpuGraph.__new__(CpuGraph)

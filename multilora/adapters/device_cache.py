@@ -36,7 +36,7 @@ class DeviceAdapterCache:
         self._free_slots = list(range(slots))[::-1]
         self._pages: OrderedDict[str, dict[str, list[int]]] = OrderedDict()  # digest -> site -> ids
         self._mixes: OrderedDict[Mix, _Slot] = OrderedDict()
-        self._slot_sites = [frozenset[str]()] * slots
+        self._slot_pages: list[Mapping[str, int]] = [{}] * slots  # by site, where there are any
 
     def pin(self, mix: Mix, packed: Mapping[str, Mapping[str, PackedSite]]) -> int | None:
         """Slot of the mix, or None with nothing changed. `packed` is by digest, then by site."""
@@ -71,7 +71,7 @@ class DeviceAdapterCache:
         self._free_slots = [slot for slot in reversed(range(self._num_slots)) if slot not in used]
         for slot in self._free_slots:
             self.table.clear(slot)
-            self._slot_sites[slot] = frozenset()
+            self._slot_pages[slot] = {}
 
     def unpin(self, mix: Mix) -> None:
         """Ends one pin."""
@@ -93,7 +93,12 @@ class DeviceAdapterCache:
 
     def active_sites(self, slots: Iterable[int]) -> frozenset[str]:
         """Sites that any of these slots adapts."""
-        return frozenset[str]().union(*(self._slot_sites[s] for s in set(slots) if s >= 0))
+        return frozenset[str]().union(*(self._slot_pages[s] for s in set(slots) if s >= 0))
+
+    def most_pages(self, slots: Iterable[int]) -> int:
+        """Pages that the widest of these slots has at one site."""
+        counts = (self._slot_pages[slot].values() for slot in set(slots) if slot >= 0)
+        return max((count for of_slot in counts for count in of_slot), default=0)
 
     def _touch(self, mix: Mix) -> None:
         self._mixes.move_to_end(mix)
@@ -134,7 +139,7 @@ class DeviceAdapterCache:
         rows = self._rows(mix)
         for site, (ids, weights) in rows.items():
             self.table.write(slot, site, ids, weights)
-        self._slot_sites[slot] = frozenset(rows)
+        self._slot_pages[slot] = {site: len(ids) for site, (ids, _) in rows.items()}
         entry = self._mixes[mix] = _Slot(slot)
         return entry
 
@@ -158,7 +163,7 @@ class DeviceAdapterCache:
         entry = self._mixes.pop(mix)
         assert not entry.pins
         self.table.clear(entry.slot)
-        self._slot_sites[entry.slot] = frozenset()
+        self._slot_pages[entry.slot] = {}
         self._free_slots.append(entry.slot)
 
     def check_integrity(self, packed: Mapping[str, Mapping[str, PackedSite]]) -> None:
@@ -178,7 +183,7 @@ class DeviceAdapterCache:
         assert all(entry.pins >= 0 for entry in self._mixes.values())
         for slot in range(self._num_slots):
             rows = expected.get(slot, {})
-            assert self._slot_sites[slot] == rows.keys()
+            assert self._slot_pages[slot] == {site: len(ids) for site, (ids, _) in rows.items()}
             for site in self.pools:
                 ids, weights = rows.get(site, ([], []))
                 assert self.table.row(slot, site) == (

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 
 PAGE_ROWS = 8
+COLUMNS = 16
+"""Columns of a table come in so many: for a number that 16 does not divide Triton compiles anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,9 +209,18 @@ class AdapterTable:
             for name in sites
         }
 
-    def site(self, name: str) -> Table:
-        """The table of one site; what the kernels take. Its tensors stay the same for good."""
-        return self._tables[name]
+    def site(self, name: str, pages: int | None = None) -> Table:
+        """The table of one site; what the kernels take. Its tensors stay the same for good.
+
+        With `pages`, views of its first columns, for a step whose slots have no more pages: what
+        kernels keep of a token has room for as many.
+        """
+        table = self._tables[name]
+        if pages is None:
+            return table
+        columns = -(-pages // COLUMNS) * COLUMNS
+        ids, weights = table.page_ids[:, :columns], table.page_weights[:, :columns]
+        return table._replace(page_ids=ids, page_weights=weights)
 
     def write(
         self,

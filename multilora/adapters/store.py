@@ -74,12 +74,13 @@ class AdapterStore:
         *,
         dtype: torch.dtype,  # of the rank pages
         device: torch.device | str = "cpu",
+        is_gpu: bool = False,  # whether there are as many pages as on a GPU
     ) -> None:
         self._sites, self._config, self._dtype = sites, config, dtype
         self._names: dict[str, str] = {}  # name -> digest
         self._host: dict[str, HostAdapter] = {}  # by digest
         self._holds: Counter[str] = Counter()  # by digest
-        self._capacity = config.lora_pages or config.max_loras * 8
+        self._capacity = config.pages_per_site(is_gpu)
         self._max_pages = config.max_lora_rank // PAGE_ROWS
         pools = {
             name: RankPagePool(site, self._capacity, dtype=dtype, device=device)
@@ -241,6 +242,10 @@ class AdapterStore:
     def active_sites(self, slots: Iterable[int]) -> frozenset[str]:
         """Sites that any of these slots adapts; at others there is nothing to do. -1 is allowed."""
         return self._device.active_sites(slots)
+
+    def most_pages(self, slots: Iterable[int]) -> int:
+        """Rank pages that the widest of these slots has at one site. -1 is allowed."""
+        return self._device.most_pages(slots)
 
     def pool(self, site: str) -> RankPagePool:
         """The pages of a site."""

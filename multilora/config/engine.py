@@ -40,7 +40,7 @@ class EngineConfig:
 
     max_loras: int = 16  # mixes resident at once: slots of the adapter table
     max_lora_rank: int = 512  # largest rank of one mix at one site
-    lora_pages: int | None = None  # rank pages (8 rows each) per site; None = 8 for each slot
+    lora_pages: int | None = None  # rank pages (8 rows) per site; None = 8 a slot, 4 on a GPU
     lora_dtype: str = "auto"  # of the rank pages; "auto" = the model's dtype
     policy: str = "fcfs"  # order of the waiting requests
 
@@ -106,6 +106,14 @@ class EngineConfig:
             raise ConfigError(
                 f"quantization_group_size={group} needs quantization='int8' or 'int4'"
             )
+
+    def pages_per_site(self, is_gpu: bool) -> int:
+        """Rank pages of each site: `lora_pages`, or rank 64 for each slot, on a GPU rank 32.
+
+        A CPU's memory is taken by pages that are written to, a GPU's by all of them at the start:
+        5.4 GB of the 8B shape and 26.5 GB of the 70B one would be much for what most adapters need.
+        """
+        return self.lora_pages or self.max_loras * (4 if is_gpu else 8)
 
     def is_async(self, is_gpu: bool) -> bool:
         """Whether a step is prepared while the one before it runs."""

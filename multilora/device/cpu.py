@@ -7,9 +7,12 @@ the same methods. Nothing else asks which of the two it runs on, but for default
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +21,8 @@ from torch import Tensor
 import multilora_kernels as mk
 
 from .cpu_graph import CpuGraph
+
+_CGROUP_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")  # of version 2, and of 1
 
 
 class CapturedGraph(Protocol):
@@ -44,6 +49,22 @@ class DeviceMemory:
 
     free: int
     total: int
+
+
+def host_memory() -> DeviceMemory | None:
+    """Bytes of the machine, and how many of them are free for this process; None if unknown.
+
+    A container's limit counts as far as it is found.
+    """
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # no POSIX system, or one that does not say
+        return None
+    found = re.search(r"MemAvailable:\s+(\d+) kB", _text("/proc/meminfo"))
+    free = [total] if found is None else [total, 1024 * int(found[1])]
+    limits = (_text(f"/sys/fs/cgroup/{name}").strip() for name in _CGROUP_LIMITS)
+    free += [int(limit) for limit in limits if limit.isdecimal()]  # not "max"
+    return DeviceMemory(min(free), total)
 
 
 class Device:
@@ -128,3 +149,11 @@ class _Here:
 
 def _nothing() -> None:
     pass
+
+
+def _text(path: str) -> str:
+    """What a file of the system says; nothing where there is none."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError:
+        return ""

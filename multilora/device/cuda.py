@@ -26,6 +26,7 @@ class CudaDevice(Device):
     def __init__(self, index: int) -> None:
         self.torch = torch.device("cuda", index)
         self._pool: Any = None  # the memory that all captured graphs share
+        self._captures: Any = None  # the stream that they are all captured on
         self.activate()
 
     @property
@@ -62,15 +63,19 @@ class CudaDevice(Device):
         return _CudaSide(_cuda.Stream(self.torch))
 
     def capture(self, work: Callable[[], Tensor]) -> CapturedGraph:
-        """Runs the work a few times, for compilers and libraries to settle, then captures it."""
-        stream = _cuda.Stream(self.torch)
+        """Runs the work a few times, for compilers and libraries to settle, then captures it.
+
+        All on one stream, since cuBLAS keeps a workspace for each (32 MiB on Hopper). torch may
+        free it with the first graph that goes, so graphs should live as long as each other.
+        """
+        stream = self._captures = self._captures or _cuda.Stream(self.torch)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(self.WARM_UPS):
                 work()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
             output = work()
         self._pool = self._pool or graph.pool()
         return _CudaReplay(graph, output)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,13 +17,15 @@ from ..config.model import ModelConfig
 from ..config.presets import SHAPES, shape_of
 from ..config.quantization import schemes_of
 from ..device.capabilities import check_capabilities
-from ..device.cpu import Device
+from ..device.cpu import Device, host_memory
 from ..device.select import open_device
 from ..errors import ConfigError
 from ..model.families import MODELS
 from ..model.kv_cache import DTYPES, KVCache
 from ..model.kv_calibration import calibrate
-from ..runtime.memory_budget import MemoryNeeds, num_blocks
+from ..runtime.graph_runner import batch_shapes
+from ..runtime.memory_budget import check_device, check_host, num_blocks, ran_out
+from ..runtime.memory_needs import Dtypes, MemoryNeeds, expected
 from ..runtime.model_runner import ModelRunner
 from ..scheduling.block_pool import BlockPool
 from ..scheduling.scheduler import Scheduler
@@ -56,21 +58,28 @@ class EngineParts:
 def build(config: EngineConfig) -> EngineParts:
     """Loads everything; raises ConfigError, CheckpointError or TokenizerError if it cannot."""
     device = open_device(config.device)
-    is_dummy = config.load_format == "dummy"
-    shape = shape_of(config.model) if is_dummy else read_config(config.model)
+    shape = shape_of(config.model) if _is_dummy(config) else read_config(config.model)
     check_capabilities(device, config, shape)
-    dtype: torch.dtype = getattr(torch, shape.dtype if config.dtype == "auto" else config.dtype)
-    length = _max_model_len(config, shape)
+    dtypes, length = _dtypes(config, shape), _max_model_len(config, shape)
+    needs, memory = _needs(config, device, shape, dtypes, length), device.memory()
+    if memory is not None:
+        check_device(config, needs, memory)
+    elif (host := host_memory()) is not None:
+        check_host(config, needs, host)
     tokenizer = _tokenizer(config)
-    with device.torch:
-        model = MODELS["LlamaForCausalLM"](shape, dtype, schemes_of(config))
-    if is_dummy:
-        load_random(model.parts(), config.seed, dtype, device.torch)
-    else:
-        load_checkpoint(config.model, model.parts(), shape)
-    lora_dtype = dtype if config.lora_dtype == "auto" else getattr(torch, config.lora_dtype)
-    store = AdapterStore(sites_of(shape), config, dtype=lora_dtype, device=device.torch)
-    runner, needs = _runner(config, device, model, store, length, dtype)
+    try:
+        model = _model(config, device, shape, dtypes.model)
+        store = AdapterStore(
+            sites_of(shape),
+            config,
+            dtype=dtypes.lora,
+            device=device.torch,
+            is_gpu=device.is_cuda,
+        )
+        runner, needs = _runner(config, device, model, store, length, dtypes.kv, needs)
+    except torch.OutOfMemoryError as error:
+        assert memory is not None, "a CPU raises MemoryError"
+        raise ran_out(config, needs, memory, error) from error
     pool = BlockPool(runner.cache.num_blocks, config.block_size, config.enable_prefix_caching)
     return EngineParts(
         device=device,
@@ -101,17 +110,38 @@ def _end_ids(shape: ModelConfig, tokenizer: Tokenizer | None) -> frozenset[int]:
     return frozenset(found.difference(beyond))
 
 
+def _needs(
+    config: EngineConfig, device: Device, shape: ModelConfig, dtypes: Dtypes, max_model_len: int
+) -> MemoryNeeds:
+    """What is to be expected. A CPU captures on demand, and takes memory as it is touched."""
+    sizes = batch_shapes(config.max_num_seqs, config.max_loras, max_model_len)
+    beforehand = not config.enforce_eager and not device.captures_on_demand
+    tokens = [size.tokens for size in sizes] if beforehand else []
+    pages = config.pages_per_site(device.is_cuda)
+    return expected(config, shape, dtypes, max_model_len, pages, tokens)
+
+
+def _model(config: EngineConfig, device: Device, shape: ModelConfig, dtype: torch.dtype) -> Llama:
+    with device.torch:
+        model = MODELS["LlamaForCausalLM"](shape, dtype, schemes_of(config))
+    if _is_dummy(config):
+        load_random(model.parts(), config.seed, dtype, device.torch)
+    else:
+        load_checkpoint(config.model, model.parts(), shape)
+    return model
+
+
 def _runner(
     config: EngineConfig,
     device: Device,
     model: Llama,
     store: AdapterStore,
     max_model_len: int,
-    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    needs: MemoryNeeds,  # as expected
 ) -> tuple[ModelRunner, MemoryNeeds]:
-    """The runner with as many KV blocks as fit, its decode steps captured."""
-    shape, size = model.config, config.block_size
-    kv_dtype, scales = DTYPES.get(config.kv_cache_dtype, dtype), None
+    """The runner with as many KV blocks as fit, its decode steps captured; needs as measured."""
+    shape, size, scales = model.config, config.block_size, None
     if config.kv_cache_dtype in DTYPES:
         scales = calibrate(model, max_model_len, kv_dtype)
 
@@ -120,19 +150,29 @@ def _runner(
 
     runner = ModelRunner(config, device, model, cache(1), store, sites_of(shape), max_model_len)
     memory = device.memory()
-    needs = MemoryNeeds(
+    if not device.captures_on_demand:
+        store.reserve()  # what is counted is taken, and graphs keep the addresses
+    needs = replace(
+        needs,
         base=model.num_bytes,
         activations=0 if memory is None else device.peak_of(runner.profile_run),
         rank_pages=store.reserved_bytes,
-        block=KVCache.block_bytes(shape, size, kv_dtype),
-        max_blocks=config.max_num_seqs * -(-max_model_len // size),
     )
     runner.cache = cache(num_blocks(config, needs, memory))
-    if not device.captures_on_demand:
-        store.reserve()  # what was counted is taken, and graphs keep the addresses
     if not config.enforce_eager:
-        runner.capture()
+        runner.capture(needs.graphs)
     return runner, needs
+
+
+def _is_dummy(config: EngineConfig) -> bool:
+    return config.load_format == "dummy"
+
+
+def _dtypes(config: EngineConfig, shape: ModelConfig) -> Dtypes:
+    """Of the weights, the rank pages and the KV blocks; "auto" is the model's own."""
+    model: torch.dtype = getattr(torch, shape.dtype if config.dtype == "auto" else config.dtype)
+    lora = model if config.lora_dtype == "auto" else getattr(torch, config.lora_dtype)
+    return Dtypes(model, lora, DTYPES.get(config.kv_cache_dtype, model))
 
 
 def _tokenizer(config: EngineConfig) -> Tokenizer | None:

@@ -70,10 +70,11 @@ class GraphRunner:
         has_pages: Callable[[str], bool],  # whether a site's rank pages have their place by now
         block_table: Tensor,  # int32 [most sequences, max_blocks]
         max_seq_len: int,
+        logits: Tensor | None = None,  # [most tokens, vocab] that all write to; None: own ones
     ) -> None:
         self.sites = frozenset(sites)
         self._device, self._has_pages = device, has_pages
-        self._block_table, self._max_seq_len = block_table, max_seq_len
+        self._block_table, self._max_seq_len, self._logits = block_table, max_seq_len, logits
         self._graphs: dict[tuple[BatchShape, frozenset[str]], CapturedGraph] = {}
         self._beforehand: list[BatchShape] = []  # the smallest first
         self._came: set[tuple[BatchShape, frozenset[str]]] = (
@@ -83,8 +84,10 @@ class GraphRunner:
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def capture(self, sizes: Iterable[BatchShape], work: Callable[[BatchShape], Work]) -> None:
-        """Captures `work(shape)` for each shape. Says how long it took."""
+    def capture(
+        self, sizes: Iterable[BatchShape], work: Callable[[BatchShape], Work], expected_bytes: int
+    ) -> None:
+        """Captures `work(shape)` for each shape. Says what it took, beside what was expected."""
         start, before = time.perf_counter(), self._device.memory()
         for shape in sizes:
             self._capture(shape, self._adapted(shape), work(shape))
@@ -92,13 +95,15 @@ class GraphRunner:
         self._beforehand.sort(key=lambda shape: (shape.tokens, shape.tiles))
         self._device.synchronize()
         after = self._device.memory()
-        taken = before.free - after.free if before is not None and after is not None else 0
+        taken = 0 if self._logits is None else self._logits.nbytes  # which was there before
+        taken += before.free - after.free if before is not None and after is not None else 0
         logger.info(
-            "captured %d decode graphs of up to %d tokens in %.1f s and %.2f GB",
+            "captured %d decode graphs of up to %d tokens in %.1f s and %.2f GB, of %.2f expected",
             len(self._graphs),
             self._beforehand[-1].tokens,
             time.perf_counter() - start,
             taken / 1e9,
+            expected_bytes / 1e9,
         )
 
     def shape_for(self, step: StepInputs) -> BatchShape | None:
@@ -139,8 +144,12 @@ class GraphRunner:
 
     def _capture(self, shape: BatchShape, sites: frozenset[str], work: Work) -> CapturedGraph:
         table = self._block_table[: shape.seqs]
-        graph = self._device.capture(lambda: work(sites, table))
-        self._graphs[shape, sites] = graph
+
+        def logits() -> Tensor:
+            found = work(sites, table)
+            return found if self._logits is None else self._logits[: len(found)].copy_(found)
+
+        graph = self._graphs[shape, sites] = self._device.capture(logits)
         return graph
 
 

@@ -1,9 +1,8 @@
-"""How many KV blocks fit beside the weights and the rank pages; said once, at start-up."""
+"""Whether an engine fits, and how many KV blocks: said before it is loaded, and counted after."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
@@ -11,24 +10,41 @@ from ..errors import ConfigError
 if TYPE_CHECKING:
     from ..config.engine import EngineConfig
     from ..device.cpu import DeviceMemory
+    from .memory_needs import MemoryNeeds
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_KV_BYTES = 4 << 30
 """KV memory on a CPU when num_kv_blocks is not given and full-length requests would need more."""
-GRAPH_BYTES = 1 << 30
-"""Left free for captured graphs and what the driver takes for them."""
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryNeeds:
-    """Bytes that an engine needs, and what they are for."""
+def check_device(config: EngineConfig, needs: MemoryNeeds, memory: DeviceMemory) -> None:
+    """Raises ConfigError if the least that the engine needs of a GPU is more than it may take.
 
-    base: int  # the weights
-    activations: int  # of the largest step
-    rank_pages: int  # of the sites in layers, all of them
-    block: int  # one KV block
-    max_blocks: int  # that full-length requests in every row could use
+    `memory` is that before anything is loaded.
+    """
+    _blocks_that_fit(config, needs, memory, memory.total - memory.free)
+
+
+def check_host(config: EngineConfig, needs: MemoryNeeds, memory: DeviceMemory) -> None:
+    """Raises ConfigError for weights that a machine cannot hold; warns if little is free now.
+
+    That is no more than a warning, since the system may free some, and a container's limit may be
+    another one than was found.
+    """
+    cure = "set quantization='int8' or 'int4', or use a machine with more memory"
+    if config.quantization is not None:
+        cure = "use a machine with more memory"
+    weights = f"the weights of {config.model} need {_gb(needs.base)}"
+    if needs.base > memory.total:
+        raise ConfigError(f"{weights}, and this machine has {_gb(memory.total)}; {cure}")
+    if needs.base > memory.free:
+        logger.warning(
+            "%s, and %s are free here: the system may end the process; %s",
+            weights,
+            _gb(memory.free),
+            cure,
+        )
 
 
 def num_blocks(config: EngineConfig, needs: MemoryNeeds, memory: DeviceMemory | None) -> int:
@@ -39,36 +55,81 @@ def num_blocks(config: EngineConfig, needs: MemoryNeeds, memory: DeviceMemory | 
     if memory is None:
         affordable = DEFAULT_KV_BYTES // needs.block
         found = config.num_kv_blocks or max(min(needs.max_blocks, affordable), 1)
-        _say(config, needs, found)
-        return found
-    graphs = 0 if config.enforce_eager else GRAPH_BYTES
-    budget = int(memory.total * config.gpu_memory_utilization)
-    used = memory.total - memory.free  # the weights, and what others hold
-    room = budget - used - needs.activations - needs.rank_pages - graphs
-    fits = room // needs.block
-    wanted = config.num_kv_blocks or min(fits, needs.max_blocks)
-    if wanted < 1 or wanted > fits:
-        raise ConfigError(
-            f"{max(wanted, 1)} KV blocks need {_gb(max(wanted, 1) * needs.block)}, but of "
-            f"{_gb(memory.total)} x gpu_memory_utilization {config.gpu_memory_utilization} only "
-            f"{_gb(max(room, 0))} are left beside {_gb(used)} in use (weights {_gb(needs.base)}), "
-            f"{_gb(needs.activations)} of activations, {_gb(needs.rank_pages)} of rank pages and "
-            f"{_gb(graphs)} for graphs; lower lora_pages, max_loras, max_num_batched_tokens or "
-            "num_kv_blocks, or raise gpu_memory_utilization"
-        )
-    _say(config, needs, wanted)
-    return wanted
-
-
-def _say(config: EngineConfig, needs: MemoryNeeds, blocks: int) -> None:
+    else:
+        others = max(memory.total - memory.free - needs.base, 0)
+        fits = _blocks_that_fit(config, needs, memory, others)
+        found = config.num_kv_blocks or min(fits, needs.max_blocks)
     logger.info(
-        "memory: base %s, activations %s, rank pages %s, %d KV blocks of %d tokens %s",
-        _gb(needs.base),
-        _gb(needs.activations),
-        _gb(needs.rank_pages),
-        blocks,
+        "memory: base %s, activations %s, rank pages %s, graphs %s, %d KV blocks of %d tokens %s",
+        *map(_gb, (needs.base, needs.activations, needs.rank_pages, needs.graphs)),
+        found,
         config.block_size,
-        _gb(blocks * needs.block),
+        _gb(found * needs.block),
+    )
+    return found
+
+
+def ran_out(
+    config: EngineConfig, needs: MemoryNeeds, memory: DeviceMemory, error: Exception
+) -> ConfigError:
+    """What to raise for an allocation that failed while the engine was made.
+
+    `memory` is that before anything was loaded.
+    """
+    return ConfigError(
+        f"the GPU's memory ran out ({str(error).partition('. ')[0]}). "
+        f"{_account(config, needs, memory, memory.total - memory.free)}. See whether another "
+        "process takes memory meanwhile; set enforce_eager=True, or lower gpu_memory_utilization, "
+        "max_num_seqs or max_num_batched_tokens"
+    )
+
+
+def _blocks_that_fit(
+    config: EngineConfig, needs: MemoryNeeds, memory: DeviceMemory, others: int
+) -> int:
+    """KV blocks beside all else and `others`, bytes of other processes and the driver.
+
+    ConfigError if they are fewer than the least number.
+    """
+    room = _room(config, memory, others)
+    fits = (room - needs.fixed) // needs.block
+    if fits >= needs.min_blocks:
+        return fits
+    account = _account(config, needs, memory, others)
+    if needs.base > room:
+        share = "raise gpu_memory_utilization, " if needs.base < memory.total - others else ""
+        raise ConfigError(
+            f"{account}. The weights alone do not fit: {share}use a GPU with more memory, a "
+            "narrower dtype, or device='cpu' with quantization='int8' or 'int4'"
+        )
+    lower = "lora_pages, max_num_batched_tokens, max_num_seqs or max_lora_rank"
+    if fits >= 1 and config.num_kv_blocks is not None:
+        lower = f"num_kv_blocks to {fits}, or {lower}"
+    elif fits >= 1:
+        lower = f"max_model_len to {fits * config.block_size}, or {lower}"
+    raise ConfigError(f"{account}. Lower {lower}, or raise gpu_memory_utilization")
+
+
+def _room(config: EngineConfig, memory: DeviceMemory, others: int) -> int:
+    return int(memory.total * config.gpu_memory_utilization) - others
+
+
+def _account(config: EngineConfig, needs: MemoryNeeds, memory: DeviceMemory, others: int) -> str:
+    """What is needed and what is there, number by number with the setting that decides it."""
+    kv, seqs = needs.min_blocks * needs.block, f"max_num_seqs={config.max_num_seqs}"
+    why = "num_kv_blocks" if config.num_kv_blocks else "one request of max_model_len"
+    length = needs.min_blocks * config.block_size
+    return (
+        f"{config.model} needs {_gb(needs.fixed + kv)} of the GPU: "
+        f"weights {_gb(needs.base)}, "
+        f"rank pages {_gb(needs.rank_pages)} (lora_pages={config.pages_per_site(is_gpu=True)}), "
+        f"KV blocks {_gb(kv)} ({needs.min_blocks} for {length} tokens: {why}), "
+        f"activations {_gb(needs.activations)} "
+        f"(max_num_batched_tokens={config.max_num_batched_tokens}, {seqs}, "
+        f"max_lora_rank={config.max_lora_rank}), "
+        f"graphs {_gb(needs.graphs)} ({seqs}); it may take "
+        f"{_gb(max(_room(config, memory, others), 0))}: {_gb(memory.total)} x "
+        f"gpu_memory_utilization={config.gpu_memory_utilization}, less {_gb(others)} in use"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -78,7 +79,9 @@ class ModelRunner:
         choices = self._choices(step)
         sent = self._send(step, shape or step.shape, choices)
         if shape is None or self.graphs is None:
-            logits = self._forward(sent, step.shape, step.sites, sent["block_table"])
+            logits = self._forward(
+                sent, step.shape, step.sites, sent["block_table"], pages=step.pages
+            )
         else:
             logits = self.graphs.run(shape, sent, self._work(sent, shape))
         drawn = self._start_drawing(step, logits, choices, sent)
@@ -107,9 +110,12 @@ class ModelRunner:
         self._device.synchronize()
         self._rows.clear()
 
+    @torch.inference_mode()
     def check_health(self) -> None:
         """Computes a step of one token that is stored nowhere; raises what the device raises."""
-        self._run_empty(ROWS, 1)
+        shape = BatchShape(ROWS, 1, ROWS, 0, 0, 1, 1)
+        sent = self._input_buffer.send(StepInputs.empty(shape).fields(shape))
+        self._forward(sent, shape, frozenset(), empty_block_table(1, 1, self._device))
         self._device.synchronize()
 
     def check_integrity(self, rows: Collection[int]) -> None:
@@ -138,7 +144,9 @@ class ModelRunner:
         shape: BatchShape,
         sites: frozenset[str],
         block_table: Tensor,  # int32 [seqs, blocks]
+        *,
         gives_all_logits: bool = False,
+        pages: int | None = None,  # most rank pages of a slot at one site; None = as many as may be
     ) -> Tensor:
         """Logits [rows, vocab]. Tokens that only the device knows come from `last_tokens`."""
         rows, ids = sent["token_rows"], sent["ids"]
@@ -154,7 +162,7 @@ class ModelRunner:
             max_query_len=shape.max_query_len,
             max_seq_len=shape.max_seq_len,
             logits_rows=None if gives_all_logits else sent["logits_rows"],
-            lora={name: self._site_lora(name, sent) for name in sites},
+            lora={name: self._site_lora(name, sent, pages) for name in sites},
             batch_invariant=self._config.batch_invariant,
             side=self._side,
         )
@@ -162,11 +170,11 @@ class ModelRunner:
             logits: Tensor = self.model(batch, self.cache)
         return logits
 
-    def _site_lora(self, name: str, sent: Mapping[str, Tensor]) -> SiteLora:
+    def _site_lora(self, name: str, sent: Mapping[str, Tensor], pages: int | None) -> SiteLora:
         kind = "head" if name == "lm_head" else "tiles"
         tiles = mk.Tiles(*(sent[f"{kind}.{part}"] for part in mk.Tiles._fields))
         starts = self._sites[name].slice_starts
-        return SiteLora(self.store.pool(name), self.store.table.site(name), tiles, starts)
+        return SiteLora(self.store.pool(name), self.store.table.site(name, pages), tiles, starts)
 
     # Sampling ---------------------------------------------------------------------------------
 
@@ -227,8 +235,11 @@ class ModelRunner:
     # Graphs -----------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def capture(self) -> None:
-        """From now on decode steps are captured ones; on a GPU those of every size are made."""
+    def capture(self, expected_bytes: int = 0) -> None:
+        """From now on decode steps are captured ones; on a GPU those of every size are made.
+
+        `expected_bytes` is what they were reckoned to keep, to be said beside what they do.
+        """
         config, on_demand = self._config, self._device.captures_on_demand
         if on_demand and not self.model.rows_are_independent:
             return  # rows are padded, torch computes: there is little to win
@@ -243,9 +254,15 @@ class ModelRunner:
             lambda name: self.store.pool(name).is_allocated,
             empty_block_table(seqs, -(-self._max_len // config.block_size), self._device),
             self._max_len,
+            self._logits_of(sizes[0]) if sizes else None,
         )
         if sizes:
-            self.graphs.capture(sizes, self._empty_step)
+            self.graphs.capture(sizes, self._empty_step, expected_bytes)
+
+    def _logits_of(self, largest: BatchShape) -> Tensor:
+        """Where all graphs put their logits."""
+        shape = (largest.logits, self.model.config.vocab_size)
+        return torch.empty(shape, dtype=self.model.dtype, device=self._device.torch)
 
     def _empty_step(self, shape: BatchShape) -> Work:
         sent = self._input_buffer.send(StepInputs.empty(shape).fields(shape))
@@ -257,23 +274,28 @@ class ModelRunner:
 
     @torch.inference_mode()
     def profile_run(self) -> None:
-        """Runs the largest step, on nothing: what it needs beside weights, pages and blocks."""
-        config = self._config
-        tokens = -(-config.max_num_batched_tokens // ROWS) * ROWS
-        logits = self._run_empty(tokens, min(config.max_num_seqs, tokens))
+        """Runs the largest step, on nothing: what it needs beside weights, pages and blocks.
+
+        It has prompts of full length, as many as the tokens are enough for, rows for all other
+        sequences, and LoRA at every site in layers with room for the largest rank. An adapted head
+        needs less than the draw that follows it.
+        """
+        config, length = self._config, self._max_len
+        tokens = min(config.max_num_batched_tokens, config.max_num_seqs * length)
+        starts = [*range(0, tokens, length), tokens]
+        padded, seqs = -(-tokens // ROWS) * ROWS, -(-config.max_num_seqs // ROWS) * ROWS
+        tiles = mk.tile_capacity(padded, min(tokens, config.max_loras), mk.PREFILL_TILE)
+        shape = BatchShape(padded, config.max_num_seqs, seqs, tiles, 0, min(tokens, length), length)
+        step = StepInputs.empty(shape)
+        step.query_starts = starts
+        step.seq_lens = [last - first for first, last in pairwise(starts)]
+        sent = self._input_buffer.send(step.fields(shape))
+        blocks = -(-length // config.block_size)
+        table = empty_block_table(config.max_num_seqs, blocks, self._device)
+        sites = frozenset(name for name, site in self._sites.items() if site.in_layers)
+        logits = self._forward(sent, shape, sites, table)
         if self._batched:
             logits.float().sort(-1)[0].double().softmax(-1)  # about what `choose` needs
-
-    @torch.inference_mode()
-    def _run_empty(self, tokens: int, seqs: int) -> Tensor:
-        """The logits of a step of so many tokens that are stored nowhere."""
-        config = self._config
-        shape = BatchShape(tokens, 1, -(-seqs // ROWS) * ROWS, 0, 0, tokens, self._max_len)
-        step = StepInputs.empty(shape)
-        step.query_starts, step.seq_lens = [0, tokens], [min(tokens, self._max_len)]
-        sent = self._input_buffer.send(step.fields(shape))
-        table = empty_block_table(1, -(-self._max_len // config.block_size), self._device)
-        return self._forward(sent, shape, frozenset(), table)
 
 
 def _sampled(choices: list[Choice], found: list[Tensor]) -> list[Sampled]:

@@ -60,6 +60,7 @@ class StepInputs:
     block_table: np.ndarray  # int32 [seqs, blocks]
     shape: BatchShape  # its own sizes, padded to whole rows
     wanted: list[ChunkLogits]  # by chunk
+    pages: int = 0  # rank pages that its widest slot has at one site
     ids: list[int] = field(default_factory=list)  # by token; 0 where only the device knows it
     token_rows: list[int] = field(default_factory=list)  # runner row to take it from there, or -1
     positions: list[int] = field(default_factory=list)
@@ -130,7 +131,7 @@ def lay_out(
         max_seq_len=max(seq_lens),
     )
     table = rows.block_table(order, -(-shape.max_seq_len // size))
-    step = StepInputs(order, sites, table, shape, wanted)
+    step = StepInputs(order, sites, table, shape, wanted, store.most_pages(set(slots)))
     step.seq_lens, step.logits_tokens = seq_lens, logits_tokens
     step.tiles, step.head_tiles = tiles, head
     for chunk in order:

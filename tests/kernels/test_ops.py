@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import multilora_kernels as ops
-from multilora_kernels import Table, Tiles, make_tiles, reference
+from multilora_kernels import Table, Tiles, cpu_lora, make_tiles, native, reference
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -179,6 +179,40 @@ def test_lora_embed_takes_the_tokens_column(popularity: str, dtype: torch.dtype)
     reference.lora_embed_(*wide)
     assert_close(args[0], wide[0])
     assert torch.equal(args[0][base_rows(popularity)], before[base_rows(popularity)])
+
+
+def narrow(table: Table, columns: int) -> Table:
+    """Views of the first columns, as a step takes whose slots have no more pages."""
+    ids, weights = table.page_ids[:, :columns], table.page_weights[:, :columns]
+    return table._replace(page_ids=ids, page_weights=weights)
+
+
+@pytest.mark.parametrize("columns", [5, 6])
+@dtypes
+def test_a_narrower_view_of_the_table_gives_the_same_bits(
+    dtype: torch.dtype, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slots that no tile names have more pages than the view. C++ takes it, where it is there."""
+    if native.LIB is not None:
+        monkeypatch.setattr(cpu_lora, "_expand", None)
+    tiles = make_tiles([5, 5, 0, 2, 2, -1, 1], 16)
+    case, embedding = make_case("distinct", dtype, dora=True), make_embedding("distinct", dtype)
+    for op, args, rest in (
+        (ops.lora_, [case.x[:7], case.a_pages, case.b_pages], [tiles, STARTS]),
+        (ops.lora_embed_, [embedding[1][:7], *embedding[2:4]], [tiles]),
+    ):
+        whole, part = case.y[:7].clone(), case.y[:7].clone()
+        op(whole, *args, case.table, *rest)
+        op(part, *args, narrow(case.table, columns), *rest)
+        assert torch.equal(part, whole)
+        assert not torch.equal(part, case.y[:7])
+
+
+@pytest.mark.parametrize("columns", [2, 4])
+def test_a_view_without_a_slots_pages_is_refused(columns: int) -> None:
+    case = make_case("distinct", torch.float32)
+    with pytest.raises(IndexError, match="a number of pages"):
+        ops.lora_(*case[:4], narrow(case.table, columns), *case[5:])
 
 
 # Attention ----------------------------------------------------------------------------------------

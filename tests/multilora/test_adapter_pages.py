@@ -213,3 +213,17 @@ def test_a_table_row_is_what_was_written() -> None:
     assert (found.page_ids.dtype, found.num_pages.dtype) == (torch.int32, torch.int32)
     assert found.page_weights.dtype == torch.float32
     assert found.page_ids.shape == found.page_weights.shape == (3, 4)
+
+
+@pytest.mark.parametrize(("pages", "columns"), [(1, 16), (16, 16), (17, 32), (40, 40), (None, 40)])
+def test_a_narrower_table_is_a_view(pages: int | None, columns: int) -> None:
+    """In sixteens, and never wider than the table."""
+    table = AdapterTable(["o"], slots=3, max_pages=40)
+    whole, found = table.site("o"), table.site("o", pages)
+    table.write(1, "o", [7, 2], [1.0, 0.5])
+    assert found.page_ids.shape == found.page_weights.shape == (3, columns)
+    assert found.page_ids[1, :2].tolist() == [7, 2]
+    assert found.page_weights[1, :2].tolist() == [1.0, 0.5]
+    for wide, narrow in zip(whole[:3], found[:3], strict=True):
+        assert wide.data_ptr() == narrow.data_ptr()
+        assert wide.stride() == narrow.stride()

@@ -266,6 +266,33 @@ def test_active_sites_are_those_that_the_slots_adapt() -> None:
     assert store.active_sites([a, b]) == set(SITES)
 
 
+def test_the_widest_slot_has_the_most_pages_at_one_site() -> None:
+    store = make_store(max_loras=3)
+    store.load("a", make_adapter("a", rank=8, sites=("qkv", "o")))
+    store.load("b", make_adapter("b", rank=16, sites=("o",)))
+    a, b, both = (store.pin(store.resolve(mix)) for mix in ("a", "b", {"a": 1.0, "b": 1.0}))
+    assert a is not None
+    assert b is not None
+    assert both is not None
+    assert store.most_pages([]) == store.most_pages([-1]) == 0
+    assert store.most_pages([a, -1]) == 1
+    assert store.most_pages([a, b]) == 2
+    assert store.most_pages([both]) == 3  # all at "o"
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_gpu", "pages"),
+    [({}, False, 128), ({}, True, 64), ({"max_loras": 3}, True, 12), ({"lora_pages": 5}, True, 5)],
+)
+def test_as_many_pages_as_the_settings_and_the_device_say(
+    settings: dict[str, Any], is_gpu: bool, pages: int
+) -> None:
+    config = EngineConfig(model="m", **settings)
+    assert config.pages_per_site(is_gpu=is_gpu) == pages
+    store = AdapterStore(SITES, config, dtype=torch.float32, is_gpu=is_gpu)
+    assert {store.pool(site).capacity for site in SITES} == {pages}
+
+
 def test_a_site_without_an_adapter_takes_no_memory() -> None:
     store = make_store()
     load(store, "a", sites=("qkv",))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
-from multilora.device.cpu import Device, DeviceMemory
+import multilora.device.cpu as device_module
+from multilora.device.cpu import Device, DeviceMemory, host_memory
 from multilora.device.select import open_device
 from multilora.errors import ConfigError
 from tests.fake_cuda import Calls, FakeCuda, install
@@ -51,6 +54,51 @@ def test_a_cpu_does_everything_at_once() -> None:
     assert replay.output.tolist() == [1, 1, 1]
 
 
+def files(monkeypatch: pytest.MonkeyPatch, **content: str) -> None:
+    """What the system's files say; others are not there."""
+    by_path = {
+        "/proc/meminfo": content.get("meminfo", ""),
+        "/sys/fs/cgroup/memory.max": content.get("v2", ""),
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes": content.get("v1", ""),
+    }
+    monkeypatch.setattr(device_module, "_text", by_path.__getitem__)
+    values = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**20}
+    monkeypatch.setattr(os, "sysconf", values.__getitem__)
+
+
+@pytest.mark.parametrize(
+    ("content", "free"),
+    [
+        ({}, 2**32),
+        ({"meminfo": "MemTotal: 9 kB\nMemAvailable:  1048576 kB\nBuffers: 1 kB\n"}, 2**30),
+        ({"v2": "max\n"}, 2**32),
+        ({"v2": "1000000\n"}, 1_000_000),
+        ({"v1": "9223372036854771712\n"}, 2**32),
+        ({"v1": "1000000\n", "meminfo": "MemAvailable: 5 kB\n"}, 5120),
+    ],
+    ids=str,
+)
+def test_a_machines_memory_is_what_this_process_may_take_of_it(
+    monkeypatch: pytest.MonkeyPatch, content: dict[str, str], free: int
+) -> None:
+    files(monkeypatch, **content)
+    assert host_memory() == DeviceMemory(free=free, total=2**32)
+
+
+def test_a_system_that_does_not_say_has_no_known_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(name: str) -> int:
+        raise ValueError(f"unrecognized configuration name {name}")
+
+    monkeypatch.setattr(os, "sysconf", unknown)
+    assert host_memory() is None
+
+
+def test_this_machines_memory_is_known() -> None:
+    found = host_memory()
+    assert found is not None
+    assert 2**20 < found.free <= found.total
+
+
 # The GPU's side, on a stand-in for torch.cuda -----------------------------------------------------
 
 
@@ -87,7 +135,7 @@ def test_the_side_stream_is_forked_and_joined(calls: Calls) -> None:
     assert calls == [*waits, "main waits for stream 0"]
 
 
-def test_a_capture_warms_up_on_another_stream_and_shares_its_memory(calls: Calls) -> None:
+def test_captures_warm_up_and_run_on_one_stream_and_share_their_memory(calls: Calls) -> None:
     device, x, runs = FakeCuda(), torch.ones(2), []
 
     def work() -> torch.Tensor:
@@ -97,11 +145,11 @@ def test_a_capture_warms_up_on_another_stream_and_shares_its_memory(calls: Calls
     first = device.capture(work)
     assert len(runs) == 4
     second = device.capture(work)
-    assert [call for call in calls if "capture" in call] == [
-        "capture in pool None",
-        "capture in pool 7",
+    once = ["stream 0 waits for main", "on stream 0", "off stream 0", "main waits for stream 0"]
+    assert calls == [
+        *(*once, "capture in pool None on stream 0"),
+        *(*once, "capture in pool 7 on stream 0"),
     ]
-    assert calls[:2] == ["stream 0 waits for main", "on stream 0"]
     x.zero_()
     for replay in (first, second):
         replay.replay()

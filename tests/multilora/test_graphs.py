@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -190,12 +191,55 @@ def test_graphs_survive_an_adapter_that_comes_and_goes(root: Path, style: str) -
     assert answers[0] == answers[1]
 
 
+def test_all_graphs_write_their_logits_to_one_place(root: Path, like_a_gpu: None) -> None:
+    engine = engine_of(root)
+    assert engine.runner.graphs is not None
+    outputs = [graph.output for graph in engine.runner.graphs._graphs.values()]
+    sizes = {tuple(output.shape) for output in outputs}
+    assert sizes == {(tokens, TINY.vocab_size) for tokens in (16, 32, 48)}
+    assert len({output.data_ptr() for output in outputs}) == 1
+    assert {o.untyped_storage().nbytes() for o in outputs} == {48 * TINY.vocab_size * 4}
+
+
 def test_the_capture_says_what_it_took(
     root: Path, like_a_gpu: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, "multilora"):
         make_engine(root / "base")
-    assert any("captured 3 decode graphs of up to 16 tokens in" in m for m in caplog.messages)
+    (said,) = [m for m in caplog.messages if m.startswith("captured")]
+    assert re.fullmatch(
+        r"captured 3 decode graphs of up to 16 tokens in \d+\.\d s and 0\.00 GB, "
+        r"of 0\.04 expected",  # 32 MiB of workspace, 1.5 of the driver, 1.1 of a step
+        said,
+    )
+
+
+def test_uncaptured_steps_have_room_for_their_own_ranks_and_captured_ones_for_all(
+    root: Path, like_a_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_adapter(root / "wide", TINY, rank=136, seed=3, scale=0.1)
+    seen: list[tuple[int, int]] = []
+    lora = mk.lora_
+
+    def spy(y: Any, x: Any, a: Any, b: Any, table: mk.Table, *rest: Any) -> None:
+        assert table.page_ids.shape == table.page_weights.shape
+        seen.append((len(x), table.page_ids.shape[1]))
+        lora(y, x, a, b, table, *rest)
+
+    monkeypatch.setattr(mk, "lora_", spy)
+    engine = engine_of(root, max_lora_rank=512)
+    engine.load_adapter("wide", root / "wide")
+    assert {columns for _, columns in seen} == {64}  # captures
+    answers = []
+    for narrow in (True, False):
+        if not narrow:
+            monkeypatch.setattr(engine.store, "most_pages", lambda _: 64)
+        for names, columns in ((["a", "c"], 16), (["a", "wide"], 32), ([{"wide": 1, "c": 1}], 32)):
+            seen.clear()
+            done = run(engine, [Job(prompt_of(9), greedy(3), name) for name in names])
+            answers.append([facts(output) for output in done])
+            assert {found for _, found in seen} == {columns if narrow else 64}
+    assert answers[:3] == answers[3:]
 
 
 @needs_cpp

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 import multilora_kernels as mk
+from multilora.config.engine import EngineConfig
+from multilora.device.cpu import DeviceMemory
 from multilora.engine import builder
+from multilora.engine.engine import Engine
+from multilora.errors import ConfigError
 from multilora.model.kv_cache import KVCache
+from multilora.model.llama import Llama
 from multilora.sampling_params import SamplingParams
 from tests.adapters import write_adapter
 from tests.checkpoints import TINY, write_checkpoint
@@ -18,7 +25,7 @@ from tests.engines import Job, facts, make_engine, prompt_of, run
 from tests.fake_cuda import FakeCuda, install
 
 if TYPE_CHECKING:
-    from multilora.engine.engine import Engine
+    from multilora.model.forward_batch import ForwardBatch
 
 RANKS = {"a": 8, "b": 24}
 
@@ -66,6 +73,8 @@ def test_a_gpus_way_to_run_gives_the_answers_of_a_cpu(
     assert [o.outputs[0].token_ids for o in found] == [o.outputs[0].token_ids for o in wanted]
     assert calls.count("replay") > 5
     assert calls.count("main waits for stream 0") > 20
+    captures = [call.partition(" on ")[2] for call in calls if call.startswith("capture")]
+    assert captures == 3 * ["stream 1"]
     plain = run(engine_of(root, device="cuda", overlap_lora=False), jobs())
     assert [facts(o) for o in plain] == [facts(o) for o in wanted]
 
@@ -111,3 +120,108 @@ def test_batch_invariance_reaches_every_product_and_attention(
     found = [facts(output) for output in run(engine, jobs())]
     assert seen == {"linear": {wanted}, "paged_attention": {wanted}}
     assert found == [facts(output) for output in run(engine_of(root), jobs())]
+
+
+# What does not fit --------------------------------------------------------------------------------
+
+
+def shapes_engine(name: str, **settings: Any) -> Engine:
+    return Engine(
+        EngineConfig(model=name, load_format="dummy", skip_tokenizer_init=True, **settings)
+    )
+
+
+@pytest.fixture
+def _nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builder, "load_random", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(builder, "load_checkpoint", lambda *_: pytest.fail("too late"))
+
+
+@pytest.mark.usefixtures("_nothing_is_loaded")
+def test_a_gpu_that_is_too_small_is_said_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The stand-in has 80 GB, of which others have 20."""
+    install(monkeypatch)
+    monkeypatch.setattr(builder, "open_device", lambda name: FakeCuda())
+    with pytest.raises(ConfigError, match=r"weights 141\.11 GB.*may take 52\.00 GB.*use a GPU"):
+        shapes_engine("llama-3.1-70b", device="cuda")
+    with pytest.raises(ConfigError, match=r"29\.82 GB \(lora_pages=1440\).*Lower max_model_len to"):
+        shapes_engine("llama-3.1-70b:8", device="cuda", lora_pages=1440)
+
+
+@pytest.mark.usefixtures("_nothing_is_loaded")
+def test_a_machine_that_is_too_small_is_said_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(builder, "host_memory", lambda: DeviceMemory(15 * 10**9, 16 * 10**9))
+    with pytest.raises(ConfigError, match=r"need 16\.06 GB, and this machine has 16\.00 GB; set"):
+        shapes_engine("llama-3.1-8b")
+
+
+def test_a_machine_that_says_nothing_of_its_memory_is_tried(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(builder, "host_memory", lambda: None)
+    engine_of(root)
+
+
+@pytest.mark.parametrize(
+    "where", ["load_checkpoint", "ModelRunner.rehearse", "ModelRunner.capture"]
+)
+def test_a_gpu_that_runs_out_of_memory_is_said_with_what_was_expected(
+    root: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    install(monkeypatch)
+    monkeypatch.setattr(builder, "open_device", lambda name: FakeCuda())
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. ...")
+
+    monkeypatch.setattr(f"multilora.engine.builder.{where}", fail)
+    with pytest.raises(ConfigError, match=r"ran out \(CUDA out of memory\)\. .* weights 0\.00 GB"):
+        engine_of(root, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("settings", "lens", "tokens"),
+    [
+        ({}, [64], 64),
+        ({"max_num_batched_tokens": 600}, [256, 256, 88], 608),
+        ({"max_num_batched_tokens": 600, "max_num_seqs": 2}, [256, 256], 512),
+    ],
+)
+def test_the_largest_step_is_tried_with_lora_and_all_rows(
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, int],
+    lens: list[int],
+    tokens: int,
+) -> None:
+    install(monkeypatch)
+    monkeypatch.setattr(builder, "open_device", lambda name: FakeCuda())
+    steps: list[ForwardBatch] = []
+    planes: set[tuple[int, ...]] = set()
+    forward, shrink = Llama.forward, mk.lora_shrink
+
+    def spy(model: Llama, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
+        steps.append(replace(batch, seq_lens=batch.seq_lens.clone()))
+        return forward(model, batch, cache)
+
+    def spy_shrink(*args: Any) -> torch.Tensor:
+        found = shrink(*args)
+        planes.add(tuple(found.shape))
+        return found
+
+    monkeypatch.setattr(Llama, "forward", spy)
+    monkeypatch.setattr(mk, "lora_shrink", spy_shrink)
+    engine = engine_of(root, device="cuda", enforce_eager=True, **settings)
+    (step,) = steps
+    rows = engine.config.max_num_seqs
+    assert step.seq_lens.tolist() == lens + [0] * (rows - len(lens))
+    assert step.block_table.shape == (rows, 16)
+    assert (len(step.ids), step.max_query_len, step.max_seq_len) == (tokens, max(lens), 256)
+    assert step.logits_rows is not None
+    assert len(step.logits_rows) == 16
+    assert step.lora.keys() == {"qkv", "o", "gate_up", "down"}
+    assert planes == {(1, tokens, slices * 512) for slices in (1, 2, 3)}

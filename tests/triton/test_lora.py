@@ -142,6 +142,20 @@ def test_a_table_that_is_a_view_of_all_sites() -> None:
     assert_close(run(case), wanted)
 
 
+@dtypes
+def test_a_narrower_view_of_the_table_gives_the_same_bits(dtype: torch.dtype) -> None:
+    """As a step takes whose slots have no more pages; slot 4, which none names, has 16."""
+    case = make_case([0, 3, 3, -1, 2, 5], dtype, dora=True, tile=64)
+    few = case.table._replace(
+        page_ids=case.table.page_ids[:, :8], page_weights=case.table.page_weights[:, :8]
+    )
+    narrow = case.copy(table=few)
+    assert torch.equal(run(narrow), run(case))
+    with guarded():
+        planes = lora.lora_shrink(*case[1:3], few, case.tiles, 2, device())
+    assert planes.shape[2] == 3 * 8 * 8
+
+
 def test_a_slot_without_pages_at_this_site_leaves_its_rows() -> None:
     case = make_case([0, 1, 2], torch.bfloat16)
     case.table.num_pages[1] = 0
