@@ -135,7 +135,8 @@ clean:
 
 .PHONY: gpu gpu-rehearsal
 
-# For a machine with a GPU and no network: its own python3, nothing installed. See docs/gpu.md.
+# For a machine with a GPU and no network: its own python3, nothing installed; call it again to go on
+# with what there was no time for. PARTS, OUT, FROM, MINUTES and TESTS: see docs/gpu.md.
 gpu:
 	$(PYTHON) bench/gpu.py
 

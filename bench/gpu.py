@@ -1,76 +1,185 @@
 """Everything that needs a GPU, in one command and at most nine minutes: `make gpu`.
 
-    PARTS=tests,kernels,engine   which parts (default: all)
-    OUT=build/gpu                where the results go, one JSON file for each part
-    MINUTES=9                    for all parts together (30 in a rehearsal)
+    PARTS=smoke,tests,...   which parts (default: all), in this order
+    OUT=build/gpu           where the results go, one JSON file for each part
+    MINUTES=9               for all parts together (120 in a rehearsal)
+    FROM=folder             what an earlier run left, to go on from (default: OUT)
+    TESTS=expression        of the tests only those, as for pytest's -k
 
 Runs from a bare checkout with this machine's own Python; nothing is installed and no network is
 used. Each part is a process of its own, so that one that fails or takes too long costs no other,
-and writes what it has as it goes. `--rehearse` does the same without a GPU, on tiny shapes: see
-`tests/rehearsal.py`.
+and writes what it has as it goes. A part whose results are complete is left as it is, unless PARTS
+names it; one that was cut short goes on with what it left out. `--rehearse` does the same without
+a GPU, on tiny shapes: see `tests/rehearsal.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import gpu_files
+
 HERE = Path(__file__).resolve().parent
 REHEARSAL = {"TRITON_INTERPRET": "1", "MULTILORA_TEST_DEVICE": "rehearsal"}
-SHARES = {"tests": 0.35, "kernels": 0.3, "engine": 0.35}  # of the time that is left to them
+# In the order of what a minute teaches; the shares of the time that is left to them are the
+# seconds of a run of nine minutes.
+SHARES = {"smoke": 45, "tests": 130, "profile": 105, "kernels": 90, "engine": 110, "tune": 60}
+ENDED = 124  # the exit status of a part that was ended for time
+NOT_PACKED = "tune"  # compiles hundreds of kernels that lose
+LEAST = 5  # seconds: with less a part does not begin
+GRACE = 20  # seconds; a part looks at the clock between two cases
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes, without a GPU")
-    args = parser.parse_args()
-    parts = os.environ.get("PARTS", ",".join(SHARES)).split(",")
-    unknown = [part for part in parts if part not in SHARES]
-    if unknown:
-        print(f"unknown part {unknown[0]!r}; PARTS may name {', '.join(SHARES)}", file=sys.stderr)
-        return 2
+    rehearse = parser.parse_args().rehearse
+    asked = [part for part in os.environ.get("PARTS", "").split(",") if part]
     out = Path(os.environ.get("OUT", "build/gpu")).resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + 60 * float(os.environ.get("MINUTES", 30 if args.rehearse else 9))
-    failed = []
-    for i, part in enumerate(parts):
-        left = end - time.monotonic()
-        seconds = left * SHARES[part] / sum(SHARES[p] for p in parts[i:])
-        code = run_part(part, out, seconds, rehearse=args.rehearse)
-        failed += [part] if code else []
-        print(
-            f"{part}: {'failed' if code else 'done'}; {summary(out / f'{part}.json')}", flush=True
-        )
-    return 1 if failed else 0
+    start = Path(os.environ.get("FROM", out)).resolve()
+    for part in asked:
+        if part not in SHARES:
+            return refuse(f"unknown part {part!r}; PARTS may name {', '.join(SHARES)}")
+    if start != out and not start.is_dir():
+        return refuse(f"FROM={start} is no folder")
+    end = time.monotonic() + 60 * float(os.environ.get("MINUTES", 120 if rehearse else 9))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a part is ended, too
+    return Run(out, start, end, rehearse).parts(asked)
 
 
-def run_part(part: str, out: Path, seconds: float, *, rehearse: bool) -> int:
-    """Runs a part in a process of its own; its exit status, 124 when it was ended for time."""
-    command = [sys.executable, str(HERE / f"gpu_{part}.py"), "--out", str(out / f"{part}.json")]
-    command += ["--seconds", str(int(seconds)), *(["--rehearse"] if rehearse else [])]
-    environment = {**os.environ, **(REHEARSAL if rehearse else {})}
-    print(f"{part}: {int(seconds)} s at most", flush=True)
-    grace = 20  # a part looks at the clock between two cases
-    try:
-        done = subprocess.run(command, check=False, timeout=seconds + grace, env=environment)
-    except subprocess.TimeoutExpired:
-        return 124
-    return done.returncode
+def refuse(why: str) -> int:
+    print(why, file=sys.stderr)
+    return 2
 
 
-def summary(path: Path) -> str:
-    """One line about a part's results."""
-    if not path.is_file():
-        return "no results"
-    found: dict[str, Any] = json.loads(path.read_text())
-    cut = f", cut short: {found['left_out']} left out" if found.get("left_out") else ""
-    return f"{len(found['results'])} results in {path.name}{cut}"
+class Run:
+    """One run: what it writes to, what it goes on from, until when."""
+
+    def __init__(self, out: Path, start: Path, end: float, rehearse: bool) -> None:
+        self.out, self.end, self.rehearse = out, end, rehearse
+        self.state = gpu_files.state(rehearse=rehearse)
+        out.mkdir(parents=True, exist_ok=True)
+        gpu_files.take_results(start, out, self.state)
+        default = gpu_files.ROOT / "build" / "triton-cache"
+        self.cache = Path(os.environ.get("TRITON_CACHE_DIR", default)).resolve()
+        for line in gpu_files.unpack(start, self.cache):
+            print(line, flush=True)
+        self.packed = 0
+
+    def parts(self, asked: list[str]) -> int:
+        """Runs those asked for, or all; the exit status."""
+        wanted = [part for part in SHARES if part in asked or not asked]
+        before = [part for part in wanted if self.is_complete(part) and part not in asked]
+        waiting, wrong, no_time = [part for part in wanted if part not in before], [], []
+        for part in wanted:
+            if part in before:
+                code = self.content(part)["exit_status"]
+            else:
+                seconds = self.share(waiting)
+                waiting.remove(part)
+                if seconds < LEAST:
+                    no_time.append(part)
+                    continue
+                code = self.one(part, seconds)
+            wrong += [part] if code else []
+            print(f"{part}: {self.summary(part, code)}{' (before)' * (part in before)}", flush=True)
+        line = f"WRONG: {', '.join(wrong)}" if wrong else "all right"
+        print(line + (f"; no time for {', '.join(no_time)}" if no_time else ""), flush=True)
+        return 1 if wrong else 0
+
+    def share(self, waiting: list[str]) -> float:
+        """The seconds of the first part that waits; in a rehearsal all that are left."""
+        left = self.end - time.monotonic()
+        all_shares = sum(SHARES[part] for part in waiting)
+        return left if self.rehearse else left * SHARES[waiting[0]] / all_shares
+
+    def one(self, part: str, seconds: float) -> int:
+        """Runs a part and notes how it ended; its exit status."""
+        path, found = self.path(part), self.content(part)
+        if found.get("state") != self.state or found.get("complete"):
+            path.unlink(missing_ok=True)  # of other code, or asked for again: from the start
+            found = {}
+        code = self.process(part, seconds)
+        content = self.content(part)
+        if content != found:  # otherwise it did not come so far as to write
+            ended = code in (0, 1) and "crashed" not in content and not content["left_out"]
+            gpu_files.write(path, {**content, "exit_status": code, "complete": ended})
+        if part != NOT_PACKED:
+            self.pack()
+        return code
+
+    def process(self, part: str, seconds: float) -> int:
+        """A part in a process of its own; its exit status, or ENDED."""
+        command = [sys.executable, str(HERE / f"gpu_{part}.py"), "--out", str(self.path(part))]
+        command += ["--seconds", str(int(seconds)), *(["--rehearse"] if self.rehearse else [])]
+        kernels = {"TRITON_CACHE_DIR": str(self.cache), "TRITON_STORE_BINARY_ONLY": "1"}
+        environment = {**os.environ, **kernels, **(REHEARSAL if self.rehearse else {})}
+        print(f"{part}: {int(seconds)} s at most", flush=True)
+        # A process group: what the part started ends with it.
+        running = subprocess.Popen(command, env=environment, preexec_fn=os.setpgrp)
+        try:
+            return running.wait(seconds + GRACE)
+        except subprocess.TimeoutExpired:
+            return ENDED
+        finally:
+            end_group(running.pid)
+            running.wait()
+
+    def pack(self) -> None:
+        """Puts the compiled kernels beside the results, if there are new ones."""
+        count = len(gpu_files.entries(self.cache))
+        if count != self.packed:
+            left = gpu_files.pack(self.cache, self.out)
+            print(f"kernels: {count - left} packed, {left} left out", flush=True)
+        self.packed = count
+
+    def path(self, part: str) -> Path:
+        return self.out / f"{part}.json"
+
+    def content(self, part: str) -> dict[str, Any]:
+        return gpu_files.read(self.path(part))
+
+    def is_complete(self, part: str) -> bool:
+        """Whether there are results of this source and GPU, with nothing left out."""
+        found = self.content(part)
+        return found.get("state") == self.state and bool(found.get("complete"))
+
+    def summary(self, part: str, code: int) -> str:
+        """One line: how many results, what is wrong or slow, what there was no time for."""
+        found = self.content(part)
+        words = {0: "done", 1: "failed", ENDED: "ended for time"}
+        line = words.get(code, f"failed with status {code}")
+        if not found:
+            return f"{line}; no results"
+        line += f"; {len(found['results'])} results in {part}.json"
+        if failures := found.get("failures"):
+            first = "; ".join(short(why) for why in failures[:3])
+            more = f" and {len(failures) - 3} more" if len(failures) > 3 else ""
+            line += f"; wrong: {first}{more}"
+        if slow := found.get("slow"):
+            line += f"; {len(slow)} slow"
+        left = found["left_out"]
+        return line + (f"; cut short, {left} left out" if left else "")
+
+
+def short(why: str) -> str:
+    """The first line of a reason, cut; of a traceback the last one, too."""
+    first, *rest = why.strip().splitlines()
+    line = f"{first} {rest[-1].strip()}" if "Traceback" in first and rest else first
+    return line if len(line) <= 160 else f"{line[:157]}..."
+
+
+def end_group(group: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # all of it has ended
+        os.killpg(group, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ import argparse
 import importlib.util
 import json
 import platform
-import subprocess
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_of
@@ -16,7 +17,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+import gpu_files
+from gpu_files import ROOT
+
+CLOCKS_EVERY = 10  # seconds
 
 
 def load_checkout() -> None:
@@ -38,11 +42,29 @@ from multilora.device.select import open_device  # noqa: E402
 
 
 class Report:
-    """The results of one part, written after each case."""
+    """The results of one part, written after each case.
 
-    def __init__(self, path: Path, device: Device, seconds: float) -> None:
+    If the file holds results of the same state (see `gpu_files.state`) that were cut short, `known`
+    gives them one by one, so that only what was left out is measured.
+    """
+
+    def __init__(self, path: Path, device: Device, seconds: float, state: dict[str, str]) -> None:
         self._path, self._end = path, time.monotonic() + seconds
-        self.content: dict[str, Any] = {"machine": machine(device), "results": [], "left_out": 0}
+        before = gpu_files.read(path)
+        self._earlier: list[dict[str, Any]] = []
+        if before.get("state") == state and not before.get("complete"):
+            self._earlier = before["results"] + before["earlier"]
+        self.content: dict[str, Any] = {
+            "state": state,
+            "machine": machine(device),
+            "results": [],
+            "left_out": 0,
+            "left_out_cases": [],
+            "clocks": [],  # [seconds since 1970, what the driver says]; "at" of a result likewise
+            "earlier": self._earlier,  # of the run before this one, not asked for yet
+        }
+        if clocks():
+            threading.Thread(target=self._watch_clocks, daemon=True).start()
         self.write()
 
     @property
@@ -50,9 +72,18 @@ class Report:
         """Until this part should end."""
         return self._end - time.monotonic()
 
+    def known(self, **fields: Any) -> dict[str, Any] | None:
+        """An earlier run's result with these fields, which is then one of this run's, too."""
+        wanted = json.loads(json.dumps(fields, default=str))
+        for i, result in enumerate(self._earlier):
+            if all(name in result and result[name] == wanted[name] for name in wanted):
+                self.content["results"].append(self._earlier.pop(i))
+                return result
+        return None
+
     def add(self, **result: Any) -> None:
         """Adds a case."""
-        self.content["results"].append(result)
+        self.content["results"].append({**result, "at": round(time.time())})
         self.write()
 
     def fail(self, why: str) -> None:
@@ -60,6 +91,12 @@ class Report:
         self.content.setdefault("failures", []).append(why)
         say(why)
         self.write()
+
+    def crash(self, kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        """Notes what ended the part: for `sys.excepthook`."""
+        self.content["crashed"] = "".join(traceback.format_exception(kind, error, trace))
+        self.fail(f"the part ended by {kind.__name__}: {error}")
+        sys.__excepthook__(kind, error, trace)
 
     @property
     def status(self) -> int:
@@ -69,14 +106,16 @@ class Report:
     def leave_out(self, what: Any) -> None:
         """Notes a case for which there was no time."""
         self.content["left_out"] += 1
-        self.content.setdefault("left_out_first", what)
+        self.content["left_out_cases"].append(str(what))
 
     def write(self) -> None:
         """Writes the file, whole or not at all."""
-        self.content["clocks_now"] = clocks()
-        part = self._path.with_suffix(".part")
-        part.write_text(json.dumps(self.content, indent=1, default=str))
-        part.replace(self._path)
+        gpu_files.write(self._path, self.content)
+
+    def _watch_clocks(self) -> None:
+        while True:
+            self.content["clocks"].append([round(time.time()), clocks()])
+            time.sleep(CLOCKS_EVERY)
 
 
 def parse(description: str) -> tuple[argparse.Namespace, Device, Report]:
@@ -93,7 +132,10 @@ def parse(description: str) -> tuple[argparse.Namespace, Device, Report]:
 
         rehearsal.install(pytest.MonkeyPatch())  # for the life of this process
     device = open_device("cuda")
-    return args, device, Report(args.out, device, args.seconds)
+    state = gpu_files.state(rehearse=args.rehearse)
+    report = Report(args.out, device, args.seconds, state)
+    sys.excepthook = report.crash
+    return args, device, report
 
 
 class Clock:
@@ -151,19 +193,20 @@ def machine(device: Device) -> dict[str, Any]:
         "system": platform.platform(),
         "commit": commit(),
         "versions": {name: version(name) for name in ("torch", "triton", "transformers", "peft")},
-        "clocks": clocks(),
     }
 
 
 def commit() -> str:
     """The checkout's commit, or "unknown" where there is no git or no repository."""
-    return _first_line(["git", "-C", str(ROOT), "describe", "--always", "--dirty"]) or "unknown"
+    found = gpu_files.first_line("git", "-C", str(ROOT), "describe", "--always", "--dirty")
+    return found or "unknown"
 
 
 def clocks() -> str:
     """What the driver says of clocks, power and temperature; empty without one."""
-    query = "clocks.sm,clocks.mem,clocks.max.sm,power.draw,temperature.gpu"
-    return _first_line(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"])
+    return gpu_files.ask_driver(
+        "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "temperature.gpu"
+    )
 
 
 def version(name: str) -> str:
@@ -172,14 +215,6 @@ def version(name: str) -> str:
         return version_of(name)
     except PackageNotFoundError:
         return "not installed"
-
-
-def _first_line(command: list[str]) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip().partition("\n")[0] if done.returncode == 0 else ""
 
 
 def say(*values: object) -> None:

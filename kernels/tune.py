@@ -1,9 +1,13 @@
 """`python -m multilora_kernels.tune`: times launch parameters on this GPU and rewrites its table.
 
-For every shape of Llama 3.1 8B and 70B and several batches of distinct adapters it times each
-candidate in a CUDA graph that rotates over cold weights. The arithmetic part is the one with the
-least total time over the token buckets, each with its own best schedule; see `plans` for why tokens
-may not choose it. Shapes not named on the command line keep their entries.
+Every site of Llama 3.1 8B and 70B, with batches of distinct adapters and of one adapter. A score is
+the mean logarithm of their seconds: a batch counts by how many times slower it gets, whatever it
+takes.
+
+The arithmetic of a shape is chosen first, with the schedules of the present table: all candidates.
+With each of the best two, the schedule of every token bucket is then sought by changing one option
+at a time. See `plans` for why tokens may not choose the arithmetic. The table is written after each
+shape; shapes for which there is no time, or that are not named, keep their entries.
 """
 
 from __future__ import annotations
@@ -12,50 +16,55 @@ import argparse
 import itertools
 import json
 import logging
+import math
+import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from . import plans
-from .plans import Device, Plans
-from .tiles import Table, Tiles, make_tiles
+from .plans import Plans
+from .tune_timer import Load, Scale, Timer, gpu_timer
 
 logger = logging.getLogger(__name__)
 
-BUCKETS = (16, 64, 256)
-"""Tokens of the buckets that are decode steps of distinct adapters; ANY is a prefill step."""
-PREFILL_TOKENS = 2048
-RANK, COPIES = 16, 32
-
 Options = Mapping[str, Sequence[int]]
+Schedule = Mapping[str, int]
+Job = tuple[str, tuple[int, int]]
+"""An op, and in or out and slices."""
 
 
 class Space(NamedTuple):
-    """The candidates of an op: every combination of its options."""
+    """The candidates of an op: every arithmetic, and schedules out of these options."""
 
     arithmetic: Options
     decode: Options
     prefill: Options
 
+    def options(self, bucket: str) -> Options:
+        """Of the schedules for a bucket."""
+        return self.prefill if bucket == plans.ANY else self.decode
+
 
 SPACES = {
     "lora_shrink": Space(
-        {"block_k": [64], "split_k": [2, 4, 8, 16]},
+        {"block_k": [64, 128], "split_k": [2, 4, 8, 16]},
         {
             "block_m": [16],
             "block_pages": [2, 4, 8],
             "column_programs": [1, 2],
             "num_warps": [4],
-            "num_stages": [3, 5],
+            "num_stages": [3, 4, 5],
         },
         {
             "block_m": [16, 32],
             "block_pages": [4, 8],
-            "column_programs": [1],
+            "column_programs": [1, 2],
             "num_warps": [4],
             "num_stages": [3, 4],
         },
@@ -78,14 +87,63 @@ SPACES = {
         },
     ),
 }
-# in or out, slices
-SHAPES = {
-    "lora_shrink": [(4096, 3), (4096, 1), (4096, 2), (14336, 1), (8192, 3), (8192, 1), (28672, 1)],
-    "lora_expand": [(6144, 3), (4096, 1), (28672, 2), (10240, 3), (8192, 1), (57344, 2)],
-}
+SITES = (
+    # in, out, slices: gate_up, qkv, down, o of 8B, then of 70B; the most telling first
+    *((4096, 28672, 2), (4096, 6144, 3), (14336, 4096, 1), (4096, 4096, 1)),
+    *((8192, 57344, 2), (8192, 10240, 3), (28672, 8192, 1), (8192, 8192, 1)),
+)
+FINALISTS = 2  # arithmetics whose schedules are sought
+MARGIN = 0.02  # of the seconds: what less than that wins is noise, and changes nothing
+SECONDS = 0.1  # that a candidate takes, most of it to compile; an estimate, not measured yet
 
-# Seconds of one launch with a plan: (op, shape, tokens, plan) -> s; inf if it cannot be launched.
-Timer = Callable[[str, tuple[int, int], int, plans.Plan], float]
+
+class OutOfTime(Exception):
+    """The time for tuning is over."""
+
+
+class Found(NamedTuple):
+    """What came of one shape."""
+
+    entry: dict[str, Any]  # of the table
+    gain: float  # times faster than with the present entry
+    timings: int
+
+
+class Tuned(NamedTuple):
+    """A table after one more shape."""
+
+    job: Job
+    table: Plans
+    found: Found
+
+
+def all_jobs() -> list[Job]:
+    """Every shape in the order of what it teaches; an expand after each shrink that feeds it."""
+    jobs: list[Job] = []
+    for in_, out, slices in SITES:
+        jobs += [("lora_shrink", (in_, slices)), ("lora_expand", (out, slices))]
+    return [job for i, job in enumerate(jobs) if job not in jobs[i + 1 :]]
+
+
+def name_of(job: Job) -> str:
+    return f"{job[0]} {plans.name_of(job[1])}"
+
+
+def planes_of(job: Job, table: Plans) -> list[int]:
+    """The numbers of planes that an expand may have to sum: those of the shrinks before it."""
+    width, slices = job[1]
+    before = [in_ for in_, out, count in SITES if (out, count) == (width, slices)]
+    found = set()
+    for in_ in before or [width]:  # a shape of the user's own: as if its site were square
+        arithmetic = table.entry("lora_shrink", (in_, slices))["arithmetic"]
+        found.add(min(arithmetic["split_k"], -(-in_ // arithmetic["block_k"])))
+    return sorted(found)
+
+
+def loads_of(job: Job, table: Plans, scale: Scale) -> dict[str, list[Load]]:
+    """The batches to time, by bucket."""
+    planes = planes_of(job, table) if job[0] == "lora_expand" else [1]
+    return {bucket: scale.loads(bucket, planes) for bucket in scale.names()}
 
 
 def candidates(options: Options) -> Iterator[dict[str, int]]:
@@ -93,134 +151,153 @@ def candidates(options: Options) -> Iterator[dict[str, int]]:
         yield dict(zip(options, values, strict=True))
 
 
-def one_family(schedule: Mapping[str, int]) -> bool:
+def one_family(schedule: Schedule) -> bool:
     """Whether tiles of this schedule keep to mma.sync, as `lora` promises: see its docstring."""
     return schedule["block_m"] < 64 or schedule["num_warps"] < 4
 
 
-def tune(op: str, shape: tuple[int, int], time: Timer) -> dict[str, Any]:
-    """The best table entry of one op and shape."""
-    space, best, least = SPACES[op], None, float("inf")
-    for arithmetic in candidates(space.arithmetic):
-        entry: dict[str, Any] = {"arithmetic": arithmetic, "schedule": {}}
-        total = 0.0
-        for bucket in (*map(str, BUCKETS), plans.ANY):
-            tokens = PREFILL_TOKENS if bucket == plans.ANY else int(bucket)
-            options = space.prefill if bucket == plans.ANY else space.decode
-            timed = [
-                (time(op, shape, tokens, {**arithmetic, **schedule}), n, schedule)
-                for n, schedule in enumerate(candidates(options))
-                if one_family(schedule)
-            ]
-            seconds, _, entry["schedule"][bucket] = min(timed)
-            total += seconds / tokens**0.5  # no bucket may be drowned by the larger ones
-        logger.info("%s %s %s: score %.3g", op, plans.name_of(shape), arithmetic, total)
-        if total < least:
-            best, least = entry, total
+def count(job: Job, table: Plans, scale: Scale) -> int:
+    """About how many timings a shape takes: those of a search that changes its mind nowhere."""
+    space = SPACES[job[0]]
+    every, found = len(list(candidates(space.arithmetic))), 0
+    for bucket, loads in loads_of(job, table, scale).items():
+        changes = 1 + sum(len(values) - 1 for values in space.options(bucket).values())
+        found += len(loads) * (every + min(FINALISTS, every) * changes)
+    return found
+
+
+def forecast(jobs: Sequence[Job], table: Plans, scale: Scale) -> str:
+    """A line that says what is to be done."""
+    timings = sum(count(job, table, scale) for job in jobs)
+    minutes = timings * SECONDS / 60
+    return f"{len(jobs)} shapes, about {timings} candidates and {minutes:.1f} minutes"
+
+
+def descend(
+    options: Options, start: Schedule, score: Callable[[Schedule], float]
+) -> tuple[float, Schedule]:
+    """The best score and schedule that changes of one option at a time lead to."""
+    best, least, improved = dict(start), score(start), True
+    while improved:
+        improved = False
+        for name, values in options.items():
+            for value in values:
+                changed = {**best, name: value}
+                if not one_family(changed):
+                    continue
+                found = score(changed)
+                if found < least - MARGIN:
+                    best, least, improved = changed, found, True
+    return least, best
+
+
+class Search:
+    """The search for one shape's entry: every timing is taken once."""
+
+    def __init__(self, job: Job, table: Plans, timer: Timer, scale: Scale) -> None:
+        op, shape = job
+        self.space, self.present = SPACES[op], table.entry(op, shape)
+        self.loads = loads_of(job, table, scale)
+        schedule = self.present["schedule"]
+        self.usual = {
+            bucket: schedule[plans.bucket_of(loads[0].tokens, schedule)]
+            for bucket, loads in self.loads.items()
+        }
+        self.known: dict[Any, float] = {}
+        self._time = partial(timer, op, shape)
+
+    def score(self, bucket: str, arithmetic: Schedule, schedule: Schedule) -> float:
+        """The mean logarithm of the seconds over the batches of a bucket."""
+        plan, logs = {**arithmetic, **schedule}, []
+        for load in self.loads[bucket]:
+            key = load, frozenset(plan.items())
+            if key not in self.known:
+                self.known[key] = math.log(self._time(load, plan))
+            logs.append(self.known[key])
+        return fmean(logs)
+
+    def first_score(self, arithmetic: Schedule) -> float:
+        """Over all buckets, with the schedules of the present table."""
+        return fmean(self.score(bucket, arithmetic, self.usual[bucket]) for bucket in self.usual)
+
+    def finalists(self) -> list[Schedule]:
+        """The arithmetics that are worth a search of schedules, the present one first."""
+        present = self.present["arithmetic"]
+        others = [a for a in candidates(self.space.arithmetic) if a != present]
+        # Of those that are as good, the one that changes least.
+        others.sort(key=lambda a: sum(a[name] != present[name] for name in a))
+        every = [present, *others]
+        ranked = sorted(every, key=lambda a: self.first_score(a) - (a == present) * MARGIN)
+        ranked = ranked[:FINALISTS]
+        if self.first_score(ranked[0]) == math.inf:  # the present schedules tell nothing
+            return every
+        return [arithmetic for arithmetic in every if arithmetic in ranked]
+
+    def entry(self, arithmetic: Schedule) -> tuple[float, dict[str, Any]]:
+        """The best score and table entry with this arithmetic."""
+        scores, schedules = [], {}
+        for bucket, usual in self.usual.items():
+            score = partial(self.score, bucket, arithmetic)
+            found, schedule = descend(self.space.options(bucket), usual, score)
+            scores.append(found)
+            schedules[bucket] = dict(schedule)
+        return fmean(scores), {"arithmetic": dict(arithmetic), "schedule": schedules}
+
+
+def tune(job: Job, table: Plans, timer: Timer, scale: Scale) -> Found:
+    """The best table entry of one op and shape; RuntimeError if no candidate can be launched."""
+    search, best, least = Search(job, table, timer, scale), None, math.inf
+    for arithmetic in search.finalists():
+        score, entry = search.entry(arithmetic)
+        if score < least - MARGIN:
+            best, least = entry, score
     if best is None:
-        raise RuntimeError(f"no candidate of {op} {shape} can be launched")
-    return best
+        raise RuntimeError(f"no candidate of {name_of(job)} can be launched")
+    before = search.first_score(search.present["arithmetic"])
+    return Found(best, math.exp(before - least), len(search.known))
 
 
-def retune(table: Plans, shapes: Mapping[str, Sequence[tuple[int, int]]], time: Timer) -> Plans:
-    """A table with new entries for `shapes`, and the others as they were."""
-    ops = {op: dict(entries) for op, entries in table.ops.items()}
-    for op, wanted in shapes.items():
-        for shape in wanted:
-            ops[op][plans.name_of(shape)] = tune(op, shape, time)
-    return Plans(ops)
+def with_entry(table: Plans, job: Job, entry: Mapping[str, Any]) -> Plans:
+    """A table with another entry for one op and shape."""
+    op, shape = job
+    return Plans({**table.ops, op: {**table.ops[op], plans.name_of(shape): entry}})
+
+
+def retune(table: Plans, jobs: Sequence[Job], timer: Timer, scale: Scale) -> Iterator[Tuned]:
+    """The table after each shape, with the entries of all before it, until OutOfTime."""
+    for job in jobs:
+        try:
+            found = tune(job, table, timer, scale)
+        except OutOfTime:
+            return
+        table = with_entry(table, job, found.entry)
+        yield Tuned(job, table, found)
+
+
+def until(end: float, timer: Timer) -> Timer:
+    """A timer that raises OutOfTime from `end` on, in seconds of the monotonic clock."""
+
+    def limited(op: str, shape: tuple[int, int], load: Load, plan: plans.Plan) -> float:
+        if time.monotonic() >= end:
+            raise OutOfTime
+        return timer(op, shape, load, plan)
+
+    return limited
 
 
 def write(table: Plans, path: Path) -> None:
-    path.write_text(json.dumps(table.ops, indent=1) + "\n", encoding="utf-8")
+    """Writes a table, whole or not at all."""
+    part = path.with_suffix(f".{os.getpid()}.part")
+    part.write_text(json.dumps(table.ops, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
 
 
-class Workload(NamedTuple):
-    """Tensors of one op and shape; weights of COPIES layers, so that none is still in L2."""
-
-    rows: Tensor  # x or y
-    weights: list[Tensor]
-    planes: Tensor
-    table: Table
-    tiles: Tiles
-
-
-def make_workload(op: str, shape: tuple[int, int], tokens: int, where: torch.device) -> Workload:
-    """Decode: as many adapters as tokens. Prefill: four prompts of four adapters."""
-    width, slices = shape
-    decode = tokens <= max(BUCKETS)
-    adapters = tokens if decode else 4
-    each = tokens // adapters
-    tiles = make_tiles([t // each for t in range(tokens)], 16 if decode else 64)
-    pages = RANK // 8
-    ids = torch.arange(adapters * pages, dtype=torch.int32).view(adapters, pages)
-    counts = torch.full((adapters,), pages, dtype=torch.int32)
-    table = Table(ids.to(where), torch.ones(adapters, pages, device=where), counts.to(where))
-    inner = (slices, 8, width) if op == "lora_shrink" else (8, width)
-    weights = [
-        torch.randn(adapters * pages, *inner, device=where, dtype=torch.bfloat16)
-        for _ in range(COPIES if decode else 2)
-    ]
-    rows = torch.randn(tokens, width, device=where, dtype=torch.bfloat16)
-    planes = torch.randn(8, tokens, slices * pages * 8, device=where)
-    return Workload(rows, weights, planes, table, Tiles(*(t.to(where) for t in tiles)))
-
-
-def calls(
-    op: str, shape: tuple[int, int], work: Workload, plan: plans.Plan, num_sms: int
-) -> list[Callable[[], object]]:
-    """One call for each copy of the weights, under this plan."""
-    from . import lora  # triton
-
-    entry = {"arithmetic": plan, "schedule": {plans.ANY: {}}}
-    device = Device(0, num_sms, Plans({op: {plans.ANY: entry}}))
-    if op == "lora_shrink":
-        split_k = plan["split_k"]
-        return [
-            partial(lora.lora_shrink, work.rows, a, work.table, work.tiles, split_k, device)
-            for a in work.weights
-        ]
-    width, slices = shape
-    each = width // slices // 128 * 128  # slices of one width stand for q, k, v as well
-    starts = (*range(0, each * slices, each), width)
-    rest = (work.table, work.tiles, starts, device)
-    return [partial(lora.lora_expand_, work.rows, work.planes, b, *rest) for b in work.weights]
-
-
-def gpu_timer(where: torch.device) -> Timer:
-    """Times one launch by replaying a CUDA graph of all copies; workloads are kept for reuse."""
-    from triton.runtime.errors import OutOfResources
-
-    num_sms = torch.cuda.get_device_properties(where).multi_processor_count
-    last: dict[tuple[str, tuple[int, int], int], Workload] = {}
-
-    def time(op: str, shape: tuple[int, int], tokens: int, plan: plans.Plan) -> float:
-        key = (op, shape, tokens)
-        if key not in last:
-            last.clear()
-            last[key] = make_workload(*key, where)
-        launches = calls(op, shape, last[key], plan, num_sms)
-        try:
-            launches[0]()
-        except OutOfResources:
-            return float("inf")
-        torch.cuda.synchronize(where)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for launch in launches:
-                launch()
-        return min(_seconds(graph) for _ in range(5)) / len(launches)
-
-    return time
-
-
-def _seconds(graph: torch.cuda.CUDAGraph) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    start.record()
-    graph.replay()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) / 1e3
+def chosen_jobs(ops: Sequence[str] | None, shapes: Sequence[str] | None) -> list[Job]:
+    """The jobs of the command line; ValueError for a shape that is not WIDTHxSLICES."""
+    if not shapes:
+        return [job for job in all_jobs() if job[0] in (ops or SPACES)]
+    own = [(int(width), int(slices)) for width, _, slices in (s.partition("x") for s in shapes)]
+    return [(op, shape) for op in ops or SPACES for shape in own]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -230,17 +307,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--shape", action="append", help="width x slices, e.g. 4096x3; default: Llama 3.1's"
     )
     parser.add_argument("--output", type=Path, help="default: the table of this GPU")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="default: no limit")
     chosen = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("no CUDA device: a table is tuned where it is used")
     where = torch.device("cuda", torch.cuda.current_device())
-    device = plans.device_of(where)
-    shapes = {op: SHAPES[op] for op in chosen.op or SPACES}
-    if chosen.shape:
-        own = [(int(a), int(b)) for a, _, b in (s.partition("x") for s in chosen.shape)]
-        shapes = dict.fromkeys(shapes, own)
-    table = retune(device.plans, shapes, gpu_timer(where))
-    write(table, chosen.output or plans.path_of(device.sm))
+    device, scale = plans.device_of(where), Scale()
+    jobs = chosen_jobs(chosen.op, chosen.shape)
+    logger.info(forecast(jobs, device.plans, scale))
+    timer = until(time.monotonic() + chosen.seconds, gpu_timer(where, scale))
+    for tuned in retune(device.plans, jobs, timer, scale):
+        write(tuned.table, chosen.output or plans.path_of(device.sm))
+        logger.info("%s: %.2f times as fast", name_of(tuned.job), tuned.found.gain)
+        jobs = jobs[1:]
+    if jobs:
+        left = ", ".join(map(name_of, jobs))
+        logger.info("no time was left for %s: their entries are as they were", left)
 
 
 if __name__ == "__main__":

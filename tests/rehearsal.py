@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     import pytest
 
+FAULT = os.environ.get("MULTILORA_TEST_FAULT", "")
+"""What to do wrong, for a rehearsal that must notice it: one of `FAULTS`, or nothing."""
 REHEARSED = os.environ.get("MULTILORA_TEST_DEVICE") == "rehearsal"
 """Whether tests/gpu run without a GPU, and therefore on small shapes."""
 
@@ -39,8 +41,26 @@ def install(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(multilora.device.select, "CudaDevice", fake_cuda.FakeCuda)
     patch.setattr(mk, "worth_packing", lambda weight: False)  # as of a weight on a GPU
     patch.setattr(fake_cuda.FakeCuda, "WARM_UPS", 1)
+    if FAULT:
+        FAULTS[FAULT](patch)
     libraries.append(_register())
 
+
+def _wrong_page_weights(patch: pytest.MonkeyPatch) -> None:
+    """LoRA's expand takes for each page but a slot's first the weight of the page before it."""
+    from multilora_kernels import lora
+
+    expand = lora._expand_
+
+    def wrong(y: Any, u: Any, ids: Any, b_pages: Any, table: mk.Table, *rest: Any) -> None:
+        weights = table.page_weights
+        weights = torch.cat([weights[:, :1], weights[:, :-1]], 1)
+        expand(y, u, ids, b_pages, table._replace(page_weights=weights), *rest)
+
+    patch.setattr(lora, "_expand_", wrong)
+
+
+FAULTS = {"page weights": _wrong_page_weights}
 
 libraries: list[Any] = []  # that send ops to Triton while they live
 

@@ -11,41 +11,71 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = {"tests": 88, "kernels": 130, "engine": 20}  # and how many results each has at least
+PARTS = {"smoke": 4, "tests": 88, "kernels": 130, "engine": 20, "tune": 2}
+"""And how many results each has at least."""
+
+
+def rehearse(out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "bench" / "gpu.py"), "--rehearse"],
+        env={**os.environ, "OUT": str(out), **environment},
+        cwd=out,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(7500)
 def test_every_part_runs_from_a_bare_checkout(tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
-    pytest.importorskip("peft")
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "bench" / "gpu.py"), "--rehearse"],
-        env={**os.environ, "OUT": str(tmp_path)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    for name in ("transformers", "peft", "triton"):
+        pytest.importorskip(name)
+    done = rehearse(tmp_path, PARTS=",".join(PARTS))
     assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("all right\n")
+    found = {part: json.loads((tmp_path / f"{part}.json").read_text()) for part in PARTS}
     for part, count in PARTS.items():
-        found = json.loads((tmp_path / f"{part}.json").read_text())
-        assert len(found["results"]) >= count
-        assert found["left_out"] == 0
-        assert found["machine"]["device"] == "a fake GPU"
-        assert found["machine"]["versions"]["torch"]
-    kinds = {result["kind"] for result in found["results"]}
+        assert len(found[part]["results"]) >= count
+        assert found[part]["left_out"] == 0
+        assert found[part]["complete"]
+        assert found[part]["machine"]["device"] == "a fake GPU"
+        assert found[part]["machine"]["versions"]["torch"]
+    kinds = {result["kind"] for result in found["engine"]["results"]}
     assert kinds == {"decode", "prefill", "punica", "peft decode"}
+    assert {result["right"] for result in found["smoke"]["results"]} == {True}
+    assert (tmp_path / "sm90.json").is_file()
 
 
-def test_an_unknown_part_is_named(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "bench" / "gpu.py")],
-        env={**os.environ, "PARTS": "tests,kernel", "OUT": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_wrong_kernel_is_found_and_named(tmp_path: Path) -> None:
+    """By `smoke` within its seconds, by `tests`, and in the last lines that are printed."""
+    pytest.importorskip("triton")
+    chosen = "(test_lora and bfloat16 and distinct) or (test_attention and bfloat16)"
+    done = rehearse(
+        tmp_path, PARTS="smoke,tests", TESTS=chosen, MULTILORA_TEST_FAULT="page weights"
     )
-    assert done.returncode == 2
-    assert "unknown part 'kernel'; PARTS may name tests, kernels, engine" in done.stderr
+    assert done.returncode == 1, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "WRONG: smoke, tests"
+    (smoke,) = (line for line in lines if line.startswith("smoke: failed"))
+    assert "lora is off by" in smoke
+    (tests,) = (line for line in lines if line.startswith("tests: failed"))
+    assert "test_lora" in tests
+    assert "test_attention" not in tests
+    found = json.loads((tmp_path / "smoke.json").read_text())["results"]
+    right = {result["case"]: result["right"] for result in found}
+    assert right == {
+        "lora": False,
+        "attention": True,
+        "engine, prompts": False,
+        "engine, decode": False,
+    }
+    outcomes = {
+        (result["test"].partition("::")[2].partition("[")[0], result["outcome"])
+        for result in json.loads((tmp_path / "tests.json").read_text())["results"]
+    }
+    assert ("test_lora", "failed") in outcomes  # where a batch has a mix
+    assert ("test_attention", "failed") not in outcomes
+    assert ("test_attention", "passed") in outcomes
