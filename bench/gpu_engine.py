@@ -1,180 +1,168 @@
 """Part "engine" of `bench/gpu.py`: whole steps of an 8B shape with random weights.
 
-Decode steps without adapters, with adapters that are idle, and with 1 to 64 of them; prompts with
-and without LoRA; the workloads of the Punica paper; the same batch in transformers and PEFT.
+Decode steps without adapters, with adapters that are idle, and with 1 to 256 of them; sampled ones;
+prompts with and without LoRA; the workloads of the Punica paper; the same batch in transformers and
+PEFT. Every case has run before it is timed, and stands beside the time that the model gives it.
 """
 
 from __future__ import annotations
 
-import gc
 import random
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 from typing import Any
 
+import gpu_model
 import torch
-from gpu_common import Report, parse, say
+from gpu_common import parse, say
 from gpu_kernels import slots_of
+from gpu_limits import KERNEL, STEP
+from gpu_session import SAMPLED, Session, Size, release, tiny_model
+from gpu_timing import Bench, open_bench
 
-from multilora.adapters.random_adapter import random_adapter
-from multilora.config.engine import EngineConfig
 from multilora.config.model import ModelConfig
 from multilora.config.presets import shape_of
-from multilora.device.cpu import Device
-from multilora.engine.engine import Engine
-from multilora.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)
-class Size:
-    """How much is measured."""
+class Plan:
+    """The cases."""
 
-    model: str
-    dtype: str
-    rank: int
-    adapters: int
-    context: int  # tokens of a prompt before decode steps are timed
-    steps: int
-    prefill: int  # prompt tokens in the prefill case
-    chunk: int  # tokens of a step
+    size: Size
+    decodes: tuple[tuple[int, int], ...]  # (batch, adapters in it); 0 = loaded, but the base's
+    sampled: tuple[int, ...]  # batches
+    together: int  # requests at once in a Punica workload and in PEFT
     requests: int  # of a Punica workload
     answer: int  # longest answer of one
-    batch: int  # requests at once
-    decodes: tuple[tuple[int, int], ...]  # (batch, adapters in it); 0 = loaded, but the base's
+    popularities: tuple[str, ...] = ("distinct", "uniform", "zipf", "identical")
 
 
-FULL = Size(
-    model="llama-3.1-8b",
-    dtype="bfloat16",
-    rank=16,
-    adapters=64,
-    context=1024,
-    steps=48,
-    prefill=8192,
-    chunk=4096,
+FULL = Plan(
+    Size(
+        model="llama-3.1-8b",
+        dtype="bfloat16",
+        rank=16,
+        adapters=256,
+        context=1024,
+        steps=48,
+        prefill=8192,
+        prompts=4,
+        chunk=4096,
+        batch=256,
+    ),
+    decodes=(
+        *((1, 1), (32, 0), (32, 32), (256, 16), (8, 8), (64, 64), (256, 256), (64, 8), (32, 6)),
+        *((256, 0), (1, 0), (32, 1), (8, 1), (128, 12)),
+    ),
+    sampled=(64, 256),
+    together=32,
     requests=64,
     answer=128,
-    batch=32,
-    decodes=(
-        *((1, 1), (32, 0), (32, 32), (8, 8), (64, 64), (64, 8), (32, 6)),
-        *((64, 0), (1, 0), (32, 1), (32, 8), (8, 1)),
-    ),
 )
-TINY = Size(
-    model="",  # a checkpoint that is written for it
-    dtype="bfloat16",
-    rank=8,
-    adapters=4,
-    context=20,
-    steps=4,
-    prefill=64,
-    chunk=32,
+TINY = Plan(
+    Size(
+        model="",  # a checkpoint that is written for it
+        dtype="bfloat16",
+        rank=8,
+        adapters=4,
+        context=20,
+        steps=2,
+        prefill=64,
+        prompts=4,
+        chunk=32,
+        batch=4,
+    ),
+    decodes=((1, 1), (4, 0), (4, 4), (4, 2)),
+    sampled=(4,),
+    together=4,
     requests=4,
     answer=3,
-    batch=4,
-    decodes=((1, 1), (4, 0), (4, 4), (4, 2)),
+    popularities=("zipf", "identical"),
 )
 PEFT_ADAPTERS = 8  # each adapter takes PEFT about a second to add
-POPULARITIES = ("distinct", "uniform", "zipf", "identical")
 
 
-class Session:
-    """An engine of random weights with adapters a0, a1, ..."""
+class Cases:
+    """The cases of one engine: each is timed, judged, written and told."""
 
-    def __init__(self, size: Size, device: Device, adapters: int, **settings: Any) -> None:
-        start = time.perf_counter()
-        length = max(size.context + 4 * size.steps + 16, size.prefill + 16, 512 + size.answer)
-        self.size = size
-        self.engine = Engine(
-            EngineConfig(
-                **{
-                    "model": size.model,
-                    "load_format": "dummy",
-                    "dtype": size.dtype,
-                    "device": "cuda",
-                    "skip_tokenizer_init": True,
-                    "enable_prefix_caching": False,
-                    "max_model_len": length,
-                    "max_num_seqs": max(batch for batch, _ in size.decodes),
-                    "max_num_batched_tokens": size.chunk,
-                    "max_loras": max(adapters, 1),
-                    "lora_pages": max(adapters, 1) * size.rank // 8,
-                    **settings,
-                }
-            )
+    def __init__(self, plan: Plan, bench: Bench, adapters: int, **settings: Any) -> None:
+        self.plan, self._bench = plan, bench
+        self.session = Session(plan.size, bench, adapters, **settings)
+
+    def decode(self, case: str, batch: int, adapters: int | None, **params: Any) -> None:
+        """Decode steps; `adapters` is None where there is none in the engine."""
+        used = adapters or 0
+        timed = self.session.decode(batch, used, **params)
+        step = self.session.decode_step(batch, used, batch if params else 0)
+        name = f"decode, batch {batch}, {case}"
+        fields = {} if adapters is None else {"adapters": adapters}
+        milliseconds = spread(timed.seconds)
+        self._add(
+            name, 1e3 * milliseconds[0], self.session.predicted_us(step), STEP,
+            kind="decode", case=case, batch=batch, **fields,
+            milliseconds=milliseconds, host_us=round(timed.host_us, 1),
+        )  # fmt: skip
+
+    def prefill(self, adapters: int | None) -> None:
+        """Prompts, by tokens per second."""
+        us = 1e6 * sum(self.session.prefill(adapters or 0).seconds)
+        predicted = self.session.predicted_us(*self.session.prefill_steps(adapters or 0))
+        rate = self.plan.size.prefill / us * 1e6
+        name = f"prefill, {adapters or 0} adapters"
+        self._add(
+            name, us, predicted, STEP, kind="prefill", adapters=adapters, tokens_per_second=rate
         )
-        self.vocab = self.engine.model_config.vocab_size
-        dtype = getattr(torch, size.dtype)
-        for i in range(adapters):
-            one = random_adapter(self.engine.model_config, size.rank, i, dtype=dtype)
-            self.engine.store.load(f"a{i}", one)
-        self.seconds = time.perf_counter() - start
-        self._draw = random.Random(0)
 
-    def add(self, length: int, new: int, adapter: int | None) -> str:
-        """Queues a random prompt."""
-        prompt = [self._draw.randrange(self.vocab) for _ in range(length)]
-        params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
-        name = None if adapter is None else f"a{adapter}"
-        return self.engine.add_request(prompt, params, adapter=name)
+    def punica(self, popularity: str) -> None:
+        """A closed loop, done once before it is timed."""
+        loop = Loop(self.plan, popularity)
+        loop.run(self.session)
+        with self._bench.watch.timed(f"punica {popularity}"):
+            found = loop.run(self.session)
+        us, predicted = 1e6 * found["seconds"], self.session.predicted_us(*loop.steps())
+        name = f"punica {popularity}"
+        # The prediction takes all prompts first: steps with both are eager, and slower.
+        self._add(name, us, predicted, KERNEL, kind="punica", popularity=popularity, **found)
 
-    def decode(self, batch: int, adapters: int) -> list[float]:
-        """Seconds of each decode step of a batch."""
-        # The first rows go on while the last prompts are computed; none may end before the clock.
-        new = self.size.steps + 8 + 2 * -(-batch * self.size.context // self.size.chunk)
-        for i in range(batch):
-            self.add(self.size.context, new, i % adapters if adapters else None)
-        tokens: dict[str, int] = {}
-        while len(tokens) < batch:  # all prompts are computed
-            tokens |= {o.request_id: 1 for o in self.engine.step() if o.outputs[0].token_ids}
-        for _ in range(4):
-            self.engine.step()
-        times = []
-        for _ in range(self.size.steps):
-            start = time.perf_counter()
-            self.engine.step()
-            times.append(time.perf_counter() - start)
-        assert len(self.engine.request_ids) == batch, "a request ended while the clock ran"
-        self.abort_all()
-        return times
+    def _add(self, name: str, us: float, predicted: float, limit: float, **result: Any) -> None:
+        beside = self._bench.judge.beside(name, us, predicted, limit=limit)
+        self._bench.report.add(**result, **beside)
+        say(f"{name}: {us / 1e3:.2f} ms, model {predicted / 1e3:.2f}")
 
-    def prefill(self, adapters: int) -> float:
-        """Prompt tokens per second, over four prompts at once."""
-        count = 4
-        for i in range(count):
-            self.add(self.size.prefill // count, 1, i % adapters if adapters else None)
-        start = time.perf_counter()
-        while self.engine.has_work:
-            self.engine.step()
-        return self.size.prefill / (time.perf_counter() - start)
 
-    def punica(self, popularity: str) -> dict[str, float]:
-        """A closed loop: a batch of requests at any time, adapters by popularity."""
-        draw, count, batch = random.Random(1), self.size.requests, self.size.batch
-        slots = slots_of(popularity, min(count, self.size.adapters))
-        draw.shuffle(slots)
+class Loop:
+    """A closed loop: a batch of requests at any time, adapters by popularity."""
+
+    def __init__(self, plan: Plan, popularity: str) -> None:
+        draw, count = random.Random(1), plan.requests
+        self._plan = plan
+        self._slots = slots_of(popularity, min(count, plan.size.adapters))
+        draw.shuffle(self._slots)
         # Prompts and answers vary as in chats: most are short.
-        sizes = [
-            (int(draw.triangular(8, 512, 64)), int(draw.triangular(4, self.size.answer, 64)))
+        self._sizes = [
+            (int(draw.triangular(8, 512, 64)), int(draw.triangular(4, plan.answer, 64)))
             for _ in range(count)
         ]
-        if self.size.answer < 64:
-            sizes = [(8, self.size.answer) for _ in range(count)]
-        waiting = list(range(count))[::-1]
+        if plan.answer < 64:
+            self._sizes = [(8, plan.answer) for _ in range(count)]
+
+    def run(self, session: Session) -> dict[str, float]:
+        """Does it all."""
+        waiting = list(range(self._plan.requests))[::-1]
         begun: dict[str, float] = {}
         first: dict[str, float] = {}
         start, tokens, running = time.perf_counter(), 0, 0
         while waiting or running:
-            while waiting and running < batch:
+            while waiting and running < self._plan.together:
                 i = waiting.pop()
-                begun[self.add(*sizes[i], slots[i % len(slots)])] = time.perf_counter()
+                slot = self._slots[i % len(self._slots)]
+                begun[session.add(*self._sizes[i], slot)] = time.perf_counter()
                 running += 1
-            for output in self.engine.step():
+            for output in session.engine.step():
                 first.setdefault(output.request_id, time.perf_counter())
                 if output.finished:
                     tokens += len(output.outputs[0].token_ids)
@@ -182,72 +170,82 @@ class Session:
         seconds = time.perf_counter() - start
         waits = sorted(first[i] - begun[i] for i in begun)
         return {
+            "seconds": seconds,
             "tokens_per_second": tokens / seconds,
             "time_to_first_token_median": median(waits),
             "time_to_first_token_p99": waits[int(0.99 * (len(waits) - 1))],
         }
 
-    def abort_all(self) -> None:
-        """Ends all requests."""
-        for request in self.engine.request_ids:
-            self.engine.abort(request)
+    def steps(self) -> list[gpu_model.Step]:
+        """For the model: all prompts in full steps, then all answers in full batches."""
+        size, together = self._plan.size, self._plan.together
+        prompts, answers = (sum(part) for part in zip(*self._sizes, strict=True))
+        ranks = min(len(set(self._slots)), together), size.rank
+        context = prompts // len(self._sizes) + answers // len(self._sizes) // 2
+        whole = gpu_model.prefill(min(size.chunk, prompts), 1, *ranks)
+        decode = gpu_model.decode(together, context, *ranks)
+        return [whole] * -(-prompts // size.chunk) + [decode] * -(-answers // together)
 
 
-def groups(size: Size, device: Device) -> Sequence[tuple[str, Callable[[Report], None]]]:
-    """The cases in groups, the most telling first; a group shares its engines."""
+def groups(plan: Plan, bench: Bench) -> Sequence[tuple[str, Callable[[], None]]]:
+    """The cases in groups, the most telling first; a group shares its engine."""
+    report, size = bench.report, plan.size
 
-    def base(report: Report) -> None:
-        session = Session(size, device, 0)
-        report.content["start_seconds"] = round(session.seconds, 1)
-        report.content["memory"] = session.engine.memory()
-        for batch in sorted({batch for batch, _ in size.decodes}, reverse=True):
-            report.add(
-                kind="decode", case="base only", batch=batch, **spread(session.decode(batch, 0))
-            )
-        report.add(kind="prefill", adapters=None, tokens_per_second=session.prefill(0))
+    def base() -> None:
+        cases = Cases(plan, bench, 0)
+        report.content["start_seconds"] = round(cases.session.seconds, 1)
+        report.content["memory"] = cases.session.engine.memory()
+        batches = sorted({batch for batch, _ in plan.decodes}, reverse=True)
+        work = [partial(cases.decode, "base only", batch, None) for batch in batches]
+        work.append(partial(cases.prefill, None))
+        work += [partial(cases.decode, "sampled", b, None, **SAMPLED) for b in plan.sampled]
+        run_all(work, bench)
 
-    def adapted(report: Report) -> None:
-        session = Session(size, device, size.adapters)
-        for batch, adapters in size.decodes:
+    def adapted() -> None:
+        cases = Cases(plan, bench, size.adapters)
+        work: list[partial[None]] = []
+        for batch, adapters in plan.decodes:
             case = f"{adapters} adapters" if adapters else "LoRA idle"
-            times = session.decode(batch, adapters)
-            report.add(kind="decode", case=case, batch=batch, adapters=adapters, **spread(times))
-        for adapters in (0, 1, 4):
-            rate = session.prefill(adapters)
-            report.add(kind="prefill", adapters=adapters, tokens_per_second=rate)
-        for popularity in POPULARITIES:
-            report.add(kind="punica", popularity=popularity, **session.punica(popularity))
+            work.append(partial(cases.decode, case, batch, adapters))
+        work += [partial(cases.prefill, adapters) for adapters in (0, 1, 4)]
+        work += [partial(cases.punica, popularity) for popularity in plan.popularities]
+        run_all(work, bench)
 
-    def sequential(report: Report) -> None:
-        settings = {"overlap_lora": False, "async_scheduling": False}
-        for name, value in settings.items():
-            session = Session(size, device, size.adapters, **{name: value})
-            for adapters in (size.batch, 1):
-                times = session.decode(size.batch, adapters)
-                report.add(
-                    kind="decode",
-                    case=f"{name}={value}",
-                    batch=size.batch,
-                    adapters=adapters,
-                    **spread(times),
-                )
-            del session
-            release(device)
+    def sequential() -> None:
+        smaller = replace(plan, size=replace(size, batch=plan.together))
+        for name, value in {"overlap_lora": False, "async_scheduling": False}.items():
+            cases = Cases(smaller, bench, plan.together, **{name: value})
+            work = [
+                partial(cases.decode, f"{name}={value}", plan.together, adapters)
+                for adapters in (plan.together, 1)
+            ]
+            run_all(work, bench)
+            del cases, work
+            release(bench.device)
 
-    theirs = partial(peft, size, device)
     return (
         ("base", base),
         ("adapted", adapted),
-        ("peft", theirs),
+        ("peft", partial(peft, plan, bench)),
         ("one thing switched off", sequential),
     )
 
 
-def peft(size: Size, device: Device, report: Report) -> None:
+def run_all(work: Sequence[partial[None]], bench: Bench) -> None:
+    """Does the cases for which there is time."""
+    for case in work:
+        if bench.report.seconds_left < 20 and not bench.rehearsed:
+            bench.report.leave_out(case.args)
+            continue
+        bench.run(case.args, case)
+
+
+def peft(plan: Plan, bench: Bench) -> None:
     """transformers and PEFT: the decode steps of one batch with mixed adapters."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, LlamaConfig
 
+    size, device = plan.size, bench.device
     config = shape_of(size.model)
     with device.torch:
         model = AutoModelForCausalLM.from_config(
@@ -259,11 +257,12 @@ def peft(size: Size, device: Device, report: Report) -> None:
     for i in range(1, PEFT_ADAPTERS):
         model.add_adapter(f"a{i}", lora)
     model.eval()
-    ids = torch.randint(3, config.vocab_size, (size.batch, size.context), device=device.torch)
+    ids = torch.randint(3, config.vocab_size, (plan.together, size.context), device=device.torch)
+    more = max(size.steps // 4, 1)
     for adapters in (PEFT_ADAPTERS, 1):
-        names = [f"a{i % adapters}" for i in range(size.batch)]
+        names = [f"a{i % adapters}" for i in range(plan.together)]
         seconds = []
-        for new in (1, 1 + size.steps // 4, 1, 1 + size.steps // 4):  # the first two warm up
+        for new in (1, 1 + more, 1, 1 + more):  # the first two warm up
             device.synchronize()
             start = time.perf_counter()
             with torch.inference_mode():
@@ -278,13 +277,14 @@ def peft(size: Size, device: Device, report: Report) -> None:
                 )
             device.synchronize()
             seconds.append(time.perf_counter() - start)
-        step = (seconds[3] - seconds[2]) / (size.steps // 4)
-        report.add(
+        step = (seconds[3] - seconds[2]) / more
+        bench.report.add(
             kind="peft decode",
-            batch=size.batch,
+            batch=plan.together,
             adapters=adapters,
             milliseconds=[round(step * 1e3, 3)],
         )
+        say(f"peft decode, batch {plan.together}, {adapters} adapters: {step * 1e3:.2f} ms")
 
 
 def hf_fields(config: ModelConfig) -> dict[str, Any]:
@@ -303,40 +303,28 @@ def hf_fields(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def spread(times: list[float]) -> dict[str, Any]:
+def spread(times: Sequence[float]) -> list[float]:
     """Median, 10th and 90th percentile in milliseconds."""
     ordered = sorted(times)
     cuts = (median(ordered), ordered[len(ordered) // 10], ordered[-1 - len(ordered) // 10])
-    return {"milliseconds": [round(t * 1e3, 3) for t in cuts]}
-
-
-def release(device: Device) -> None:
-    """Gives back the memory of engines that are gone."""
-    gc.collect()
-    device.memory()
+    return [round(t * 1e3, 3) for t in cuts]
 
 
 def main() -> int:
     args, device, report = parse(__doc__ or "")
-    size = FULL
+    plan = FULL
     if args.rehearse:
-        from tests.checkpoints import write_checkpoint
-
-        folder = args.out.parent / "tiny"
-        write_checkpoint(folder)
-        size = replace(TINY, model=str(folder))
+        model = tiny_model(args.out.parent / "tiny")
+        plan = replace(TINY, size=replace(TINY.size, model=model))
     torch.manual_seed(0)
-    for name, run in groups(size, device):
+    bench = open_bench(args, device, report)
+    for name, run in groups(plan, bench):
         if report.seconds_left < 20 and not args.rehearse:
             report.leave_out(name)
             continue
-        try:
-            run(report)
-        except Exception:  # what it was costs the others nothing
-            report.fail(f"{name}: {traceback.format_exc()}")
+        bench.run(name, run)
         release(device)
-    report.write()
-    say(f"{len(report.content['results'])} results")
+    say(bench.close(f"{len(report.content['results'])} results"))
     return report.status
 
 

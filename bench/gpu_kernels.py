@@ -1,7 +1,8 @@
 """Part "kernels" of `bench/gpu.py`: LoRA at the sites of Llama 3.1 8B, and attention.
 
-Each case is a captured chain of calls on different weights, as in the layers of a model. It is
-timed against torch's two usual ways: a gather of whole matrices with `bmm`, a loop over adapters.
+Each case is a captured chain of calls on different weights, as in the layers of a model, none of
+which is in a cache when it begins. It is timed against torch's two usual ways: a gather of whole
+matrices with `bmm`, a loop over adapters.
 """
 
 from __future__ import annotations
@@ -12,15 +13,19 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
+import gpu_model
 import gpu_sglang
 import gpu_vllm
 import torch
-from gpu_common import Clock, Report, copy_bandwidth, parse, say
+from gpu_attention import Attention, attend
+from gpu_common import parse, say
+from gpu_timing import EVICT, Bench, l2_bytes, open_bench, sets_of
 from torch import Tensor
 
 import multilora_kernels as mk
-from multilora.config.lora_sites import sites_of
+from multilora.config.lora_sites import Site, sites_of
 from multilora.config.model import ModelConfig
 from multilora.config.presets import SHAPES
 from multilora.device.cpu import Device
@@ -30,7 +35,6 @@ RANKS = (8, 16, 64, "mixed")
 MIXED = (8, 16, 32, 64)
 BATCHES = (1, 32, 8, 64, 256, 128)  # the most telling first: time may run out
 TOLERANCE = 0.05  # of the largest change: bf16 sums in another order
-COLD = 200 << 20  # bytes of weights in a chain: several times any L2 cache
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,23 @@ class Case:
     popularity: str
     rank: int | str
 
+    def __str__(self) -> str:
+        return f"{self.site}, batch {self.batch}, {self.popularity}, rank {self.rank}"
+
+    @property
+    def slots(self) -> list[int]:
+        """The slot of each row."""
+        return slots_of(self.popularity, self.batch)
+
+    @property
+    def ranks(self) -> list[int]:
+        """The rank of each adapter."""
+        return [rank_of(self.rank, i) for i in range(max(self.slots) + 1)]
+
+    def weight_bytes(self, site: Site, itemsize: int) -> int:
+        """Bytes of all adapters at the site, each once."""
+        return sum(self.ranks) * (len(site.slices) * site.in_ + site.out) * itemsize
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -50,8 +71,7 @@ class Plan:
     dtype: torch.dtype
     batches: tuple[int, ...]
     repeat: int
-    cold: int  # bytes of weights in a chain
-    max_sets: int
+    cold: int  # bytes of weights in a chain, unless they are too many calls
 
 
 class Problem:
@@ -59,13 +79,10 @@ class Problem:
 
     def __init__(self, case: Case, plan: Plan, device: Device, config: ModelConfig) -> None:
         site = sites_of(config)[case.site]
-        slots = slots_of(case.popularity, case.batch)
-        self.slots, self.starts = slots, site.slice_starts
-        ranks = [rank_of(case.rank, i) for i in range(max(slots) + 1)]
-        self.ranks, slices = ranks, len(site.slices)
+        self.case, self.site, self.slots, self.ranks = case, site, case.slots, case.ranks
+        self.starts, slices, ranks = site.slice_starts, len(site.slices), case.ranks
         pages = [rank // 8 for rank in ranks]
-        per_set = sum(ranks) * (slices * site.in_ + site.out) * plan.dtype.itemsize
-        count = max(2, min(plan.max_sets, math.ceil(plan.cold / per_set)))
+        per_set = case.weight_bytes(site, plan.dtype.itemsize)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, dtype=plan.dtype, device=device.torch)
@@ -76,14 +93,26 @@ class Problem:
                 normal(sum(pages), slices, 8, site.in_).mul_(site.in_**-0.5),
                 normal(sum(pages), 8, site.out).mul_(min(ranks) ** -0.5),
             )
-            for _ in range(count)
+            for _ in range(sets_of(per_set, plan.cold))
         ]
         self.x, self.y = normal(case.batch, site.in_), normal(case.batch, site.out)
+        self._fresh = self.y.clone()
         self.table = table_of(pages, device)
-        tile = mk.DECODE_TILE
-        self.tiles = mk.Tiles(*(t.to(device.torch) for t in mk.make_tiles(slots, tile)))
+        tiles = mk.make_tiles(self.slots, mk.DECODE_TILE)
+        self.tiles = mk.Tiles(*(t.to(device.torch) for t in tiles))
         traffic = case.batch * (site.in_ + 2 * site.out) * plan.dtype.itemsize
         self.bytes = per_set + traffic
+
+    def reset(self) -> None:
+        """Takes back what calls have added to y: beside much of it, a right change looks wrong."""
+        self.y.copy_(self._fresh)
+
+    def predicted_us(self, card: gpu_model.Card) -> float:
+        """Of shrink and expand, one after the other, in a graph."""
+        rows = sum(self.ranks[slot] for slot in self.slots)
+        width = self.site.in_, self.site.out
+        found = gpu_model.lora(self.site.name, width, len(self.slots), self.ranks, rows)
+        return sum(kernel.in_step_us(card) for kernel in found)
 
     def ours(self) -> list[Callable[[], Tensor]]:
         def one(a: Tensor, b: Tensor) -> Callable[[], Tensor]:
@@ -150,12 +179,11 @@ class Problem:
 
     def error_of(self, way: Callable[[], Tensor]) -> float:
         """The largest difference from the loop, relative to the largest change."""
-        start = self.y.clone()
         results = []
         for call in (way, self.looped(self.dense()[:1])[0]):
-            self.y.copy_(start)
-            results.append(call().float() - start.float())
-        self.y.copy_(start)
+            self.reset()
+            results.append(call().float() - self._fresh.float())
+        self.reset()
         return float((results[0] - results[1]).abs().max() / results[1].abs().max())
 
 
@@ -217,13 +245,15 @@ def ways(problem: Problem) -> dict[str, list[Callable[[], Tensor]]]:
     return found | gpu_sglang.ways(x, y, problem.slots, problem.ranks, problem.starts, dense)
 
 
-def measure(case: Case, problem: Problem, repeat: int, bench: Bench) -> None:
+def measure(problem: Problem, repeat: int, bench: Bench) -> None:
     """Times a case in all ways; a result that is wrong is an error, not a number."""
-    error = problem.error_of(problem.ours()[0])
-    if not error <= TOLERANCE:
-        bench.report.fail(f"{case}: ours differs from the loop by {error:.2%}")
+    case = bench.clock.case = problem.case
+    own_error = problem.error_of(problem.ours()[0])
+    if not own_error <= TOLERANCE:
+        bench.report.fail(f"{case}: ours differs from the loop by {own_error:.2%}")
         return
     found: dict[str, object] = {}
+    us: dict[str, float] = {}
     for name, steps in ways(problem).items():
         try:
             wrong = problem.error_of(steps[0])
@@ -233,99 +263,51 @@ def measure(case: Case, problem: Problem, repeat: int, bench: Bench) -> None:
         except Exception as error:  # of another project; ours was checked
             found[name] = f"{type(error).__name__}: {error}"
             continue
+        us[name] = times[0] * 1e6
         found[name] = {
             "microseconds": [round(t * 1e6, 3) for t in times],
             "gigabytes_per_second": round(problem.bytes / times[0] / 1e9, 2),
             "percent_of_copy": round(100 * problem.bytes / times[0] / bench.copy, 1),
         }
-    bench.report.add(
-        kind="lora", **vars(case), bytes=problem.bytes, sets=len(problem.sets), error=error, **found
-    )
+    problem.reset()
+    if "ours" not in us:
+        bench.report.fail(f"{case}: {found['ours']}")
+        return
+    ours, predicted = us.pop("ours"), problem.predicted_us(bench.card)
+    beside = bench.judge.beside(str(case), ours, predicted, comparators=us)
+    sizes = {"bytes": problem.bytes, "sets": len(problem.sets), "error": own_error}
+    bench.report.add(kind="lora", **vars(case), **sizes, **found, **beside)
 
 
-@dataclass(frozen=True)
-class Bench:
-    """What all cases share."""
-
-    device: Device
-    clock: Clock
-    report: Report
-    copy: float  # bytes per second
-
-
-@dataclass(frozen=True)
-class Attention:
-    """A shape of attention: the last `queries` tokens of `seqs` sequences of `length` tokens."""
-
-    seqs: int
-    length: int
-    queries: int
-    heads: int = 32
-    kv_heads: int = 8
-    dim: int = 128
-
-
-def attend(case: Attention, plan: Plan, bench: Bench) -> None:
-    """Times attention over two sets of KV pages."""
-    device, size = bench.device.torch, 16
-    blocks = case.seqs * case.length // size
-    shape = (2, blocks, size, case.kv_heads, case.dim)
-    sets = [torch.randn(shape, device=device).to(plan.dtype) for _ in range(2)]
-    q = torch.randn(case.seqs * case.queries, case.heads, case.dim, device=device).to(plan.dtype)
-    table = torch.randperm(blocks, device=device).view(case.seqs, -1).int()
-    lens = torch.full((case.seqs,), case.length, dtype=torch.int32, device=device)
-    starts = (torch.arange(case.seqs + 1, device=device) * case.queries).int()
-
-    def one(kv: Tensor) -> Callable[[], Tensor]:
-        return lambda: mk.paged_attention(
-            q,
-            *kv.unbind(0),
-            table,
-            lens,
-            starts,
-            scale=case.dim**-0.5,
-            max_query_len=case.queries,
-            max_seq_len=case.length,
-        )
-
-    times = bench.clock.of_graph([one(kv) for kv in sets], plan.repeat)
-    num_bytes = sets[0].nbytes
-    seen = case.length - (case.queries - 1) / 2  # tokens that a query sees, on average
-    flops = 4 * case.heads * case.dim * case.seqs * case.queries * seen
-    bench.report.add(
-        kind="attention",
-        **vars(case),
-        microseconds=[round(t * 1e6, 3) for t in times],
-        percent_of_copy=round(100 * num_bytes / times[0] / bench.copy, 1),
-        teraflops=round(flops / times[0] / 1e12, 3),
-    )
+def one(case: Case, plan: Plan, config: ModelConfig, bench: Bench) -> None:
+    measure(Problem(case, plan, bench.device, config), plan.repeat, bench)
 
 
 def main() -> int:
     args, device, report = parse(__doc__ or "")
-    config, plan = SHAPES["llama-3.1-8b"], Plan(torch.bfloat16, BATCHES, 30, COLD, 32)
+    config, plan = (
+        SHAPES["llama-3.1-8b"],
+        Plan(torch.bfloat16, BATCHES, 30, EVICT * l2_bytes(device)),
+    )
     shapes = [Attention(32, 4096, 1), Attention(1, 8192, 1), Attention(64, 1024, 1)]
     shapes.append(Attention(1, 8192, 2048))
     if args.rehearse:
         from tests.checkpoints import TINY
 
-        config, plan = TINY, Plan(torch.bfloat16, (1, 4), 2, 1 << 14, 2)
+        config, plan = TINY, Plan(torch.bfloat16, (1, 4), 2, 1)
         shapes = [Attention(2, 32, 1, 4, 2, 16), Attention(1, 64, 16, 4, 2, 16)]
     torch.manual_seed(0)
-    copy = copy_bandwidth(device, 1 << (20 if args.rehearse else 30))
-    bench = Bench(device, Clock(device), report, copy)
-    report.content["copy_gigabytes_per_second"] = round(copy / 1e9, 1)
+    bench = open_bench(args, device, report)
     report.content["vllm"], report.content["sglang"] = gpu_vllm.state(), gpu_sglang.state()
     with torch.inference_mode():
         for shape in shapes:
-            attend(shape, plan, bench)
+            bench.run(shape, partial(attend, shape, plan.dtype, plan.repeat, bench))
         for case in cases(plan.batches):
             if report.seconds_left < 5 and not args.rehearse:
                 report.leave_out(case)
                 continue
-            measure(case, Problem(case, plan, device, config), plan.repeat, bench)
-    report.write()
-    say(f"copy {copy / 1e9:.0f} GB/s, {len(report.content['results'])} cases")
+            bench.run(case, partial(one, case, plan, config, bench))
+    say(bench.close(f"copy {bench.copy / 1e9:.0f} GB/s, {len(report.content['results'])} cases"))
     return report.status
 
 

@@ -89,7 +89,13 @@ def install(patch: pytest.MonkeyPatch) -> Calls:
         def elapsed_time(self, end: Event) -> float:  # ms
             return 1e3 * (end.time - self.time)
 
-    card = SimpleNamespace(major=9, minor=0, multi_processor_count=132, total_memory=80 * 10**9)
+    card = SimpleNamespace(
+        major=9,
+        minor=0,
+        multi_processor_count=132,
+        total_memory=80 * 10**9,
+        L2_cache_size=1 << 14,
+    )
 
     names = {
         "is_available": lambda: True,

@@ -7,11 +7,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = {"smoke": 4, "tests": 88, "kernels": 130, "engine": 20, "tune": 2}
+PARTS = {"smoke": 4, "tests": 88, "profile": 8, "kernels": 130, "engine": 20, "tune": 2}
 """And how many results each has at least."""
 
 
@@ -41,6 +42,8 @@ def test_every_part_runs_from_a_bare_checkout(tmp_path: Path) -> None:
         assert found[part]["complete"]
         assert found[part]["machine"]["device"] == "a fake GPU"
         assert found[part]["machine"]["versions"]["torch"]
+    for part in ("profile", "kernels", "engine"):
+        check_measurements(found[part])
     kinds = {result["kind"] for result in found["engine"]["results"]}
     assert kinds == {"decode", "prefill", "punica", "peft decode"}
     assert {result["right"] for result in found["smoke"]["results"]} == {True}
@@ -79,3 +82,16 @@ def test_a_wrong_kernel_is_found_and_named(tmp_path: Path) -> None:
     assert ("test_lora", "failed") in outcomes  # where a batch has a mix
     assert ("test_attention", "failed") not in outcomes
     assert ("test_attention", "passed") in outcomes
+
+
+def check_measurements(found: dict[str, Any]) -> None:
+    """Nothing was compiled while a clock ran, and each result stands beside its prediction."""
+    assert found["compiled"] > 0
+    assert found["compiled_while_timed"] == []
+    assert found["slow"] == []
+    for result in found["results"]:
+        assert result["kind"] == "peft decode" or "measured_to_predicted" in result, result
+        known = [kernel for kernel in result.get("kernels", []) if "predicted_count" in kernel]
+        assert all(kernel["count"] == kernel["predicted_count"] for kernel in known), known
+        wanted = (9, 17) if result["kind"] == "step" else (0,)  # without LoRA, with it
+        assert len(known) in wanted, result

@@ -201,7 +201,7 @@ def _peers(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("site", ["qkv", "gate_up", "o"])
 @pytest.mark.parametrize(("popularity", "rank"), [("zipf", "mixed"), ("identical", 16)])
 def test_every_way_gives_what_the_loop_gives(site: str, popularity: str, rank: int | str) -> None:
-    plan = Plan(torch.float32, (20,), 1, 1, 2)
+    plan = Plan(torch.float32, (20,), 1, 1)
     problem = Problem(Case(site, 20, popularity, rank), plan, Device(), TINY)
     found = gpu_kernels.ways(problem)
     assert set(found) == {"ours", "bmm_gather", "loop", "vllm", "sglang", "sglang csgmv"}
