@@ -167,7 +167,7 @@ def test_a_machine_that_says_nothing_of_its_memory_is_tried(
 
 
 @pytest.mark.parametrize(
-    "where", ["load_checkpoint", "ModelRunner.rehearse", "ModelRunner.capture"]
+    "where", ["load_checkpoint", "ModelRunner.profile_run", "ModelRunner.capture"]
 )
 def test_a_gpu_that_runs_out_of_memory_is_said_with_what_was_expected(
     root: Path, monkeypatch: pytest.MonkeyPatch, where: str
