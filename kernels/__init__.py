@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from . import cuda, plans, reference
 from .calls import Call, Program, Tape, results_in
+from .compilations import Compilations
 from .memory import empty_huge
 from .native import HAS_CPP
 from .ops import (
@@ -43,6 +44,7 @@ __all__ = [
     "HAS_CPP",
     "PREFILL_TILE",
     "Call",
+    "Compilations",
     "PackedWeight",
     "Pool",
     "Program",

@@ -29,10 +29,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .plans import FP8_SM, HEAD_DIMS
+from .plans import FP8_SM, HEAD_DIMS, seq_block
 from .segments import (
     OCTAVE,
     OCTAVES,
+    SCALES,
+    VARYING,
     attend,
     count_segments,
     count_segments_,
@@ -80,10 +82,10 @@ def _query_rows(
     return rows, query, head, mask
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=SCALES)
 def _split_kernel(
-    partial_ptr,  # fp32 [segments, seqs, QUERIES, heads, head_dim]
-    stats_ptr,  # fp32 [segments, seqs, QUERIES, heads, 2]: top, total
+    partial_ptr,  # fp32 [segments, seqs, queries, heads, head_dim]
+    stats_ptr,  # fp32 [segments, seqs, queries, heads, 2]: top, total
     q,
     k_ptr,
     v_ptr,
@@ -93,12 +95,12 @@ def _split_kernel(
     k_scale_ptr,
     log2_scale,
     num_seqs,
-    strides,  # of K, of V (blocks, tokens, heads each), of the table's rows
+    queries,  # most query rows of a sequence that is split
+    stride_table_seqs,
+    strides,  # of K, of V (blocks, tokens, heads each)
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    SHORT: tl.constexpr,  # most query rows of a sequence that is split
-    QUERIES: tl.constexpr,
     UNIT: tl.constexpr,
     OCTAVE: tl.constexpr,
     OCTAVES: tl.constexpr,
@@ -109,7 +111,7 @@ def _split_kernel(
     PRECISION: tl.constexpr,
 ):
     """Each program takes every num_programs(0)-th of all segments of one KV head."""
-    k_blocks, k_tokens, k_heads, v_blocks, v_tokens, v_heads, table_seqs = strides
+    k_blocks, k_tokens, k_heads, v_blocks, v_tokens, v_heads = strides
     pid_head = tl.program_id(1).to(tl.int64)
     offs_seq = tl.arange(0, BLOCK_SEQS)
     mask_seq = offs_seq < num_seqs
@@ -117,14 +119,14 @@ def _split_kernel(
     counts = tl.load(starts_ptr + 1 + offs_seq, mask=mask_seq, other=0) - starts
     lens = tl.load(lens_ptr + offs_seq, mask=mask_seq, other=0)
     segments = count_segments_(lens, UNIT, OCTAVE, OCTAVES)
-    segments = tl.where((counts > 0) & (counts <= SHORT), segments, 0)
+    segments = tl.where((counts > 0) & (counts <= queries), segments, 0)
     ends = tl.cumsum(segments, 0)
     if k_scale_ptr is not None:
         log2_scale *= tl.load(k_scale_ptr + pid_head)
     offs_dim = tl.arange(0, HEAD_DIM)
     for work in range(tl.program_id(0), tl.sum(segments), tl.num_programs(0)):
         seq = tl.sum((ends <= work).to(tl.int32))
-        segment = work - tl.sum(tl.where(offs_seq < seq, segments, 0))
+        segment = work - tl.max(tl.where(ends <= work, ends, 0))
         first_token = tl.load(starts_ptr + seq)
         count = tl.load(starts_ptr + seq + 1) - first_token
         end = tl.load(lens_ptr + seq)
@@ -134,7 +136,7 @@ def _split_kernel(
         )
         cache = (
             k_ptr + pid_head * k_heads, v_ptr + pid_head * v_heads,
-            table_ptr + seq.to(tl.int64) * table_seqs,
+            table_ptr + seq.to(tl.int64) * stride_table_seqs,
             k_blocks, k_tokens, v_blocks, v_tokens,
         )  # fmt: skip
         first = segment_start(segment, UNIT, OCTAVE)
@@ -143,15 +145,14 @@ def _split_kernel(
             rows, before + query, first, (before + 1) // BLOCK_KV * BLOCK_KV, last, log2_scale,
             cache, BLOCK_SIZE, BLOCK_KV, PRECISION,
         )  # fmt: skip
-        place = (segment * num_seqs + seq).to(tl.int64) * QUERIES + query
-        place = (place * HEADS + head)[:, None]
-        mask = mask & (query < QUERIES)[:, None]
+        place = (segment * num_seqs + seq) * queries + query
+        place = (place.to(tl.int64) * HEADS + head)[:, None]
         tl.store(partial_ptr + place * HEAD_DIM + offs_dim[None, :], acc, mask=mask)
         stats = tl.join(top, total)
         tl.store(stats_ptr + place * 2 + tl.arange(0, 2)[None, :], stats, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=SCALES)
 def _chunk_kernel(
     out_ptr,  # [tokens, heads, head_dim]
     q,
@@ -164,12 +165,13 @@ def _chunk_kernel(
     v_scale_ptr,
     log2_scale,
     num_seqs,
+    stride_table_seqs,
     strides,  # as in `_split_kernel`
     SEGMENTED: tl.constexpr,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    SHORT: tl.constexpr,
+    SHORT: tl.constexpr,  # most query rows of a sequence that is split
     UNIT: tl.constexpr,
     OCTAVE: tl.constexpr,
     OCTAVES: tl.constexpr,
@@ -181,7 +183,7 @@ def _chunk_kernel(
 ):
     """A program for a tile of query rows and a KV head: all KV that its last row sees."""
     TILE: tl.constexpr = BLOCK_ROWS // GROUP  # queries
-    k_blocks, k_tokens, k_heads, v_blocks, v_tokens, v_heads, table_seqs = strides
+    k_blocks, k_tokens, k_heads, v_blocks, v_tokens, v_heads = strides
     pid_head = tl.program_id(1).to(tl.int64)
     # The tiles of sequence i begin at starts[i] // TILE + i. The last, longest ones go first.
     pid_tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -204,7 +206,7 @@ def _chunk_kernel(
         log2_scale *= tl.load(k_scale_ptr + pid_head)
     cache = (
         k_ptr + pid_head * k_heads, v_ptr + pid_head * v_heads,
-        table_ptr + seq.to(tl.int64) * table_seqs,
+        table_ptr + seq.to(tl.int64) * stride_table_seqs,
         k_blocks, k_tokens, v_blocks, v_tokens,
     )  # fmt: skip
     positions = before + query
@@ -276,14 +278,15 @@ def paged_attention(
     partial = q.new_empty((segments, num_seqs, queries, heads, head_dim), dtype=torch.float32)
     stats = q.new_empty((segments, num_seqs, queries, heads, 2), dtype=torch.float32)
     shared: dict[str, Any] = {
-        "HEADS": heads, "GROUP": group, "HEAD_DIM": head_dim, "SHORT": short,
+        "HEADS": heads, "GROUP": group, "HEAD_DIM": head_dim,
         "UNIT": unit, "OCTAVE": OCTAVE, "OCTAVES": OCTAVES,
-        "BLOCK_SEQS": triton.next_power_of_2(num_seqs), "enable_fp_fusion": False,
+        "BLOCK_SEQS": seq_block(num_seqs), "enable_fp_fusion": False,
     }  # fmt: skip
     inputs = (
         (q, *q.stride()[:2]), k_blocks, v_blocks, block_table, seq_lens, query_starts, k_scale,
     )  # fmt: skip
-    strides = (*k_blocks.stride()[:3], *v_blocks.stride()[:3], block_table.stride(0))
+    strides = (*k_blocks.stride()[:3], *v_blocks.stride()[:3])
+    table_seqs = block_table.stride(0)
     for split in (True, False) if max_query_len > short else (True,):
         tile = form(split, batch_invariant, q.itemsize, head_dim, sm)
         rows = max(tile.rows, triton.next_power_of_2(group))
@@ -295,17 +298,17 @@ def paged_attention(
         if split:
             grid = (split_programs(segments * num_seqs, kv_heads), kv_heads)
             _split_kernel[grid](
-                partial, stats, *inputs, scale * _LOG2_E, num_seqs, strides,
-                QUERIES=queries, **tiling,
+                partial, stats, *inputs, scale * _LOG2_E, num_seqs, queries, table_seqs, strides,
+                **tiling,
             )  # fmt: skip
         else:
             _chunk_kernel[(tokens // (rows // group) + num_seqs, kv_heads)](
-                out, *inputs, v_scale, scale * _LOG2_E, num_seqs, strides,
-                SEGMENTED=batch_invariant, **tiling,
+                out, *inputs, v_scale, scale * _LOG2_E, num_seqs, table_seqs, strides,
+                SEGMENTED=batch_invariant, SHORT=short, **tiling,
             )  # fmt: skip
     merge_kernel[(tokens, kv_heads)](
-        out, partial, stats, seq_lens, query_starts, v_scale, num_seqs,
-        QUERIES=queries, BLOCK_GROUP=triton.next_power_of_2(group), num_warps=4, **shared,
+        out, partial, stats, seq_lens, query_starts, v_scale, num_seqs, queries,
+        BLOCK_GROUP=triton.next_power_of_2(group), num_warps=4, **shared,
     )  # fmt: skip
     return out
 

@@ -81,7 +81,8 @@ def _store_kv(page_ptrs, x, scale_ptr, head, mask, mask_head):
     tl.store(page_ptrs, x.to(page_ptrs.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+# Scales of a layer may begin at any multiple of 4 bytes, and are read one by one.
+@triton.jit(do_not_specialize_on_alignment=("k_scale_ptr", "v_scale_ptr"))
 def _rope_store_kv_kernel(
     q_ptr,  # [tokens, heads, head_dim], rotated in place
     k_ptr,  # [tokens, kv_heads, head_dim]

@@ -26,9 +26,15 @@ from .tiles import Table, Tiles
 
 PAGE = 8
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Numbers that differ from step to step, or from site to site for nothing, are not specialised: no
+# variant is compiled for one that is 1, or a multiple of 16. Tiles are read one by one.
+_TILES = ("tile_slots_ptr", "tile_starts_ptr", "tile_lens_ptr", "num_tiles_ptr")
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=("num_tokens", "num_slices", "max_pages", "stride_page_ids"),
+    do_not_specialize_on_alignment=_TILES,
+)
 def _shrink_kernel(
     x_ptr, a_ptr, planes_ptr,
     page_ids_ptr, num_pages_ptr,
@@ -93,14 +99,19 @@ def _shrink_kernel(
             tl.store(planes[:, None] + columns[None, :], acc, mask=mask)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=(
+        "max_pages", "pages_u", "pages_planes", "stride_page_ids", "stride_page_weights",
+    ),
+    do_not_specialize_on_alignment=_TILES,
+)  # fmt: skip
 def _expand_kernel(
     y_ptr, u_ptr, b_ptr, ids_ptr,
     page_ids_ptr, page_weights_ptr, num_pages_ptr,
     scale_row_ptr, scale_ptr, bias_ptr,
     tile_slots_ptr, tile_starts_ptr, tile_lens_ptr, num_tiles_ptr,
     max_pages,
-    stride_y_tokens, stride_u, stride_planes, stride_b_pages, stride_page_ids, stride_page_weights,
+    stride_y_tokens, pages_u, pages_planes, stride_b_pages, stride_page_ids, stride_page_weights,
     stride_scale_rows, stride_bias_rows,
     STARTS: tl.constexpr, NUM_SLICES: tl.constexpr, NUM_BLOCKS: tl.constexpr, ALIGN: tl.constexpr,
     SPLIT_K: tl.constexpr, GATHER: tl.constexpr, USE_SCALE: tl.constexpr, USE_BIAS: tl.constexpr,
@@ -112,6 +123,8 @@ def _expand_kernel(
     blocks, none of which crosses a slice. u are planes [SPLIT_K, tokens, (slice, page, r)], or with
     GATHER embedding pages [pages, vocab, 8] of which ids choose the rows.
     """
+    stride_u = pages_u * 8  # in whole pages: this is how the compiler knows that loads can be wide
+    stride_planes = pages_planes * 8
     offs_n = tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_PAGES * 8)
     num_work = tl.load(num_tiles_ptr) * NUM_BLOCKS
@@ -298,7 +311,8 @@ def _expand_(
         y, u, b_pages, ids,
         *table[:4], scale, bias, *tiles,
         max_pages,
-        y.stride(0), u.stride(0 if ids is not None else 1), u.stride(0), b_pages.stride(0),
+        y.stride(0), u.stride(0 if ids is not None else 1) // PAGE, u.stride(0) // PAGE,
+        b_pages.stride(0),
         table.page_ids.stride(0), table.page_weights.stride(0),
         0 if scale is None else scale.stride(0), 0 if bias is None else bias.stride(0),
         STARTS=starts, NUM_SLICES=len(starts) - 1, NUM_BLOCKS=blocks,

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .plans import MATMUL_ROWS
+
 BLOCK_K = 64
 
 
@@ -29,7 +31,7 @@ class Schedule(NamedTuple):
     stages: int
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("tokens",))
 def _matmul_kernel(
     y_ptr,  # [tokens, out]
     x_ptr,  # [tokens, in]
@@ -73,9 +75,10 @@ def schedule(tokens: int, itemsize: int) -> Schedule:
     """Tile heights and widths by the number of rows; none of it enters a row's arithmetic."""
     if itemsize == 4:  # for tests
         return Schedule(64, 64, 4, 2)
-    if tokens <= 64:  # reads the weight once: as many programs as a GPU has multiprocessors
+    few, some = MATMUL_ROWS
+    if tokens <= few:  # reads the weight once: as many programs as a GPU has multiprocessors
         return Schedule(64, 32, 4, 5)
-    return Schedule(64, 128, 4, 4) if tokens <= 256 else Schedule(128, 128, 8, 4)
+    return Schedule(64, 128, 4, 4) if tokens <= some else Schedule(128, 128, 8, 4)
 
 
 def matmul(x: Tensor, weight: Tensor) -> Tensor:

@@ -25,6 +25,10 @@ HEAD_DIMS = (16, 32, 64, 128)
 """Those that paged attention is compiled for: wider ones spill, or want too much shared memory."""
 FP8_SM = 89
 """The first architecture with e4m3."""
+SEQ_BLOCKS = (128, 256, 1024)
+"""Sequences that a program of paged attention looks through at once; beyond, powers of two."""
+MATMUL_ROWS = (64, 256)
+"""Row counts up to which the batch-invariant matrix product has a schedule of its own."""
 
 Plan = Mapping[str, int]
 
@@ -59,6 +63,12 @@ class Plans:
             found = self._chosen[key] = {**entry["arithmetic"], **entry["schedule"][bucket]}
         return found
 
+    def row_bounds(self) -> list[int]:
+        """Row counts up to which all launches are alike: kernels are compiled anew beyond each."""
+        entries = [entry for shapes in self.ops.values() for entry in shapes.values()]
+        buckets = {int(b) for entry in entries for b in entry["schedule"] if b != ANY}
+        return sorted(buckets.union(MATMUL_ROWS))
+
     def entry(self, op: str, shape: Sequence[int]) -> Mapping[str, Any]:
         """{"arithmetic": ..., "schedule": {bucket: ...}} of a shape, or of any shape."""
         shapes = self.ops[op]
@@ -73,6 +83,20 @@ def name_of(shape: Sequence[int]) -> str:
 def bucket_of(tokens: int, buckets: Mapping[str, Any]) -> str:
     """The smallest bucket that holds so many tokens; ANY holds the rest."""
     return min((b for b in buckets if b != ANY and int(b) >= tokens), key=int, default=ANY)
+
+
+def seq_block(num_seqs: int) -> int:
+    """The constant that paged attention is compiled with for so many sequences."""
+    found = next((size for size in SEQ_BLOCKS if num_seqs <= size), None)
+    return found or 1 << (num_seqs - 1).bit_length()
+
+
+def seq_bounds(most: int) -> list[int]:
+    """Sequence counts up to which all launches are alike, for up to `most` sequences."""
+    bounds = [*SEQ_BLOCKS]
+    while bounds[-1] < most:
+        bounds.append(2 * bounds[-1])
+    return bounds
 
 
 def path_of(sm: int) -> Path:

@@ -15,6 +15,11 @@ import triton.language as tl
 OCTAVE = 16  # segments of one length before it doubles
 FULL_GRID = 512  # programs that fill a GPU: two on a multiprocessor, and spare ones
 OCTAVES = 12  # doublings that kernels count: positions beyond any context
+VARYING = ("num_seqs", "queries", "stride_table_seqs")
+"""Arguments that differ from step to step: no variant may be compiled for one that is 1, or a
+multiple of 16."""
+SCALES = ("k_scale_ptr", "v_scale_ptr")
+"""Those of a layer may begin at any multiple of 4 bytes, and are read one by one."""
 
 
 @triton.jit
@@ -143,20 +148,19 @@ def divide(acc, total, v_scale):
     return acc / tl.where(total == 0.0, 1.0, total)[:, None] * v_scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=SCALES)
 def merge_kernel(
     out_ptr,  # [tokens, heads, head_dim]
-    partial_ptr,  # fp32 [segments, seqs, QUERIES, heads, head_dim]
-    stats_ptr,  # fp32 [segments, seqs, QUERIES, heads, 2]
+    partial_ptr,  # fp32 [segments, seqs, queries, heads, head_dim]
+    stats_ptr,  # fp32 [segments, seqs, queries, heads, 2]
     lens_ptr,
     starts_ptr,
     v_scale_ptr,
     num_seqs,
+    queries,  # most query rows of a sequence that was split
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    SHORT: tl.constexpr,
-    QUERIES: tl.constexpr,
     UNIT: tl.constexpr,
     OCTAVE: tl.constexpr,
     OCTAVES: tl.constexpr,
@@ -181,14 +185,14 @@ def merge_kernel(
         return
     first_token = tl.load(starts_ptr + seq)
     count = tl.load(starts_ptr + seq + 1) - first_token
-    if count > SHORT:
+    if count > queries:
         return
     query = pid_token - first_token
     length = tl.load(lens_ptr + seq) - count + query + 1
     top = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_GROUP], tl.float32)
     for segment in tl.range(count_segments_(length, UNIT, OCTAVE, OCTAVES), num_stages=4):
-        place = ((segment * num_seqs + seq).to(tl.int64) * QUERIES + query) * HEADS + head
+        place = ((segment * num_seqs + seq).to(tl.int64) * queries + query) * HEADS + head
         partial_ptrs = partial_ptr + place[:, None] * HEAD_DIM + offs_dim[None, :]
         acc_next = tl.load(partial_ptrs, mask=mask_head, other=0.0)
         top_next = tl.load(stats_ptr + place * 2, mask=offs_group < GROUP, other=0.0)

@@ -75,15 +75,20 @@ def compiling(arch: int = 90) -> Iterator[list[Launch]]:
 
     RuntimeError in interpreter mode, where nothing can be compiled.
     """
-    if os.environ.get("TRITON_INTERPRET", "") not in ("", "0"):
-        raise RuntimeError("TRITON_INTERPRET is set: compile in a process without it")
+    refuse_interpreter()
     before = driver._active
-    stub = _Driver(arch)
+    stub = StubDriver(arch)
     driver.set_active(stub)
     try:
         yield stub.launches
     finally:
         driver._active = before
+
+
+def refuse_interpreter() -> None:
+    """RuntimeError in interpreter mode, where nothing can be compiled."""
+    if os.environ.get("TRITON_INTERPRET", "") not in ("", "0"):
+        raise RuntimeError("TRITON_INTERPRET is set: compile in a process without it")
 
 
 @dataclass(frozen=True)
@@ -161,7 +166,7 @@ class _Launcher:
         )
 
 
-class _Driver:
+class StubDriver:
     """A driver whose device compiles and does not run. Its device number is the architecture, so
     that code for two architectures, or for a real device, is never mixed up in Triton's caches."""
 

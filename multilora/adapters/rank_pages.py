@@ -8,6 +8,7 @@ target a site have no page there: no bytes and no work.
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from multilora_kernels import Table, empty_huge
 from ..errors import AdapterInvalid
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -138,11 +139,23 @@ class RankPagePool:
     def reserve(self) -> None:
         """Takes the memory of all pages, which then stays in place."""
         if self._pages is None:
-            a_shape, b_shape = (self.capacity, *self._a_shape), (self.capacity, *self._b_shape)
-            self._pages = (
-                empty_huge(a_shape, self._dtype, self._device),
-                empty_huge(b_shape, self._dtype, self._device),
-            )
+            self._pages = self._empty(self.capacity)
+
+    @contextmanager
+    def stand_in(self) -> Iterator[None]:
+        """Within, a pool that has no memory yet has that of one page, for steps of nothing."""
+        before = self._pages
+        if before is None:
+            self._pages = self._empty(1)
+        try:
+            yield
+        finally:
+            self._pages = before
+
+    def _empty(self, count: int) -> tuple[Tensor, Tensor]:
+        shapes = (count, *self._a_shape), (count, *self._b_shape)
+        a, b = (empty_huge(shape, self._dtype, self._device) for shape in shapes)
+        return a, b
 
     def allocate(self, count: int) -> list[int] | None:
         """Ids of `count` free pages, undefined in content; None if there are not so many."""

@@ -10,6 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ from .mix import AdapterSpec, Mix, mix_identity
 from .rank_pages import PAGE_ROWS, AdapterTable, PackedSite, RankPagePool, pack, pages_for
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from torch import Tensor
 
@@ -260,6 +261,14 @@ class AdapterStore:
         """Takes the memory of all pages of the sites in layers, which then stays in place."""
         for pool in self._layer_pools():
             pool.reserve()
+
+    @contextmanager
+    def stand_ins(self) -> Iterator[None]:
+        """Within, every site has a page at least, though no adapter has needed it yet."""
+        with ExitStack() as stack:
+            for pool in self._device.pools.values():
+                stack.enter_context(pool.stand_in())
+            yield
 
     @property
     def reserved_bytes(self) -> int:

@@ -75,6 +75,7 @@ class Device:
 
     def __init__(self) -> None:
         self.torch = torch.device("cpu")
+        self.compilations = mk.Compilations()
         self._results = mk.Pool()  # of kernels, in captured steps and others
 
     @property
@@ -84,6 +85,14 @@ class Device:
 
     def activate(self) -> None:
         """Makes it the device on which this thread launches work."""
+
+    def watch_compiler(self, *, serving: bool = False) -> AbstractContextManager[Any]:
+        """Within, kernels that are compiled count in `compilations`; a CPU's all are compiled."""
+        return contextlib.nullcontext()
+
+    def row_bounds(self) -> Sequence[int]:
+        """Row counts beyond each of which kernels are compiled anew, rising."""
+        return ()
 
     def host_buffer(self, num_bytes: int) -> Tensor:
         """uint8 host memory from which copies to the device need not wait."""

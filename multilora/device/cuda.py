@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import multilora_kernels as mk
+
 from .cpu import CapturedGraph, Device, DeviceMemory, Fetch, Side
 
 _cuda: Any = torch.cuda  # torch gives its streams and events no types
@@ -25,6 +27,7 @@ class CudaDevice(Device):
 
     def __init__(self, index: int) -> None:
         self.torch = torch.device("cuda", index)
+        self.compilations = mk.Compilations()
         self._pool: Any = None  # the memory that all captured graphs share
         self._captures: Any = None  # the stream that they are all captured on
         self.activate()
@@ -37,6 +40,14 @@ class CudaDevice(Device):
     def activate(self) -> None:
         """Makes it the device on which this thread launches work."""
         torch.cuda.set_device(self.torch)
+
+    def watch_compiler(self, *, serving: bool = False) -> AbstractContextManager[Any]:
+        """Within, what Triton compiles counts in `compilations`, and is warned of if `serving`."""
+        return self.compilations.watch(serving=serving)
+
+    def row_bounds(self) -> Sequence[int]:
+        """Row counts beyond each of which kernels are compiled anew, rising."""
+        return mk.plans.device_of(self.torch).plans.row_bounds()
 
     def host_buffer(self, num_bytes: int) -> Tensor:
         """Pinned memory."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -76,7 +77,8 @@ def build(config: EngineConfig) -> EngineParts:
             device=device.torch,
             is_gpu=device.is_cuda,
         )
-        runner, needs = _runner(config, device, model, store, length, dtypes.kv, needs)
+        with device.watch_compiler():
+            runner, needs = _runner(config, device, model, store, length, dtypes.kv, needs)
     except torch.OutOfMemoryError as error:
         assert memory is not None, "a CPU raises MemoryError"
         raise ran_out(config, needs, memory, error) from error
@@ -159,9 +161,28 @@ def _runner(
         rank_pages=store.reserved_bytes,
     )
     runner.cache = cache(num_blocks(config, needs, memory))
+    _make_ready(config, device, runner, needs)
+    return runner, needs
+
+
+def _make_ready(
+    config: EngineConfig, device: Device, runner: ModelRunner, needs: MemoryNeeds
+) -> None:
+    """Compiles and captures what serving must not wait for. Says how long it took."""
+    start = time.perf_counter()
+    if not device.captures_on_demand:
+        runner.warm_up()
     if not config.enforce_eager:
         runner.capture(needs.graphs)
-    return runner, needs
+    if not device.captures_on_demand:
+        device.synchronize()
+        logger.info(
+            "compiled %d kernel variants or found them in Triton's cache, captured %d graphs in "
+            "%.1f s",
+            len(device.compilations.expected),
+            len(runner.graphs or ()),
+            time.perf_counter() - start,
+        )
 
 
 def _is_dummy(config: EngineConfig) -> bool:

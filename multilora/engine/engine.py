@@ -36,6 +36,7 @@ class EngineStats:
     preemptions: int
     running: int
     waiting: int
+    late_compilations: int  # kernel variants that requests waited for; there should be none
 
 
 class Engine:
@@ -66,7 +67,7 @@ class Engine:
         self._core = EngineCore(self.scheduler, self.pool, self.store, self.runner, depth)
         self._gate = Gate(self._core)
         self._arrivals = itertools.count()
-        self._needs = parts.needs
+        self._needs, self._compilations = parts.needs, parts.device.compilations
 
     # Requests ---------------------------------------------------------------------------------
 
@@ -214,6 +215,7 @@ class Engine:
             self.scheduler.num_preemptions,
             len(self.scheduler.running),
             len(self.scheduler.waiting),
+            len(self._compilations.late),
         )
 
     @exclusive

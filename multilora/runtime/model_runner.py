@@ -26,6 +26,7 @@ from ..scheduling.scheduler_output import ChunkResult, SchedulerOutput, StepResu
 from .graph_runner import MAX_ON_DEMAND_TOKENS, GraphRunner, Work, batch_shapes, empty_block_table
 from .request_slots import RequestSlots
 from .step_inputs import ROWS, BatchShape, StepInputs, lay_out
+from .warm_up import warm_up_shapes
 
 NO_TOKEN = (
     "no token can be chosen: the model's logits are not finite, or allowed_token_ids, logit_bias "
@@ -72,6 +73,10 @@ class ModelRunner:
     def submit(self, plan: SchedulerOutput) -> StepHandle:
         """Starts a step. Chunks are laid out by slot, so that a slot's tokens lie together."""
         self._device.activate()
+        with self._device.watch_compiler(serving=True):
+            return self._submit(plan)
+
+    def _submit(self, plan: SchedulerOutput) -> StepHandle:
         self._rows.take(plan)
         multiple = 1 if self.model.rows_are_independent else ROWS
         step = lay_out(plan.chunks, self._rows, self.store, self._config.block_size, multiple)
@@ -271,6 +276,17 @@ class ModelRunner:
     def _work(self, sent: Mapping[str, Tensor], shape: BatchShape) -> Work:
         """What is captured."""
         return lambda sites, table: self._forward(sent, shape, sites, table, gives_all_logits=True)
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Has every variant of a kernel compiled that a step can need, by steps of nothing."""
+        config, device = self._config, self._device
+        bounds = device.row_bounds(), mk.plans.seq_bounds(config.max_num_seqs)
+        with self.store.stand_ins():
+            for shape in warm_up_shapes(config, *bounds):
+                sent = self._input_buffer.send(StepInputs.empty(shape).fields(shape))
+                table = empty_block_table(shape.seqs, 1, device)
+                self._forward(sent, shape, frozenset(self._sites), table)
 
     @torch.inference_mode()
     def profile_run(self) -> None:

@@ -27,7 +27,8 @@ class Expect(NamedTuple):
     chunk: tuple[str, int]
 
 
-# 168 registers let 3 programs of 4 warps share a multiprocessor, more let 2, which is enough: each
+# 168 registers let 3 programs of 4 warps share a multiprocessor, more let 2, which is enough (of 8
+# warps, in batch-invariant forms, 1 does): each
 # has 32 KiB and more on their way. Shared memory: two tiles of K and V ahead, so that reading never
 # stops; sm_80 has 163 KiB, sm_86, 89 and 120 have 99, the others 227.
 TABLE = [
@@ -42,7 +43,7 @@ TABLE = [
     Expect(80, BF16, 128, 16, True, 168, ("HMMA", 40), ("HMMA", 40)),
     Expect(80, BF16, 64, 16, False, 104, ("HMMA", 40), ("HMMA", 36)),
     Expect(100, BF16, 128, 16, False, 224, ("HMMA", 75), ("UTCHMMA", 100)),
-    Expect(100, BF16, 128, 16, True, 168, ("UTCHMMA", 84), ("UTCHMMA", 84)),
+    Expect(100, BF16, 128, 16, True, 176, ("UTCHMMA", 84), ("UTCHMMA", 84)),
     Expect(89, FP8, 128, 16, False, 224, ("HMMA", 42), ("HMMA", 44)),
     Expect(120, BF16, 128, 16, False, 168, ("HMMA", 75), ("HMMA", 52)),
     Expect(120, BF16, 128, 16, True, 224, ("HMMA", 84), ("HMMA", 84)),
@@ -52,19 +53,21 @@ TABLE = [
 USUAL = (0, 3, 4, 7)
 
 
-def launches(expect: Expect, max_query_len: int = 64, max_seq_len: int = 8192) -> list[Launch]:
+def launches(
+    expect: Expect, max_query_len: int = 64, max_seq_len: int = 8192, seqs: int = 16
+) -> list[Launch]:
     """The split form, the chunk form and the merge, of q that is a part of a fused projection."""
     dtype = BF16 if expect.kv_dtype == FP8 else expect.kv_dtype
     fused = torch.zeros(64, KV_HEADS * (GROUP + 2), expect.head_dim, dtype=dtype)
     shape = (2, 64, expect.block_size, KV_HEADS, expect.head_dim)
     k_blocks, v_blocks = torch.zeros(shape).to(expect.kv_dtype)
     scales = [torch.ones(KV_HEADS)] * 2 if expect.kv_dtype == FP8 else [None, None]
-    lens, starts = torch.zeros(16, dtype=torch.int32), torch.zeros(17, dtype=torch.int32)
+    lens, starts = torch.zeros(seqs, dtype=torch.int32), torch.zeros(seqs + 1, dtype=torch.int32)
+    table = torch.zeros(seqs, 512, dtype=torch.int32)
     with compiling(expect.arch) as found:
         attention.paged_attention(
-            fused[:, : KV_HEADS * GROUP], k_blocks, v_blocks,
-            torch.zeros(16, 512, dtype=torch.int32), lens, starts, 0.1, max_query_len, max_seq_len,
-            *scales, expect.batch_invariant, sm=expect.arch,
+            fused[:, : KV_HEADS * GROUP], k_blocks, v_blocks, table, lens, starts, 0.1,
+            max_query_len, max_seq_len, *scales, expect.batch_invariant, sm=expect.arch,
         )  # fmt: skip
     return found
 
@@ -105,6 +108,23 @@ def test_code(expect: Expect) -> None:
     assert merge.spills == merge.stack_bytes == 0
     assert merge.registers <= 64
     assert merge.ops["LDGSTS"] > 0  # segments are read ahead
+
+
+@pytest.mark.parametrize("seqs", [256, pytest.param(1024, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "expect",
+    [
+        pytest.param(TABLE[i], id=name_of(TABLE[i]), marks=[] if i == 0 else pytest.mark.slow)
+        for i in USUAL
+    ],
+)
+def test_many_sequences_fit_as_few_do(expect: Expect, seqs: int) -> None:
+    few, many = launches(expect), launches(expect, seqs=seqs)
+    assert many[0].registers <= expect.registers, many[0]
+    for one, other in zip(few, many, strict=True):
+        assert other.spills == other.stack_bytes == 0
+        assert other.shared_bytes == one.shared_bytes
+        assert other.mma == one.mma
 
 
 def test_grids() -> None:
