@@ -30,7 +30,7 @@ typing:
 check: install typing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror csrc/*
+	$(BIN)/clang-format --dry-run -Werror csrc/*.cpp csrc/*.h csrc/*.inc
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_architecture.py
 
@@ -65,11 +65,10 @@ fuzz: install
 
 # The C++ library by other builds than setup.py's: build/<name>/_cpu.so.
 CSRC := $(patsubst csrc/%.cpp,%,$(wildcard csrc/*.cpp))
-CSRC_HEADERS := $(wildcard csrc/*.h csrc/*.inc)
-CSRC_FLAGS := -std=c++17 -fno-exceptions -fno-rtti -ffp-contract=fast -fopenmp \
-              -fvisibility=hidden -fPIC
-CSRC_WARNINGS := -Wall -Wextra -Wpedantic -Wconversion -Wno-sign-conversion -Wcast-align -Wundef \
-                 -Wvla -Wnull-dereference -Wno-psabi -Werror
+CSRC_HEADERS := $(wildcard csrc/*.h csrc/*.inc) csrc/flags.txt
+CSRC_FLAGS := $(shell grep ^- csrc/flags.txt) -fPIC
+CSRC_WARNINGS := -Wpedantic -Wconversion -Wno-sign-conversion -Wcast-align -Wundef -Wvla \
+                 -Wnull-dereference -Werror
 CLANG ?= $(firstword $(foreach version,"" -19 -18 -17 -16 -15 -14,\
            $(notdir $(shell command -v clang++$(version)))))
 
@@ -101,9 +100,10 @@ SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 SANITIZED := LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
              ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
              MULTILORA_CPP_LIBRARY=$(CURDIR)/build/sanitize/_cpu.so
-SANITIZED_TESTS := $(addprefix tests/kernels/test_,ops.py hostile_indices.py)
-SANITIZED_ONCE := $(addprefix tests/kernels/test_,packed.py top_logprobs.py draw.py native.py \
-                  threads.py sanitizer.py calls.py pool.py)
+SANITIZED_TESTS := $(addprefix tests/kernels/test_,ops.py index_checks.py)
+SANITIZED_ONCE := $(addprefix tests/kernels/test_,packed_weight.py top_logprobs.py draw.py) \
+                  $(addprefix tests/kernels/cpu/test_,native.py threads.py sanitizer.py graph.py \
+                  buffer_pool.py)
 
 sanitize: install build/sanitize/_cpu.so
 	$(SANITIZED) $(BIN)/pytest -q -k "not opcheck" $(SANITIZED_TESTS) $(SANITIZED_ONCE)
@@ -115,7 +115,7 @@ build/sanitize/_cpu.so: $(CSRC:%=build/sanitize/%.o)
 
 build/sanitize/%.o: csrc/%.cpp $(CSRC_HEADERS)
 	mkdir -p $(@D)
-	g++ $(CSRC_FLAGS) -Wno-psabi $(SANITIZERS) -O1 -g1 -fno-omit-frame-pointer -c $< -o $@
+	g++ $(CSRC_FLAGS) $(SANITIZERS) -O1 -g1 -fno-omit-frame-pointer -c $< -o $@
 
 bench: install
 	$(BIN)/pytest bench/bench_kernels.py --benchmark-only --benchmark-columns=median,iqr,rounds

@@ -6,6 +6,7 @@ MULTILORA_BUILD_CPP: "" builds it if a compiler works, "0" leaves it out, "1" fa
 import os
 import sysconfig
 from glob import glob
+from pathlib import Path
 
 from setuptools import Extension, setup
 
@@ -15,37 +16,18 @@ wish = os.environ.get("MULTILORA_BUILD_CPP", "")
 if wish not in CHOICES:
     raise SystemExit(f"MULTILORA_BUILD_CPP must be empty, 0 or 1, not {wish!r}")
 
-# What g++ makes of OpenMP binds to torch's libgomp when it is loaded (kernels/openmp.py): linking
+# What g++ makes of OpenMP binds to torch's libgomp when loaded (kernels/cpu/openmp.py): linking
 # would bring the system's beside it. clang's code needs LLVM's runtime.
 compiler = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or ""
 
+flags = [line for line in Path("csrc/flags.txt").read_text().splitlines() if line.startswith("-")]
+
 cpu = Extension(
     "multilora_kernels._cpu",
-    sources=[
-        "csrc/abi.cpp",
-        "csrc/avx2.cpp",
-        "csrc/avx512.cpp",
-        "csrc/avx512_bf16.cpp",
-        "csrc/dispatch.cpp",
-        "csrc/generic.cpp",
-        "csrc/token_mask.cpp",
-    ],
-    depends=sorted(glob("csrc/*.h") + glob("csrc/*.inc")),
-    # No -ffast-math: results are bit-exact. No -march=native: a wheel serves every x86-64 or arm64.
-    # -ffp-contract=fast: ISO mode would leave multiply-adds apart where the machine has FMA.
-    extra_compile_args=[
-        "-std=c++17",
-        "-O3",
-        "-g0",  # Python's own flags ask for debug information: six times the file
-        "-fno-exceptions",
-        "-fno-rtti",
-        "-ffp-contract=fast",
-        "-fopenmp",
-        "-fvisibility=hidden",
-        "-Wall",
-        "-Wextra",
-        "-Wno-psabi",
-    ],
+    sources=sorted(glob("csrc/*.cpp")),
+    depends=sorted(glob("csrc/*.h") + glob("csrc/*.inc") + ["csrc/flags.txt"]),
+    # -g0: Python's own flags ask for debug information, six times the file.
+    extra_compile_args=[*flags, "-O3", "-g0"],
     extra_link_args=["-fopenmp"] if "clang" in compiler else [],
     py_limited_api=True,  # it uses no Python at all: one file serves every version
     optional=wish != "1",

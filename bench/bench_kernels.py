@@ -17,7 +17,7 @@ from torch import Tensor
 from work import NUM_ADAPTERS, SHAPES, rank_of
 
 import multilora_kernels as mk
-from multilora_kernels import native
+from multilora_kernels.cpu import native
 
 SHAPE = SHAPES["132m"]
 CONTEXT, BLOCK = 512, 16

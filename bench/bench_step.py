@@ -73,7 +73,7 @@ class Stopwatch:
 
     def part(self, name: str, args: Any) -> str:
         """A linear is a part for each site; other kernels are one each."""
-        if name == "gemm":
+        if name == "linear":
             return f"linear {self._site[getattr(args, 'in'), args.out]}"
         return OPS.get(name, name)
 

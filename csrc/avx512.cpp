@@ -1,7 +1,7 @@
 // The kernels for AVX-512 (F, BW, VL, DQ), chosen at run time (dispatch.cpp).
 
-#include "args.h"
-#include "cpu_ops.h"
+#include "kernel_table.h"
+#include "abi.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -21,7 +21,7 @@
 #include "vec.h"
 
 namespace avx512 {
-#include "kernels.inc"
+#include "kernel_table.inc"
 }
 
 #if defined(__clang__)

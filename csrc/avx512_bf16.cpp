@@ -1,7 +1,7 @@
 // Linears for AVX-512 with bf16 dot products, chosen at run time (dispatch.cpp).
 
-#include "args.h"
-#include "cpu_ops.h"
+#include "kernel_table.h"
+#include "abi.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -22,18 +22,17 @@
 
 namespace avx512_bf16 {
 namespace {
-#include "panel.inc"
-#include "dot.inc"
-#include "gemm.inc"
+#include "linear.inc"
+#include "linear_bf16.inc"
 }  // namespace
 
-void gemm(const GemmArgs& g) {
+void linear(const LinearArgs& g) {
     if (g.dtype == MULTILORA_BF16) {
-        if (g.kind == MULTILORA_BF16) return gemm_of<bf16, DotBf16>(g);
-        if (g.kind == MULTILORA_I8) return gemm_of<bf16, DotInt8>(g);
-        if (g.kind == MULTILORA_I4) return gemm_of<bf16, DotInt4>(g);
+        if (g.kind == MULTILORA_BF16) return linear_of<bf16, DotBf16>(g);
+        if (g.kind == MULTILORA_I8) return linear_of<bf16, DotInt8>(g);
+        if (g.kind == MULTILORA_I4) return linear_of<bf16, DotInt4>(g);
     }
-    avx512::kKernels.gemm(g);
+    avx512::kTable.linear(g);
 }
 }  // namespace avx512_bf16
 

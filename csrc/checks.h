@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "cpu_ops.h"
+#include "abi.h"
 
 namespace {
 
@@ -89,7 +89,9 @@ int64_t work_of(const SiluArgs& g) { return 8 * g.tokens * g.inter; }
 
 int64_t work_of(const NormArgs& g) { return 4 * g.tokens * g.hidden; }
 
-int64_t work_of(const GemmArgs& g) { return g.rows * g.in * g.out; }
+int64_t work_of(const LinearArgs& g) { return g.rows * g.in * g.out; }
+
+int64_t work_of(const MaskArgs& g) { return 2 * g.rows * g.vocab; }
 
 int64_t work_of(const TopArgs& g) { return 8 * g.rows * g.vocab; }
 

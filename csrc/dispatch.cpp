@@ -1,8 +1,8 @@
 // The C entries of the kernels: each goes to the best instruction set that this machine has.
 
-#include "args.h"
+#include "abi.h"
 #include "checks.h"
-#include "cpu_ops.h"
+#include "kernel_table.h"
 
 #include <time.h>
 
@@ -31,20 +31,20 @@ int32_t best_isa() {
     return MULTILORA_GENERIC;
 }
 
-Kernels table_of(int32_t isa) {
+KernelTable table_of(int32_t isa) {
 #if defined(__x86_64__)
     if (isa >= MULTILORA_AVX512) {
-        Kernels table = avx512::kKernels;
-        if (isa == MULTILORA_AVX512_BF16) table.gemm = avx512_bf16::gemm;
+        KernelTable table = avx512::kTable;
+        if (isa == MULTILORA_AVX512_BF16) table.linear = avx512_bf16::linear;
         return table;
     }
-    if (isa == MULTILORA_AVX2) return avx2::kKernels;
+    if (isa == MULTILORA_AVX2) return avx2::kTable;
 #endif
     (void)isa;
-    return generic::kKernels;
+    return generic::kTable;
 }
 
-Kernels kernels = table_of(best_isa());
+KernelTable kernels = table_of(best_isa());
 
 constexpr int64_t kSerial = 1 << 17;  // multiply-adds below which waking a thread costs more
 
@@ -67,11 +67,12 @@ int32_t run_with(void (*kernel)(const Args&), const void* from, int32_t num_thre
 int32_t run_call(const CallArgs& call, int32_t num_threads) {
     switch (call.kind) {
         case MULTILORA_CALL_LORA: return run_with(kernels.lora, call.args, num_threads);
-        case MULTILORA_CALL_ATTENTION: return run_with(kernels.attention, call.args, num_threads);
-        case MULTILORA_CALL_SILU: return run_with(kernels.silu, call.args, num_threads);
-        case MULTILORA_CALL_NORM: return run_with(kernels.norm, call.args, num_threads);
-        case MULTILORA_CALL_ROPE: return run_with(kernels.rope, call.args, num_threads);
-        default: return run_with(kernels.gemm, call.args, num_threads);
+        case MULTILORA_CALL_ATTENTION:
+            return run_with(kernels.paged_attention, call.args, num_threads);
+        case MULTILORA_CALL_SILU: return run_with(kernels.silu_mul, call.args, num_threads);
+        case MULTILORA_CALL_NORM: return run_with(kernels.rms_norm, call.args, num_threads);
+        case MULTILORA_CALL_ROPE: return run_with(kernels.rope_store_kv, call.args, num_threads);
+        default: return run_with(kernels.linear, call.args, num_threads);
     }
 }
 
@@ -83,6 +84,8 @@ double now() {  // s
 
 }  // namespace
 
+int32_t multilora_abi_version(void) { return MULTILORA_ABI_VERSION; }
+
 void select_isa(int32_t most, int32_t* chosen) {
     const int32_t best = best_isa();
     *chosen = most < MULTILORA_GENERIC ? MULTILORA_GENERIC : most < best ? most : best;
@@ -91,17 +94,19 @@ void select_isa(int32_t most, int32_t* chosen) {
 
 int32_t lora(const LoraArgs* args) { return run(kernels.lora, *args); }
 
-int32_t paged_attention(const AttentionArgs* args) { return run(kernels.attention, *args); }
+int32_t paged_attention(const AttentionArgs* args) { return run(kernels.paged_attention, *args); }
 
-int32_t rope_store_kv(const RopeArgs* args) { return run(kernels.rope, *args); }
+int32_t rope_store_kv(const RopeArgs* args) { return run(kernels.rope_store_kv, *args); }
 
-void silu_mul(const SiluArgs* args) { run(kernels.silu, *args); }
+void silu_mul(const SiluArgs* args) { run(kernels.silu_mul, *args); }
 
-void rms_norm(const NormArgs* args) { run(kernels.norm, *args); }
+void rms_norm(const NormArgs* args) { run(kernels.rms_norm, *args); }
 
-void gemm(const GemmArgs* args) { run(kernels.gemm, *args); }
+void linear(const LinearArgs* args) { run(kernels.linear, *args); }
 
-int32_t top_logprobs(const TopArgs* args) { return run(kernels.top, *args); }
+void apply_token_mask(const MaskArgs* args) { run(kernels.apply_token_mask, *args); }
+
+int32_t top_logprobs(const TopArgs* args) { return run(kernels.top_logprobs, *args); }
 
 void draw(const DrawArgs* args) { run(kernels.draw, *args); }
 

@@ -1,11 +1,11 @@
 // The kernels for whatever the compiler's default instruction set is.
 
-#include "args.h"
-#include "cpu_ops.h"
+#include "kernel_table.h"
+#include "abi.h"
 
 #define MULTILORA_LANES 8
 #include "vec.h"
 
 namespace generic {
-#include "kernels.inc"
+#include "kernel_table.inc"
 }

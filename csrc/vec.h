@@ -224,6 +224,24 @@ class Scratch {
     T* data_;
 };
 
+// Memory that a thread keeps from call to call.
+class ThreadBuffer {
+   public:
+    ~ThreadBuffer() { std::free(data_); }
+    void* get(int64_t bytes) {
+        if (bytes > bytes_) {
+            std::free(data_);
+            data_ = allocate(bytes);
+            bytes_ = bytes;
+        }
+        return data_;
+    }
+
+   private:
+    void* data_ = nullptr;
+    int64_t bytes_ = 0;
+};
+
 // Every lane to the nearest value of type T.
 template <typename T>
 inline vf rounded(vf x) {

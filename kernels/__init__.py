@@ -5,11 +5,12 @@ Knows tensors, not adapters, requests or models. The meaning of each op is in `r
 
 from __future__ import annotations
 
-from . import cuda, plans, reference
-from .calls import Call, Program, Tape, results_in
-from .compilations import Compilations
-from .memory import empty_huge
-from .native import HAS_CPP
+from . import cuda, reference
+from .cpu.buffer_pool import Pool
+from .cpu.graph import Call, Program, Tape, results_in
+from .cpu.huge_pages import empty_huge
+from .cpu.native import HAS_CPP
+from .cuda.compilations import Compilations
 from .ops import (
     apply_token_mask_,
     draw,
@@ -26,7 +27,7 @@ from .ops import (
     silu_mul,
     top_logprobs,
 )
-from .packed import (
+from .packed_weight import (
     PackedWeight,
     pack,
     pack_quantized,
@@ -35,7 +36,6 @@ from .packed import (
     unpack_rows,
     worth_packing,
 )
-from .pool import Pool
 from .tiles import DECODE_TILE, PREFILL_TILE, Table, Tiles, make_tiles
 from .tiles import capacity as tile_capacity
 
@@ -66,7 +66,6 @@ __all__ = [
     "pack",
     "pack_quantized",
     "paged_attention",
-    "plans",
     "quantize",
     "reference",
     "results_in",

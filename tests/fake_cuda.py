@@ -17,7 +17,7 @@ import torch
 import multilora_kernels as mk
 from multilora.device.cpu_graph import CpuGraph, _Recorder
 from multilora.device.cuda import CudaDevice
-from multilora_kernels import cuda
+from multilora_kernels.cuda import dispatch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -121,7 +121,7 @@ def install(patch: pytest.MonkeyPatch) -> Calls:
     }
     for name, value in names.items():
         patch.setattr(torch.cuda, name, value)
-    patch.setattr(cuda, "version", lambda name: "3.6.0")  # of triton, wherever there is none
+    patch.setattr(dispatch, "version", lambda name: "3.6.0")  # of triton, wherever there is none
     if importlib.util.find_spec("triton") is None:
         patch.setattr(mk.Compilations, "watch", lambda *_, **__: nullcontext())
     for name in ("zeros", "empty"):

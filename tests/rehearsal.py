@@ -1,7 +1,7 @@
 """`make gpu` without a GPU: the GPU's own code on a stand-in, its kernels in Triton's interpreter.
 
-Nothing is left to the CPU's ops: torch's dispatcher gets the functions of `multilora_kernels.cuda`
-for CPU tensors, `CudaDevice` runs on `fake_cuda`, graphs are recorded operators. For processes with
+Nothing is left to the CPU's ops: torch's dispatcher gets the functions of `cuda.dispatch` for CPU
+tensors, `CudaDevice` runs on `fake_cuda`, graphs are recorded operators. For processes with
 TRITON_INTERPRET=1.
 """
 
@@ -16,7 +16,7 @@ import torch
 
 import multilora.device.select
 import multilora_kernels as mk
-from multilora_kernels import cuda
+from multilora_kernels.library import KERNELS
 from tests import fake_cuda
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def install(patch: pytest.MonkeyPatch) -> None:
 
 def _wrong_page_weights(patch: pytest.MonkeyPatch) -> None:
     """LoRA's expand takes for each page but a slot's first the weight of the page before it."""
-    from multilora_kernels import lora
+    from multilora_kernels.cuda import lora
 
     expand = lora._expand_
 
@@ -82,6 +82,6 @@ def _register() -> Any:
     library = torch.library.Library("multilora", "IMPL")  # type: ignore[no-untyped-call]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Warning only once for all operators")
-        for name, function in cuda.KERNELS.items():
+        for name, function in KERNELS["CUDA"].items():
             library.impl(name, function, "CPU", allow_override=True)
     return library

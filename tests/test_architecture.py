@@ -188,7 +188,7 @@ def test_the_drawing_shows_every_layer_and_file() -> None:
         assert files == found, f"the drawing's line of {name}/ is out of date"
 
 
-@pytest.mark.parametrize("folder", [FOLDERS["multilora"]], ids=lambda path: path.name)
+@pytest.mark.parametrize("folder", FOLDERS.values(), ids=lambda path: path.name)
 def test_few_files_stand_directly_in_a_package(folder: Path) -> None:
     found = sorted(path.name for path in folder.iterdir() if path.is_file())
     found = [name for name in found if not name.startswith("_cpu")]  # built, not written
@@ -264,6 +264,25 @@ def test_nothing_executes_data(module: Module) -> None:
             assert module.name in MAY_LOAD_PICKLES, f"{module.path}:{node.lineno}: torch.load"
             options = {k.arg: ast.unparse(k.value) for k in node.keywords}
             assert options.get("weights_only") == "True", f"{module.path}:{node.lineno}"
+
+
+# Names --------------------------------------------------------------------------------------------
+
+# Public classes of one name that are still to part. Nothing joins them.
+SHARED_NAMES = frozenset[str]()
+
+
+def test_no_two_public_classes_share_a_name() -> None:
+    homes: dict[str, list[str]] = {}
+    for module in MODULES.values():
+        for node in module.tree.body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(module.name)
+    shared = {name: modules for name, modules in homes.items() if len(modules) > 1}
+    assert shared.keys() == SHARED_NAMES, (
+        f"classes of one name: {shared}. Give one of them another name; of those that have one by "
+        "now, take it from SHARED_NAMES."
+    )
 
 
 # Sizes --------------------------------------------------------------------------------------------

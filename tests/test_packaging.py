@@ -100,7 +100,7 @@ def test_the_wheel_works_where_it_is_installed(wheel: Path, tmp_path: Path) -> N
     target = tmp_path / "site"
     install(wheel, target)
     code = (
-        "import sys, multilora_kernels, multilora_kernels.native as native\n"
+        "import sys, multilora_kernels, multilora_kernels.cpu.native as native\n"
         "print('multilora' in sys.modules, native.HAS_CPP, multilora_kernels.__file__)\n"
         "import multilora; print(multilora.__version__, multilora.__file__)"
     )
@@ -126,7 +126,7 @@ def test_without_a_compiler_it_installs_and_runs(tmp_path: Path) -> None:
     wheel = build_wheel(tmp_path, **NO_COMPILER)
     assert CPU_LIBRARY not in names_in(wheel)
     install(wheel, tmp_path / "site")
-    code = "import multilora_kernels.native as native; print(native.HAS_CPP)"
+    code = "import multilora_kernels.cpu.native as native; print(native.HAS_CPP)"
     assert import_from(tmp_path / "site", code) == ["False"]
 
 
@@ -177,7 +177,7 @@ def test_an_editable_install_follows_the_sources(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     (tree / "kernels" / "new.py").write_text("ANSWER = 42\n")
     code = (
-        "import multilora_kernels.new, multilora_kernels.native as native, multilora\n"
+        "import multilora_kernels.new, multilora_kernels.cpu.native as native, multilora\n"
         "print(multilora_kernels.new.ANSWER, native.HAS_CPP, multilora.__file__)"
     )
     done = run(python, "-c", code, cwd=site)  # not where a folder "multilora" lies

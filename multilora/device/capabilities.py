@@ -27,20 +27,20 @@ def check_capabilities(device: Device, config: EngineConfig, shape: ModelConfig)
 def _check_gpu(device: Device, config: EngineConfig, shape: ModelConfig) -> None:
     try:
         mk.cuda.check_device(device.torch)
-    except (mk.cuda.TritonMissing, mk.plans.UnsupportedDevice) as error:
+    except (mk.cuda.TritonMissing, mk.cuda.UnsupportedDevice) as error:
         raise ConfigError(f"device {config.device!r}: {error}, or use device='cpu'") from error
-    if shape.head_dim not in mk.plans.HEAD_DIMS:
+    if shape.head_dim not in mk.cuda.HEAD_DIMS:
         raise ConfigError(
             f"head_dim {shape.head_dim} of {config.model} works on a CPU only, a GPU takes "
-            f"{', '.join(map(str, mk.plans.HEAD_DIMS))}; use device='cpu'"
+            f"{', '.join(map(str, mk.cuda.HEAD_DIMS))}; use device='cpu'"
         )
     if config.kv_cache_dtype == "int8":
         raise ConfigError("kv_cache_dtype='int8' works on a CPU only; on a GPU use 'fp8' or 'auto'")
-    sm = mk.plans.device_of(device.torch).sm
-    if config.kv_cache_dtype != "auto" and sm < mk.plans.FP8_SM:
+    sm = mk.cuda.target_of(device.torch).sm
+    if config.kv_cache_dtype != "auto" and sm < mk.cuda.FP8_SM:
         raise ConfigError(
             f"kv_cache_dtype={config.kv_cache_dtype!r} needs a GPU with e4m3 (compute capability "
-            f"{mk.plans.FP8_SM / 10} or higher), this one has {sm / 10}; use 'auto'"
+            f"{mk.cuda.FP8_SM / 10} or higher), this one has {sm / 10}; use 'auto'"
         )
     if config.quantization is not None:
         raise ConfigError(

@@ -47,7 +47,7 @@ class CudaDevice(Device):
 
     def row_bounds(self) -> Sequence[int]:
         """Row counts beyond each of which kernels are compiled anew, rising."""
-        return mk.plans.device_of(self.torch).plans.row_bounds()
+        return mk.cuda.launch_plans.target_of(self.torch).plans.row_bounds()
 
     def host_buffer(self, num_bytes: int) -> Tensor:
         """Pinned memory."""

@@ -281,7 +281,7 @@ class ModelRunner:
     def warm_up(self) -> None:
         """Has every variant of a kernel compiled that a step can need, by steps of nothing."""
         config, device = self._config, self._device
-        bounds = device.row_bounds(), mk.plans.seq_bounds(config.max_num_seqs)
+        bounds = device.row_bounds(), mk.cuda.launch_plans.seq_bounds(config.max_num_seqs)
         with self.store.stand_ins():
             for shape in warm_up_shapes(config, *bounds):
                 sent = self._input_buffer.send(StepInputs.empty(shape).fields(shape))

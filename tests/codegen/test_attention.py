@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from multilora_kernels import attention
+from multilora_kernels.cuda import attention
 from multilora_kernels.testing.codegen import Launch, compiling
 
 BF16, FP16, FP8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn

@@ -15,12 +15,12 @@ BENCH = Path(__file__).resolve().parents[2] / "bench"
 CODE = """
 import torch
 from triton import knobs
-from multilora_kernels import fused
+from multilora_kernels.cuda import elementwise
 from multilora_kernels.testing.codegen import compiling
 
 knobs.compilation.listener = lambda **facts: print(facts["cache_hit"])
 with compiling(90) as launches:
-    fused.silu_mul(torch.empty(4, 512, dtype=torch.bfloat16))
+    elementwise.silu_mul(torch.empty(4, 512, dtype=torch.bfloat16))
 assert len(launches) == 1
 """
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from multilora_kernels import Table, Tiles, lora, plans
+from multilora_kernels import Table, Tiles
+from multilora_kernels.cuda import launch_plans, lora
 from multilora_kernels.testing.codegen import Launch, compiling
 
 SMS = 132
@@ -54,7 +55,7 @@ CASES = [
         id=f"sm_{arch} {site} {bound.tokens}",
         marks=() if (arch, site, bound.tokens) in FAST else pytest.mark.slow,
     )
-    for arch in plans.ARCHITECTURES for site in SITES for bound in BOUNDS
+    for arch in launch_plans.ARCHITECTURES for site in SITES for bound in BOUNDS
 ]  # fmt: skip
 
 
@@ -86,7 +87,7 @@ def compiled(
 ) -> tuple[Launch, Launch]:
     tensors, *rest = make_call(site, tokens, dtype, dora)
     with compiling(arch) as launches:
-        lora.lora_(*tensors, *rest, plans.device(arch, SMS))
+        lora.lora_(*tensors, *rest, launch_plans.target(arch, SMS))
     shrink, expand = launches
     assert (shrink.kernel, expand.kernel) == ("_shrink_kernel", "_expand_kernel")
     return shrink, expand
@@ -114,10 +115,10 @@ def test_every_site_compiles_clean(arch: int, site: str, bound: Bound) -> None:
 
 
 @pytest.mark.parametrize("bound", BOUNDS, ids=lambda b: f"{b.tokens} tokens")
-@pytest.mark.parametrize("arch", plans.ARCHITECTURES)
+@pytest.mark.parametrize("arch", launch_plans.ARCHITECTURES)
 def test_the_programs_that_the_plan_counts_on_fit(arch: int, bound: Bound) -> None:
     """Expand is persistent: all its programs must be resident at once."""
-    plan = plans.load(arch).choose("lora_expand", (4096, 1), bound.tokens)
+    plan = launch_plans.load(arch).choose("lora_expand", (4096, 1), bound.tokens)
     threads = plan["num_warps"] * 32 * plan["programs_per_sm"]
     assert bound.expand_registers * threads <= REGISTERS
     assert threads <= 2048
@@ -155,14 +156,14 @@ def test_fp16_compiles_as_bf16_does(bound: Bound) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", plans.ARCHITECTURES)
+@pytest.mark.parametrize("arch", launch_plans.ARCHITECTURES)
 @pytest.mark.parametrize("tokens", [64, 1024])
 def test_the_embedding_is_one_launch(arch: int, tokens: int) -> None:
     (y, *_), table, tiles, _ = make_call("8B o", tokens, torch.bfloat16)
     ids = torch.empty(tokens, dtype=torch.int64)
     a_pages, b_pages = (torch.empty(3, *s, dtype=y.dtype) for s in ((128256, 8), (8, 4096)))
     with compiling(arch) as launches:
-        lora.lora_embed_(y, ids, a_pages, b_pages, table, tiles, plans.device(arch, SMS))
+        lora.lora_embed_(y, ids, a_pages, b_pages, table, tiles, launch_plans.target(arch, SMS))
     (launch,) = launches
     assert launch.spills == 0
     assert launch.mma == {"HMMA"}

@@ -14,8 +14,8 @@ import triton
 from multilora.runtime.graph_runner import GraphRunner
 from multilora.runtime.model_runner import ModelRunner
 from multilora.sampling_params import SamplingParams
-from multilora_kernels import attention
-from multilora_kernels.plans import Plans
+from multilora_kernels.cuda import attention
+from multilora_kernels.cuda.launch_plans import LaunchPlans
 from tests import launches
 from tests.adapters import write_adapter
 from tests.checkpoints import TINY, write_checkpoint
@@ -33,7 +33,7 @@ ONE_SITE = {"q": "q_proj", "head": "lm_head", "embed": "embed_tokens"}
 SPECS: tuple[Any, ...] = (
     None, None, "a", "b", "c", "q", "head", "embed", {"a": 0.5, "c": -0.5}, {"b": 1.0, "head": 2.0},
 )  # fmt: skip
-# Enough rows and sequences for every kind of both: see `plans.SEQ_BLOCKS` and `Plans.row_bounds`.
+# Enough rows and sequences for every kind: see `SEQ_BLOCKS` and `LaunchPlans.row_bounds`.
 WIDE = {
     "device": "cuda",
     "max_num_seqs": 150,
@@ -162,7 +162,9 @@ def serve(
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.name == "multilora_kernels.compilations"]
+    return [
+        r.getMessage() for r in caplog.records if r.name == "multilora_kernels.cuda.compilations"
+    ]
 
 
 def test_random_requests_compile_nothing_and_need_all_that_was_compiled(
@@ -232,7 +234,7 @@ def test_a_constant_that_follows_the_batch_is_found_and_its_kernels_named(
 def test_a_kind_of_step_that_start_up_leaves_out_is_found(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Plans, "row_bounds", lambda plans: [])
+    monkeypatch.setattr(LaunchPlans, "row_bounds", lambda plans: [])
     traffic, _, late = serve(root, 100, monkeypatch, enforce_eager=True)
     assert {key.kernel for key in late} == {"_shrink_kernel", "_expand_kernel"}
     assert traffic.engine.stats.late_compilations == len(late)

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from multilora_kernels import Compilations, Table, attention, fused, lora, make_tiles, matmul, plans
+from multilora_kernels import Compilations, Table, make_tiles
+from multilora_kernels.cuda import attention, elementwise, launch_plans, linear, lora
 from multilora_kernels.testing.variants import Key, recording
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
@@ -65,9 +66,9 @@ def test_attention_compiles_once_for_many_sequences(options: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("count", [1, 128, 129, 256, 257, 1024, 1025, 2048, 2049, 5000])
 def test_the_sequence_blocks_are_those_that_are_announced(count: int) -> None:
-    bounds = plans.seq_bounds(count)
-    assert plans.seq_block(count) == next(bound for bound in bounds if bound >= count)
-    assert all(plans.seq_block(bound) == bound for bound in bounds)
+    bounds = launch_plans.seq_bounds(count)
+    assert launch_plans.seq_block(count) == next(bound for bound in bounds if bound >= count)
+    assert all(launch_plans.seq_block(bound) == bound for bound in bounds)
 
 
 def lora_step(tokens: int, slices: int, max_pages: int) -> None:
@@ -78,11 +79,11 @@ def lora_step(tokens: int, slices: int, max_pages: int) -> None:
     y, x = (torch.zeros(tokens, n, dtype=BF16) for n in (64 * slices, 64))
     starts = tuple(range(0, 64 * slices + 1, 64))
     tiles = make_tiles([0] * tokens, 16)
-    lora.lora_(y, x, a_pages, b_pages, table, tiles, starts, plans.device(90, 132))
+    lora.lora_(y, x, a_pages, b_pages, table, tiles, starts, launch_plans.target(90, 132))
 
 
 def test_lora_compiles_for_row_kinds_and_sites_alone() -> None:
-    kinds = sorted({1, *(bound + 1 for bound in plans.load(90).row_bounds())})
+    kinds = sorted({1, *(bound + 1 for bound in launch_plans.load(90).row_bounds())})
     with recording() as keys:
         for tokens in kinds:
             for slices in (1, 2, 3):
@@ -104,7 +105,7 @@ def test_an_embedding_compiles_for_row_kinds_alone() -> None:
             b_pages = torch.zeros(3, 8, 64, dtype=BF16)
             table = Table(zeros(4, tokens), torch.zeros(4, tokens), zeros(4))
             tiles = make_tiles([0] * tokens, 16)
-            lora.lora_embed_(y, ids, a_pages, b_pages, table, tiles, plans.device(90, 132))
+            lora.lora_embed_(y, ids, a_pages, b_pages, table, tiles, launch_plans.target(90, 132))
     assert names(keys) == {"_expand_kernel": 2}
 
 
@@ -112,21 +113,21 @@ def test_the_product_compiles_for_row_kinds_alone() -> None:
     weight = torch.zeros(64, 128, dtype=BF16)
     with recording() as keys:
         for tokens in (1, 2, 16, 63, 64, 65, 100, 256, 257, 1000):
-            matmul.matmul(torch.zeros(tokens, 128, dtype=BF16), weight)
-    assert names(keys) == {"_matmul_kernel": 1 + len(plans.MATMUL_ROWS)}
+            linear.matmul(torch.zeros(tokens, 128, dtype=BF16), weight)
+    assert names(keys) == {"_matmul_kernel": 1 + len(launch_plans.MATMUL_ROWS)}
 
 
 def test_elementwise_kernels_compile_once() -> None:
     with recording() as keys:
         for i, tokens in enumerate((1, 2, 16, 100)):
             x = torch.zeros(tokens, 64, dtype=BF16)
-            fused.rms_norm(x, x[0].clone(), 1e-5, torch.zeros_like(x))
-            fused.silu_mul(x)
+            elementwise.rms_norm(x, x[0].clone(), 1e-5, torch.zeros_like(x))
+            elementwise.silu_mul(x)
             q, k, v = torch.zeros(tokens, 12, 16, dtype=BF16).split((8, 2, 2), 1)
             k_blocks, v_blocks = torch.zeros(2, 4, 16, 2, 16).to(FP8)
             index, scale = torch.zeros(tokens, dtype=torch.int64), torch.ones(4, 2)[i]
             angles = torch.zeros(64, 8)
-            fused.rope_store_kv_(
+            elementwise.rope_store_kv_(
                 q, k, v, angles, angles, index, index, k_blocks, v_blocks, scale, scale
             )
     assert set(names(keys).values()) == {1}

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import multilora_kernels as ops
-from multilora_kernels import native, reference
+from multilora_kernels import reference
+from multilora_kernels.cpu import native
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

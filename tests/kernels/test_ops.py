@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import multilora_kernels as ops
-from multilora_kernels import Table, Tiles, cpu_lora, make_tiles, native, reference
+from multilora_kernels import Table, Tiles, make_tiles, reference
+from multilora_kernels.cpu import lora as cpu_lora
+from multilora_kernels.cpu import native
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

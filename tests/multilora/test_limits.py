@@ -12,7 +12,7 @@ import torch
 from multilora.device.select import open_device
 from multilora.engine import builder
 from multilora.errors import ConfigError
-from multilora_kernels import cuda, plans
+from multilora_kernels.cuda import dispatch, launch_plans
 from tests.checkpoints import write_checkpoint
 from tests.engines import greedy, make_engine, prompt_of
 from tests.fake_cuda import FakeCuda, install
@@ -26,7 +26,7 @@ TOO_NARROW = {"hidden_size": 96, "num_heads": 4, "num_kv_heads": 2, "head_dim": 
 @pytest.fixture(autouse=True)
 def _gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch)
-    plans.device_of.cache_clear()
+    launch_plans.target_of.cache_clear()
     monkeypatch.setattr(builder, "open_device", lambda name: FakeCuda())
     monkeypatch.setattr(builder, "load_checkpoint", lambda *_: pytest.fail("too late"))
 
@@ -39,7 +39,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, version: str | None, capability: int
             raise PackageNotFoundError(name)
         return version
 
-    monkeypatch.setattr(cuda, "version", find)
+    monkeypatch.setattr(dispatch, "version", find)
     card = SimpleNamespace(major=capability // 10, minor=capability % 10, multi_processor_count=108)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: card)
 

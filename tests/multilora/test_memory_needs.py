@@ -182,8 +182,8 @@ def test_8b_fits_24_gb_with_short_requests_and_few_pages() -> None:
 
 def test_the_planes_that_plans_ask_for_are_counted() -> None:
     """Never more than they are: an engine that fits might be refused."""
-    for sm in mk.plans.ARCHITECTURES:
-        entries = mk.plans.load(sm).ops["lora_shrink"].values()
+    for sm in mk.cuda.launch_plans.ARCHITECTURES:
+        entries = mk.cuda.launch_plans.load(sm).ops["lora_shrink"].values()
         assert min(entry["arithmetic"]["split_k"] for entry in entries) >= PLANES
 
 
@@ -191,7 +191,7 @@ def test_the_planes_that_plans_ask_for_are_counted() -> None:
 def test_attentions_segments_are_counted(length: int) -> None:
     """Never more than they are, and exactly where their length doubles."""
     pytest.importorskip("triton")
-    from multilora_kernels.segments import count_segments
+    from multilora_kernels.cuda.attention_segments import count_segments
 
     found, wanted = _segments(length), count_segments(length, 512)
     assert wanted - 6 <= found <= wanted

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from multilora_kernels import attention, reference, segments
+from multilora_kernels import reference
+from multilora_kernels.cuda import attention, attention_segments
 from multilora_kernels.testing.guard import guarded
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2.5e-2}
@@ -115,7 +116,7 @@ def test_more_query_heads_than_rows_of_a_tile(batch_invariant: bool) -> None:
 
 @modes
 def test_segments_grow_with_the_position(batch_invariant: bool) -> None:
-    length = 2 * segments.OCTAVE * UNIT + 200  # beyond where lengths double
+    length = 2 * attention_segments.OCTAVE * UNIT + 200  # beyond where lengths double
     case = make([(1, length), (9, length - 40)], torch.float16, kv_heads=1)
     assert_close(attend(case, batch_invariant), expected(case))
 
@@ -124,11 +125,11 @@ def test_segments_grow_with_the_position(batch_invariant: bool) -> None:
 def test_segments_cover_every_position_once(unit: int) -> None:
     starts = [0]
     for segment in range(200):
-        length = unit << max(segment // segments.OCTAVE - 1, 0)
-        assert segments.count_segments(starts[-1] + 1, unit) == segment + 1
-        assert segments.count_segments(starts[-1] + length, unit) == segment + 1
+        length = unit << max(segment // attention_segments.OCTAVE - 1, 0)
+        assert attention_segments.count_segments(starts[-1] + 1, unit) == segment + 1
+        assert attention_segments.count_segments(starts[-1] + length, unit) == segment + 1
         starts.append(starts[-1] + length)
-    assert segments.count_segments(131_072, 512) == 80
+    assert attention_segments.count_segments(131_072, 512) == 80
 
 
 @modes
@@ -143,9 +144,9 @@ def test_how_many_programs_share_the_segments_changes_no_bit(
 
 
 def test_a_longer_context_needs_no_more_programs() -> None:
-    counts = [segments.count_segments(n, 512) for n in (512, 8192, 131_072)]
-    assert [segments.split_programs(1 * n, 8) for n in counts] == [1, 16, 64]
-    assert [segments.split_programs(64 * n, 8) for n in counts] == [64, 64, 64]
+    counts = [attention_segments.count_segments(n, 512) for n in (512, 8192, 131_072)]
+    assert [attention_segments.split_programs(1 * n, 8) for n in counts] == [1, 16, 64]
+    assert [attention_segments.split_programs(64 * n, 8) for n in counts] == [64, 64, 64]
 
 
 @modes

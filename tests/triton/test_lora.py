@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from multilora_kernels import Table, lora, make_tiles, plans, reference
+from multilora_kernels import Table, make_tiles, reference
+from multilora_kernels.cuda import launch_plans, lora
 from multilora_kernels.testing.guard import guarded
 from tests.lora_cases import (
     POPULARITY,
@@ -30,7 +31,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES)
 popularities = pytest.mark.parametrize("popularity", POPULARITY)
 
 
-def device(**changed: int) -> plans.Device:
+def device(**changed: int) -> launch_plans.CudaTarget:
     """Two multiprocessors, so that programs loop; tiles small enough for an interpreter."""
     arithmetic = {
         "lora_shrink": {"block_k": 64, "split_k": 2},
@@ -47,10 +48,10 @@ def device(**changed: int) -> plans.Device:
         op: {"*": {"arithmetic": arithmetic[op], "schedule": {"*": schedule[op] | warps}}}
         for op in arithmetic
     }
-    return plans.Device(90, 2, plans.Plans(ops))
+    return launch_plans.CudaTarget(90, 2, launch_plans.LaunchPlans(ops))
 
 
-def run(case: Case, where: plans.Device | None = None, **guard: Any) -> Tensor:
+def run(case: Case, where: launch_plans.CudaTarget | None = None, **guard: Any) -> Tensor:
     with guarded(**guard):
         lora.lora_(*case, where or device())
     return case.y
@@ -216,15 +217,15 @@ def test_lora_embed_takes_the_tokens_column(popularity: str, dtype: torch.dtype)
 def test_a_site_of_llama_8b_with_its_own_plan() -> None:
     case = make_case([0, 1, 1, 3], torch.bfloat16, in_=4096, starts=(0, 4096, 5120, 6144))
     wanted = expected(case)
-    assert_close(run(case, plans.device(90, 132)), wanted)
+    assert_close(run(case, launch_plans.target(90, 132)), wanted)
 
 
 def test_the_plan_tables_give_right_results() -> None:
-    for sm in plans.ARCHITECTURES:
+    for sm in launch_plans.ARCHITECTURES:
         for tile in (16, 64):
             case = make_case([2] * 20 + [3], torch.bfloat16, in_=320, starts=(0, 256), tile=tile)
             wanted = expected(case)
-            assert_close(run(case, plans.device(sm, 2)), wanted)
+            assert_close(run(case, launch_plans.target(sm, 2)), wanted)
 
 
 # The same bits ----------------------------------------------------------------------------------

@@ -8,9 +8,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from multilora_kernels import plans, tune_timer
+from multilora_kernels.cuda import launch_plans, tune_timer
+from multilora_kernels.cuda.tune_timer import Load, Scale
 from multilora_kernels.testing.guard import guarded
-from multilora_kernels.tune_timer import Load, Scale
 from tests import fake_cuda
 
 SMALL = Scale(buckets=(4,), prefill=512, copies=3, evicted=1 << 10)
@@ -25,7 +25,7 @@ LOADS = [Load(4, 4, 2), Load(4, 1, 16), Load(512, 4, 8)]
 def test_a_workload_runs(op: str, shape: tuple[int, int], load: Load) -> None:
     work = tune_timer.make_workload(op, shape, load, SMALL, torch.device("cpu"))
     assert len(work.table.num_pages) == load.adapters
-    before, plan = work.rows.clone(), plans.load(90).choose(op, shape, load.tokens)
+    before, plan = work.rows.clone(), launch_plans.load(90).choose(op, shape, load.tokens)
     launches = tune_timer.calls(op, shape, work, plan, num_sms=2)
     assert len(launches) == 3
     with guarded():
@@ -57,5 +57,5 @@ def test_the_clock_of_a_gpu_runs_on_a_stand_in(monkeypatch: pytest.MonkeyPatch) 
     timer = tune_timer.gpu_timer(torch.device("cpu"), SMALL)
     for op, shape in (("lora_shrink", (128, 2)), ("lora_expand", (128, 1))):
         for load in (Load(4, 4, 8), Load(4, 1, 8)):
-            assert timer(op, shape, load, plans.load(90).choose(op, shape, 4)) > 0
+            assert timer(op, shape, load, launch_plans.load(90).choose(op, shape, 4)) > 0
     assert calls.count("replay") == 20

@@ -1,0 +1,225 @@
+"""The LoRA ops on CPU: in C++, and in vectorised torch where that cannot do it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from ctypes import addressof, c_int64
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import index_checks, reference
+from ..tiles import Table, Tiles
+from . import graph, native
+from .row_independence import ROWS, padded
+
+
+def lora_shrink(x: Tensor, a_pages: Tensor, table: Table, tiles: Tiles, split_k: int) -> Tensor:
+    """See `reference.lora_shrink`; the stages apart are for tests and benches."""
+    index_checks.check_lora(table, tiles, len(x), len(a_pages))
+    return reference.lora_shrink(x, a_pages, table, tiles, split_k)
+
+
+def lora_expand_(
+    y: Tensor,
+    planes: Tensor,
+    b_pages: Tensor,
+    table: Table,
+    tiles: Tiles,
+    slice_starts: Sequence[int],
+) -> None:
+    """See `reference.lora_expand_`."""
+    index_checks.check_lora(table, tiles, len(y), len(b_pages))
+    reference.lora_expand_(y, planes, b_pages, table, tiles, slice_starts)
+
+
+class _Batch:
+    """The tiles of a call as padded row blocks: tile i is rows[i], 16 or a multiple of it."""
+
+    def __init__(self, tiles: Tiles, table: Table) -> None:
+        count = int(tiles.num_tiles)
+        some = tiles.lens[:count].nonzero()[:, 0]  # an empty tile is none
+        lens = tiles.lens[some].long()
+        width = padded(int(lens.max())) if len(some) else ROWS
+        lane = torch.arange(width)
+        self.real = lane < lens[:, None]  # [tiles, width]
+        # Padding repeats a tile's first row and is dropped at the end.
+        self.rows = tiles.starts[some].long()[:, None] + torch.where(self.real, lane, 0)
+        self.slots = tiles.slots[some].long()
+        self.pages = table.num_pages[self.slots]
+
+
+def lora_(
+    y: Tensor,
+    x: Tensor,
+    a_pages: Tensor,
+    b_pages: Tensor,
+    table: Table,
+    tiles: Tiles,
+    slice_starts: Sequence[int],
+) -> None:
+    """See `reference.lora_`: for each page ordinal, all tiles that have such a page at once."""
+    if (
+        native.LIB is not None
+        and y.dtype == x.dtype
+        and y.stride(1) == x.stride(1) == 1
+        and _cpp_can(y, a_pages, b_pages, table, tiles)
+    ):
+        _cpp_lora(y, x, None, a_pages, b_pages, table, tiles, slice_starts)
+        return
+    index_checks.check_lora(table, tiles, len(y), min(len(a_pages), len(b_pages)))
+    batch = _Batch(tiles, table)
+
+    def shrink(chosen: Tensor, page_ids: Tensor) -> Tensor:
+        a = a_pages[page_ids].flatten(1, 2).float()  # [tiles, slices * 8, in]
+        return torch.bmm(x[batch.rows[chosen]].float(), a.transpose(1, 2))
+
+    _expand(y, b_pages, table, batch, slice_starts, shrink)
+
+
+def lora_embed_(
+    y: Tensor, ids: Tensor, a_pages: Tensor, b_pages: Tensor, table: Table, tiles: Tiles
+) -> None:
+    """See `reference.lora_embed_`."""
+    if (
+        native.LIB is not None
+        and y.stride(1) == 1
+        and ids.dtype == torch.int64
+        and ids.is_contiguous()
+        and _cpp_can(y, a_pages, b_pages, table, tiles)
+    ):
+        _cpp_lora(y, None, ids, a_pages, b_pages, table, tiles, (0, y.shape[1]))
+        return
+    index_checks.check_lora(table, tiles, len(y), min(len(a_pages), len(b_pages)))
+    index_checks.check_ids(ids, tiles, a_pages.shape[1])
+    batch = _Batch(tiles, table)
+
+    def shrink(chosen: Tensor, page_ids: Tensor) -> Tensor:
+        return a_pages[page_ids[:, None], ids[batch.rows[chosen]]].float()
+
+    _expand(y, b_pages, table, batch, (0, y.shape[1]), shrink)
+
+
+def _cpp_can(y: Tensor, a_pages: Tensor, b_pages: Tensor, table: Table, tiles: Tiles) -> bool:
+    """Whether types and layouts are those that the C++ form takes."""
+    page_ids, page_weights, num_pages, scale_row, scale, bias = table
+    slots, starts, lens, num_tiles = tiles
+    return (
+        y.dtype in native.DTYPE_CODES
+        and a_pages.dtype in native.DTYPE_CODES
+        and a_pages.dtype == b_pages.dtype
+        and _is_dense(a_pages)
+        and _is_dense(b_pages)
+        and page_ids.dim() == 2
+        and page_ids.dtype == num_pages.dtype == torch.int32
+        and page_weights.dtype == torch.float32
+        and page_ids.shape == page_weights.shape
+        and page_ids.stride(0) == page_weights.stride(0)
+        and (page_ids.shape[1] < 2 or page_ids.stride(1) == page_weights.stride(1) == 1)
+        and len(page_ids) == len(num_pages)
+        and len(slots) == len(starts) == len(lens)
+        and num_tiles.numel() == 1
+        and num_pages.is_contiguous()
+        and all(t.dtype == torch.int32 and t.is_contiguous() for t in tiles)
+        and (scale_row is None or _is_dora(scale_row, scale, bias, num_pages, y.shape[1]))
+    )
+
+
+def _is_dense(pages: Tensor) -> bool:
+    """Whether a page's own values lie one after the other."""
+    stride, dense = pages.stride(), 1
+    for size, step in zip(pages.shape[:0:-1], stride[:0:-1], strict=True):
+        if step != dense:
+            return False
+        dense *= size
+    return True
+
+
+def _is_dora(
+    scale_row: Tensor, scale: Tensor | None, bias: Tensor | None, num_pages: Tensor, out: int
+) -> bool:
+    """Whether DoRA's part of a table is one that the C++ form takes."""
+    tables = [t for t in (scale, bias) if t is not None]
+    return (
+        bool(tables)
+        and scale_row.dtype == torch.int32
+        and scale_row.shape == num_pages.shape
+        and tables[0].dtype in native.DTYPE_CODES
+        and all(t.shape == tables[0].shape and t.shape[1] == out for t in tables)
+        and all(t.dtype == tables[0].dtype for t in tables)
+        and all(t.is_contiguous() for t in (scale_row, *tables))
+    )
+
+
+def _cpp_lora(
+    y: Tensor,
+    x: Tensor | None,
+    ids: Tensor | None,
+    a_pages: Tensor,
+    b_pages: Tensor,
+    table: Table,
+    tiles: Tiles,
+    slice_starts: Sequence[int],
+) -> None:
+    page_ids, page_weights, num_pages, scale_row, scale, bias = table
+    starts = (c_int64 * len(slice_starts))(*slice_starts)
+    tokens, out = y.shape
+    dora = scale if scale is not None else bias
+    args = native.LoraArgs(
+        y.data_ptr(), _pointer(x), _pointer(ids), y.stride(0), 0 if x is None else x.stride(0),
+        tokens, a_pages.shape[1] if x is None else x.shape[1], out,
+        a_pages.data_ptr(), b_pages.data_ptr(), a_pages.stride(0), b_pages.stride(0),
+        min(len(a_pages), len(b_pages)), addressof(starts), len(slice_starts) - 1,
+        page_ids.data_ptr(), page_weights.data_ptr(), num_pages.data_ptr(),
+        _pointer(scale_row), _pointer(scale), _pointer(bias),
+        *page_ids.shape, page_ids.stride(0), 0 if dora is None else len(dora),
+        *(t.data_ptr() for t in tiles), len(tiles.slots),
+        native.DTYPE_CODES[y.dtype], native.DTYPE_CODES[a_pages.dtype],
+        0 if dora is None else native.DTYPE_CODES[dora.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    args.starts = starts  # which lives as long
+    graph.call("lora", args, y, x, ids, a_pages, b_pages, *table, *tiles)
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _expand(
+    y: Tensor,
+    b_pages: Tensor,
+    table: Table,
+    batch: _Batch,
+    slice_starts: Sequence[int],
+    shrink: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    if not len(batch.slots):
+        return
+    total = y[batch.rows].float()  # [tiles, width, out]
+    scale_rows = None if table.scale_row is None else table.scale_row[batch.slots]
+    if scale_rows is not None and table.scale is not None:
+        scale = table.scale[scale_rows.clamp(min=0).long()].float()
+        total = torch.where((scale_rows >= 0)[:, None, None], total * scale[:, None], total)
+    for p in range(int(batch.pages.max())):
+        chosen = (batch.pages > p).nonzero()[:, 0]
+        slots = batch.slots[chosen]
+        page_ids = table.page_ids[slots, p].long()
+        u = shrink(chosen, page_ids) * table.page_weights[slots, p][:, None, None]
+        u = u.to(b_pages.dtype).float()
+        u = u.reshape(*u.shape[:2], -1, reference.PAGE)
+        b = b_pages[page_ids].float()
+        everything = len(chosen) == len(total)
+        for s, (first, last) in enumerate(itertools.pairwise(slice_starts)):
+            # Products narrower than 12 columns were seen to treat rows of a tile differently.
+            columns = F.pad(b[:, :, first:last], (0, -(last - first) % ROWS))
+            delta = torch.bmm(u[:, :, s], columns)[..., : last - first]
+            if everything:
+                total[..., first:last] += delta
+            else:
+                total[chosen, :, first:last] += delta
+    if scale_rows is not None and table.bias is not None:
+        bias = table.bias[scale_rows.clamp(min=0).long()].float()
+        total = torch.where((scale_rows >= 0)[:, None, None], total + bias[:, None], total)
+    y[batch.rows[batch.real]] = total[batch.real].to(y.dtype)

@@ -1,0 +1,28 @@
+"""The public ops: their schemas and checks, and their shapes for `torch.compile`.
+
+Each file has the ops of one family, which has the same name in `cpu`, `cuda`, csrc/ and the tests.
+torch's dispatcher chooses the device.
+"""
+
+from .attention import paged_attention
+from .elementwise import rms_norm, rope_store_kv_, silu_mul
+from .linear import linear
+from .lora import lora_, lora_embed_, lora_expand_, lora_head_, lora_shrink, lora_splits
+from .sampling import apply_token_mask_, draw, top_logprobs
+
+__all__ = [
+    "apply_token_mask_",
+    "draw",
+    "linear",
+    "lora_",
+    "lora_embed_",
+    "lora_expand_",
+    "lora_head_",
+    "lora_shrink",
+    "lora_splits",
+    "paged_attention",
+    "rms_norm",
+    "rope_store_kv_",
+    "silu_mul",
+    "top_logprobs",
+]

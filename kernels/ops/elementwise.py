@@ -1,0 +1,73 @@
+"""What works on each token by itself: norms, activations, rotary positions and the KV store."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..cpu import elementwise as cpu
+from ..cuda import dispatch as cuda
+from ..library import register
+from .arguments import check
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    """RMS norm of x [tokens, hidden]; with `residual`, of `residual += x`, done in place."""
+    check(x.shape[-1:] == weight.shape, "weight must have as many elements as x has columns")
+    y: Tensor = _NORM(x, weight, eps, residual)
+    return y
+
+
+def silu_mul(x: Tensor) -> Tensor:
+    """`silu(gate) * up` of x = [gate | up], [tokens, 2 * inter] -> [tokens, inter]."""
+    check(x.shape[-1] % 2 == 0, "x must have an even number of columns")
+    y: Tensor = _SILU(x)
+    return y
+
+
+def rope_store_kv_(
+    q: Tensor,  # [tokens, heads, head_dim], rotated in place
+    k: Tensor,  # [tokens, kv_heads, head_dim]
+    v: Tensor,
+    cos: Tensor,  # fp32 [positions, head_dim / 2]
+    sin: Tensor,
+    positions: Tensor,  # int64 [tokens]
+    kv_slots: Tensor,  # int64 [tokens], block * block_size + offset, -1 = do not store
+    k_blocks: Tensor,  # [blocks, block_size, kv_heads, head_dim], written in place
+    v_blocks: Tensor,
+    k_scale: Tensor | None = None,  # fp32 [kv_heads], for e4m3 pages, on CPU for int8 ones too
+    v_scale: Tensor | None = None,
+) -> None:
+    """Rotates q and k by position (half against half) and stores k and v in their pages.
+
+    With scales, k and v are divided by their head's and cut to the pages' finite range. On CPU
+    IndexError, with all as it was, for positions and slots out of range. Nobody checks that no two
+    tokens have one slot: it would then hold a mixture of them.
+    """
+    check(cos.shape[1] * 2 == q.shape[2], "cos and sin must have head_dim / 2 columns")
+    check((k_scale is None) == (v_scale is None), "k_scale and v_scale come together")
+    check(len(positions) == len(kv_slots) == len(q), "positions and kv_slots must be [tokens]")
+    _ROPE(q, k, v, cos, sin, positions, kv_slots, k_blocks, v_blocks, k_scale, v_scale)
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _half(x: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+
+
+_NORM = register(
+    "rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!)? residual) -> Tensor",
+    cpu=cpu.rms_norm,
+    cuda=cuda.rms_norm,
+    meta=_normed,
+)
+_SILU = register("silu_mul(Tensor x) -> Tensor", cpu=cpu.silu_mul, cuda=cuda.silu_mul, meta=_half)
+_ROPE = register(
+    "rope_store_kv_(Tensor(a!) q, Tensor k, Tensor v, Tensor cos, Tensor sin, "
+    "Tensor positions, Tensor kv_slots, Tensor(b!) k_blocks, Tensor(c!) v_blocks, "
+    "Tensor? k_scale=None, Tensor? v_scale=None) -> ()",
+    cpu=cpu.rope_store_kv_,
+    cuda=cuda.rope_store_kv_,
+)

@@ -1,0 +1,155 @@
+"""Low-rank deltas, of many adapters in one batch: SGMV for prompts, BGMV for single tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import le
+
+import torch
+from torch import Tensor
+
+from ..cpu import lora as cpu
+from ..cuda import dispatch as cuda
+from ..library import register
+from ..tiles import Table, Tiles
+from .arguments import check
+
+
+def lora_shrink(x: Tensor, a_pages: Tensor, table: Table, tiles: Tiles, split_k: int = 1) -> Tensor:
+    """The first stage of `lora_`, into rank space: fp32 [split_k, tokens, slices * max_pages * 8].
+
+    x [tokens, in]; a_pages [pages, slices, 8, in]. Entries beyond a row's own pages are undefined.
+    """
+    check(
+        x.dim() == 2 and a_pages.dim() == 4,
+        "x must be [tokens, in], a_pages [pages, slices, 8, in]",
+    )
+    check(x.shape[1] == a_pages.shape[3], f"x has {x.shape[1]} columns, a_pages {a_pages.shape[3]}")
+    check(1 <= split_k <= max(x.shape[1], 1), f"split_k {split_k} is not within 1..{x.shape[1]}")
+    planes: Tensor = _SHRINK(x, a_pages, *table, *tiles, split_k)
+    return planes
+
+
+def lora_splits(x: Tensor, a_pages: Tensor) -> int:
+    """The `split_k` with which `lora_` computes: with it, the two stages give the same bits."""
+    found: int = _SPLITS(x, a_pages)
+    return found
+
+
+def lora_expand_(
+    y: Tensor,
+    planes: Tensor,
+    b_pages: Tensor,
+    table: Table,
+    tiles: Tiles,
+    slice_starts: Sequence[int],
+) -> None:
+    """The second stage of `lora_`: sums the planes in order, adds B times them, rounds once."""
+    _check_out(y, b_pages, slice_starts)
+    _EXPAND(y, planes, b_pages, *table, *tiles, list(slice_starts))
+
+
+def lora_(
+    y: Tensor,  # [tokens, out], changed in place
+    x: Tensor,  # [tokens, in]
+    a_pages: Tensor,  # [pages, slices, 8, in]
+    b_pages: Tensor,  # [pages, 8, out]
+    table: Table,
+    tiles: Tiles,
+    slice_starts: Sequence[int],
+) -> None:
+    """Adds to each row of `y` the low-rank delta of that row's slot; base rows stay untouched.
+
+    `y[t] = round(c * y[t] + sum_p B[p]^T (w_p * A[p] x[t]) + bias)` over the pages p of t's slot,
+    in table order, in fp32. Pages may have any stride(0). Raises ValueError for shapes that
+    disagree; on CPU IndexError, with y as it was, for a table or tiles with a number out of range
+    and for tiles that overlap or go back.
+    """
+    _check_out(y, b_pages, slice_starts)
+    check(x.dim() == 2 and len(x) == len(y), "x and y must have as many rows")
+    check(a_pages.shape[2:3] == (8,), "a_pages must be [pages, slices, 8, in]")
+    check(x.shape[1] == a_pages.shape[3], f"x has {x.shape[1]} columns, a_pages {a_pages.shape[3]}")
+    check(
+        a_pages.shape[1] == len(slice_starts) - 1, "a_pages and slice_starts disagree on the slices"
+    )
+    _LORA(y, x, a_pages, b_pages, *table, *tiles, list(slice_starts))
+
+
+def lora_embed_(
+    y: Tensor, ids: Tensor, a_pages: Tensor, b_pages: Tensor, table: Table, tiles: Tiles
+) -> None:
+    """`lora_` for an embedding: ids int64 [tokens] choose rows of a_pages [pages, vocab, 8].
+
+    Of `ids` those are looked at, and on CPU checked, that stand in a tile.
+    """
+    _check_out(y, b_pages, (0, y.shape[1]))
+    check(a_pages.dim() == 3 and a_pages.shape[2] == 8, "a_pages must be [pages, vocab, 8]")
+    check(ids.shape == y.shape[:1], "ids and y must have as many rows")
+    _EMBED(y, ids, a_pages, b_pages, *table, *tiles)
+
+
+def lora_head_(
+    y: Tensor, x: Tensor, a_pages: Tensor, b_pages: Tensor, table: Table, tiles: Tiles
+) -> None:
+    """`lora_` on logits y [rows, vocab] of hidden x [rows, hidden], with tiles over those rows."""
+    lora_(y, x, a_pages, b_pages, table, tiles, (0, y.shape[1]))
+
+
+def _check_out(y: Tensor, b_pages: Tensor, slice_starts: Sequence[int]) -> None:
+    check(y.dim() == 2 and b_pages.dim() == 3, "y must be [tokens, out], b_pages [pages, 8, out]")
+    check(y.shape[1] == b_pages.shape[2], f"y has {y.shape[1]} columns, b_pages {b_pages.shape[2]}")
+    check(b_pages.shape[1] == 8, "b_pages must be [pages, 8, out]")
+    check(
+        slice_starts[0] == 0 and slice_starts[-1] == y.shape[1],
+        "slice_starts must span y's columns",
+    )
+    check(all(map(le, slice_starts, slice_starts[1:])), "slice_starts must not fall")
+
+
+def _shrunk(x: Tensor, a_pages: Tensor, table: Table, tiles: Tiles, split_k: int) -> Tensor:
+    columns = a_pages.shape[1] * table.page_ids.shape[1] * 8
+    return x.new_empty((split_k, len(x), columns), dtype=torch.float32)
+
+
+def _one_split(x: Tensor, a_pages: Tensor) -> int:
+    return 1
+
+
+_SHRINK = register(
+    "lora_shrink(Tensor x, Tensor a_pages, Table table, Tiles tiles, int split_k) -> Tensor",
+    Table,
+    Tiles,
+    cpu=cpu.lora_shrink,
+    cuda=cuda.lora_shrink,
+    meta=_shrunk,
+)
+_SPLITS = register(
+    "lora_splits(Tensor x, Tensor a_pages) -> int",
+    cpu=_one_split,
+    cuda=cuda.lora_splits,
+    meta=_one_split,
+)
+_EXPAND = register(
+    "lora_expand_(Tensor(a!) y, Tensor planes, Tensor b_pages, Table table, Tiles tiles, "
+    "int[] slice_starts) -> ()",
+    Table,
+    Tiles,
+    cpu=cpu.lora_expand_,
+    cuda=cuda.lora_expand_,
+)
+_LORA = register(
+    "lora_(Tensor(a!) y, Tensor x, Tensor a_pages, Tensor b_pages, Table table, Tiles tiles, "
+    "int[] slice_starts) -> ()",
+    Table,
+    Tiles,
+    cpu=cpu.lora_,
+    cuda=cuda.lora_,
+)
+_EMBED = register(
+    "lora_embed_(Tensor(a!) y, Tensor ids, Tensor a_pages, Tensor b_pages, Table table, "
+    "Tiles tiles) -> ()",
+    Table,
+    Tiles,
+    cpu=cpu.lora_embed_,
+    cuda=cuda.lora_embed_,
+)
