@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import multilora.device.select
 import multilora_kernels as mk
 from multilora_kernels import cuda
-from multilora_kernels.testing.variants import Key, recording
+from multilora_kernels.testing.variants import Compiler, Key, recording
 from tests import fake_cuda
 
 if TYPE_CHECKING:
@@ -36,9 +36,9 @@ _WITHOUT_TRITON = ("draw", "top_logprobs")
 
 
 @contextmanager
-def launching() -> Iterator[list[Key]]:
+def launching(arch: int = 90, compiler: Compiler | None = None) -> Iterator[list[Key]]:
     """Within, ops launch as on a GPU for which nothing is compiled yet; what it would compile."""
-    with recording() as keys, _Launching():  # type: ignore[no-untyped-call]
+    with recording(arch, compiler) as keys, _Launching():  # type: ignore[no-untyped-call]
         yield keys
 
 

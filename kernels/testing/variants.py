@@ -8,7 +8,7 @@ as on the GPU, takes it for compiled, and runs nothing.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -26,8 +26,20 @@ class Key(NamedTuple):
     specialisation: str
 
 
+class Compiler(triton.AsyncCompileMode):
+    """Stands where Triton hands compilations to an executor, and takes each for done."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+
+    def submit(self, key: str, compile: Callable[[], Any], finalize: Any, *cleanup: Any) -> Any:
+        """A kernel that does nothing; `compile()` would give the one that was asked for."""
+        finalize(_IDLE)
+        return _IDLE
+
+
 @contextmanager
-def recording(arch: int = 90) -> Iterator[list[Key]]:
+def recording(arch: int = 90, compiler: Compiler | None = None) -> Iterator[list[Key]]:
     """Keeps the key of each variant that sm_`arch` would compile; the list grows as they come.
 
     Each block begins with nothing compiled. What stands in `triton.knobs.runtime` as
@@ -43,7 +55,7 @@ def recording(arch: int = 90) -> Iterator[list[Key]]:
     driver.set_active(_Device(arch))
     runtime.jit_cache_hook = hook
     try:
-        with _CompiledAtOnce(None):
+        with compiler or Compiler():
             yield keys
     finally:
         driver._active, runtime.jit_cache_hook = before
@@ -60,14 +72,6 @@ class _Device(StubDriver):
 
     def get_current_device(self) -> int:
         return self.number
-
-
-class _CompiledAtOnce(triton.AsyncCompileMode):
-    """Stands where Triton hands compilations to an executor."""
-
-    def submit(self, key: str, compile: Any, finalize: Any, *cleanup: Any) -> Any:
-        finalize(_IDLE)
-        return _IDLE
 
 
 class _Idle:

@@ -153,6 +153,19 @@ def test_a_pool_takes_no_memory_until_it_is_needed() -> None:
     assert pool.layer(0)[0].shape == (4, 3, 8, 32)
 
 
+@pytest.mark.parametrize("name", ["embed", "qkv", "lm_head"])
+def test_a_stand_in_has_the_layout_of_the_pages_to_come(name: str) -> None:
+    pool = RankPagePool(SITES[name], 3, dtype=torch.bfloat16)
+    with pool.stand_in():
+        before = [(t.shape[1:], t.stride()) for t in pool.layer(0)]
+    assert not pool.is_allocated
+    pool.reserve()
+    pages = pool.layer(0)
+    assert [(t.shape[1:], t.stride()) for t in pages] == before
+    with pool.stand_in():
+        assert pool.layer(0)[0].data_ptr() == pages[0].data_ptr()
+
+
 def test_a_pool_gives_each_page_once() -> None:
     pool = RankPagePool(SITES["o"], 3, dtype=torch.float32)
     first, second = pool.allocate(2), pool.allocate(1)

@@ -12,6 +12,7 @@ import torch
 
 import multilora_kernels as mk
 from multilora.config.engine import EngineConfig
+from multilora.config.lora_sites import sites_of
 from multilora.device.cpu import DeviceMemory
 from multilora.engine import builder
 from multilora.engine.engine import Engine
@@ -25,6 +26,8 @@ from tests.engines import Job, facts, make_engine, prompt_of, run
 from tests.fake_cuda import FakeCuda, install
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from multilora.model.forward_batch import ForwardBatch
 
 RANKS = {"a": 8, "b": 24}
@@ -101,6 +104,35 @@ def test_a_gpus_memory_decides_the_blocks(
     assert engine.memory()["activations"] == 2 * 10**9
     assert engine.memory()["kv_capacity"] == engine.pool.num_blocks * block
     assert caplog.messages[0].startswith("memory: base 0.00 GB, activations 2.00 GB, rank pages")
+
+
+def test_an_engine_on_a_cpu_needs_no_triton(root: Path, run_python: Callable[..., str]) -> None:
+    code = f"""
+import sys
+from multilora import Engine, EngineConfig
+engine = Engine(EngineConfig(model={str(root / "base")!r}, skip_tokenizer_init=True))
+engine.add_request([5, 6, 7])
+engine.step()
+print('triton' in sys.modules, engine.stats.late_compilations)
+"""
+    assert run_python(code).split() == ["False", "0"]
+
+
+def test_a_gpu_is_warmed_up_before_its_graphs_are_captured(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    install(monkeypatch)
+    monkeypatch.setattr(builder, "open_device", lambda name: FakeCuda())
+    with caplog.at_level(logging.INFO, "multilora"):
+        engine = engine_of(root, device="cuda")
+    # 8 requests and 64 tokens at most: one kind of step, graphs of 16 rows and three tile sizes.
+    assert caplog.messages[-1].startswith(
+        "compiled 0 kernel variants or found them in Triton's cache, captured 3 graphs in "
+    )
+    pools = {name: engine.store.pool(name).is_allocated for name in sites_of(TINY)}
+    assert not pools["embed"]
+    assert pools["qkv"]
+    assert engine.stats.late_compilations == 0
 
 
 @pytest.mark.parametrize("wanted", [False, True])
@@ -210,13 +242,14 @@ def test_the_largest_step_is_tried_with_lora_and_all_rows(
 
     def spy_shrink(*args: Any) -> torch.Tensor:
         found = shrink(*args)
-        planes.add(tuple(found.shape))
+        if len(steps) == 1:  # the others warm up
+            planes.add(tuple(found.shape))
         return found
 
     monkeypatch.setattr(Llama, "forward", spy)
     monkeypatch.setattr(mk, "lora_shrink", spy_shrink)
     engine = engine_of(root, device="cuda", enforce_eager=True, **settings)
-    (step,) = steps
+    step = steps[0]
     rows = engine.config.max_num_seqs
     assert step.seq_lens.tolist() == lens + [0] * (rows - len(lens))
     assert step.block_table.shape == (rows, 16)
