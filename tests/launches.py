@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import multilora.device.select
 import multilora_kernels as mk
-from multilora_kernels import cuda
+from multilora_kernels.library import KERNELS
 from multilora_kernels.testing.variants import Compiler, Key, recording
 from tests import fake_cuda
 
@@ -48,7 +48,7 @@ class _Launching(TorchDispatchMode):
     ) -> Any:
         namespace, _, name = func.name().partition("::")
         if namespace == "multilora" and name not in _WITHOUT_TRITON:
-            launched = cuda.KERNELS[name](*args, **(kwargs or {}))
+            launched = KERNELS["CUDA"][name](*args, **(kwargs or {}))
             if name == "lora_splits":  # the planes are then as many as a GPU's
                 return launched
         return func(*args, **(kwargs or {}))
