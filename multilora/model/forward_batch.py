@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -43,27 +43,3 @@ class ForwardBatch:
     lora: Mapping[str, SiteLora]  # by site; only sites that some row of the step adapts
     batch_invariant: bool = False  # a row's bits depend on that row alone; on a CPU always
     side: Side | None = None  # where to shrink beside the base's own work; None = after it
-
-    def adapt(self, site: str, layer: int, x: Tensor, base: Callable[[], Tensor]) -> Tensor:
-        """`base()` [tokens, out] and every row's own delta of x [tokens, in] at a site."""
-        lora = self.lora.get(site)
-        if lora is None:
-            return base()
-        a, b = lora.pool.layer(layer)
-        if self.side is None:
-            y = base()
-            mk.lora_(y, x, a, b, lora.table, lora.tiles, lora.slice_starts)
-            return y
-        with self.side.fork():
-            planes = mk.lora_shrink(x, a, lora.table, lora.tiles, mk.lora_splits(x, a))
-        y = base()
-        self.side.join()
-        mk.lora_expand_(y, planes, b, lora.table, lora.tiles, lora.slice_starts)
-        return y
-
-    def add_embed_lora_(self, y: Tensor) -> None:
-        """Adds every row's own embedding delta: y [tokens, hidden] in place."""
-        lora = self.lora.get("embed")
-        if lora is not None:
-            a, b = lora.pool.layer(0)
-            mk.lora_embed_(y, self.ids, a, b, lora.table, lora.tiles)

@@ -1,117 +1,21 @@
-"""The parts of a Llama: fused linears that know their LoRA site, norm, rotary, attention."""
+"""The parts of a Llama beside its linears: norm, rotary, attention, MLP."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 import multilora_kernels as mk
 
-from ..checkpoint.parts import Part
 from ..config.lora_sites import Site
 from ..config.model import ModelConfig
 from ..config.quantization import Scheme
-from ..errors import CheckpointError
 from .forward_batch import ForwardBatch
 from .kv_cache import KVCache
-
-
-class Linear(nn.Module):
-    """A fused linear and, for each row of the batch, that row's own LoRA delta.
-
-    Its weight is [0, in] until its part is loaded. Then it is a plain tensor, or packed where that
-    is faster, or quantised.
-    """
-
-    weight: Tensor | mk.PackedWeight
-
-    def __init__(
-        self,
-        site: Site,
-        layer: int,
-        dtype: torch.dtype,
-        *,
-        bias: bool = False,
-        scheme: Scheme | None = None,
-    ) -> None:
-        super().__init__()
-        self.site, self.layer, self.scheme = site, layer, scheme
-        self.weight = torch.empty(0, site.in_, dtype=dtype)
-        self.bias = _parameter(site.out, dtype=dtype) if bias else None
-
-    def forward(self, x: Tensor, batch: ForwardBatch) -> Tensor:
-        """x [tokens, in] -> [tokens, out]."""
-
-        def base() -> Tensor:
-            return mk.linear(x, self.weight, self.bias, batch_invariant=batch.batch_invariant)
-
-        return batch.adapt(self.site.name, self.layer, x, base)
-
-    def part(self, *paths: str) -> Part:
-        """What loads it; `paths` are those of its slices in the checkpoint, if not the site's."""
-        site, slices = self.site, range(len(self.site.slices))
-        modules = paths or tuple(site.module_path(self.layer, i) for i in slices)
-        shapes: dict[str, tuple[int, ...]] = {}
-        for path, part in zip(modules, site.slices, strict=True):
-            shapes[f"{path}.weight"] = (part.out, site.in_)
-            if self.bias is not None:
-                shapes[f"{path}.bias"] = (part.out,)
-        return Part(shapes, lambda read: self._load(modules, read))
-
-    def _load(self, paths: Sequence[str], read: Callable[[str], Tensor]) -> None:
-        names, starts = [f"{path}.weight" for path in paths], self.site.slice_starts
-        if self.scheme is not None:
-            self.weight = self._quantized(names, self.scheme, read)
-        else:
-            weight = self._empty()
-            for name, (first, last) in zip(names, pairwise(starts), strict=True):
-                weight[first:last].copy_(read(name))
-            self.weight = mk.pack(weight) if mk.worth_packing(weight) else weight
-        if self.bias is not None:
-            for path, (first, last) in zip(paths, pairwise(starts), strict=True):
-                self.bias[first:last].copy_(read(f"{path}.bias"))
-
-    def _empty(self) -> Tensor:
-        assert isinstance(self.weight, Tensor)
-        like, shape = self.weight, (self.site.out, self.site.in_)
-        return torch.empty(shape, dtype=like.dtype, device=like.device)
-
-    def _quantized(
-        self, names: Sequence[str], scheme: Scheme, read: Callable[[str], Tensor]
-    ) -> mk.PackedWeight:
-        """Slice by slice, from the checkpoint's dtype: no row depends on another."""
-        codes, scales = [], []
-        for name in names:
-            try:
-                found = mk.quantize(read(name), scheme.bits, scheme.group)
-            except ValueError as error:
-                raise CheckpointError(f"{name}: {error}; leave out quantization") from error
-            codes.append(found[0])
-            scales.append(found[1])
-        group = scheme.group or self.site.in_
-        return mk.pack_quantized(torch.cat(codes), torch.cat(scales), scheme.bits, group)
-
-    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows of the weight, [tokens, in], by ids int64 [tokens]: the embedding tied to a head."""
-        if isinstance(self.weight, mk.PackedWeight):
-            return mk.unpack_rows(self.weight, ids).to(dtype)
-        return self.weight[ids]
-
-    @property
-    def rows_are_independent(self) -> bool:
-        """Whether a row's bits are its own for any number of rows, without padding."""
-        return isinstance(self.weight, mk.PackedWeight) and self.weight.in_panels
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the weight; the bias is a parameter."""
-        if isinstance(self.weight, mk.PackedWeight):
-            return self.weight.num_bytes
-        return self.weight.numel() * self.weight.element_size()
+from .lora_linear import LoraLinear
 
 
 class RMSNorm(nn.Module):
@@ -119,7 +23,8 @@ class RMSNorm(nn.Module):
 
     def __init__(self, size: int, eps: float, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight, self.eps = _parameter(size, dtype=dtype), eps
+        self.weight = nn.Parameter(torch.empty(size, dtype=dtype), requires_grad=False)
+        self.eps = eps
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x and residual [tokens, hidden]; residual changes in place."""
@@ -170,7 +75,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.config = layer, config
         self.qkv, self.o = (
-            Linear(sites[n], layer, dtype, bias=config.attention_bias, scheme=schemes.get(n))
+            LoraLinear(sites[n], layer, dtype, bias=config.attention_bias, scheme=schemes.get(n))
             for n in ("qkv", "o")
         )
         self.scale = 1.0 / math.sqrt(config.head_dim)
@@ -215,7 +120,7 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         self.gate_up, self.down = (
-            Linear(sites[n], layer, dtype, bias=config.mlp_bias, scheme=schemes.get(n))
+            LoraLinear(sites[n], layer, dtype, bias=config.mlp_bias, scheme=schemes.get(n))
             for n in ("gate_up", "down")
         )
 
@@ -223,10 +128,6 @@ class MLP(nn.Module):
         """x [tokens, hidden] -> [tokens, hidden]."""
         y: Tensor = self.down(mk.silu_mul(self.gate_up(x, batch)), batch)
         return y
-
-
-def _parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
 
 
 def _scale_frequencies(inv_freq: Tensor, config: ModelConfig) -> Tensor:

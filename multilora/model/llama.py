@@ -15,7 +15,8 @@ from ..config.model import ModelConfig
 from ..config.quantization import Scheme
 from .forward_batch import ForwardBatch
 from .kv_cache import KVCache
-from .layers import MLP, Attention, Linear, RMSNorm, Rope
+from .layers import MLP, Attention, RMSNorm, Rope
+from .lora_linear import Linear, LoraEmbedding, LoraLinear
 
 
 class Block(nn.Module):
@@ -59,12 +60,9 @@ class Llama(nn.Module):
         super().__init__()
         sites = sites_of(config)
         self.config, self.dtype = config, dtype
-        self.head = Linear(sites["lm_head"], 0, dtype, scheme=schemes.get("lm_head"))
-        self.embed: nn.Parameter | None = None  # None = tied: the head has the rows
-        if not config.tie_word_embeddings:
-            self.embed = nn.Parameter(
-                torch.empty(config.vocab_size, config.hidden_size, dtype=dtype), requires_grad=False
-            )
+        self.head = LoraLinear(sites["lm_head"], 0, dtype, scheme=schemes.get("lm_head"))
+        tied = self.head.base if config.tie_word_embeddings else None
+        self.embed = LoraEmbedding(config.vocab_size, config.hidden_size, dtype, tied)
         self.blocks = nn.ModuleList(
             Block(config, sites, i, dtype, schemes) for i in range(config.num_layers)
         )
@@ -73,9 +71,7 @@ class Llama(nn.Module):
 
     def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
         """Logits [logits_rows, vocab] of the tokens that `batch.logits_rows` names."""
-        ids = batch.ids
-        x = self.head.rows(ids, self.dtype) if self.embed is None else self.embed[ids]
-        batch.add_embed_lora_(x)
+        x = self.embed(batch)
         residual = torch.zeros_like(x)
         for block in self.blocks:
             x = block(x, residual, batch, cache, self.rope)
@@ -88,10 +84,8 @@ class Llama(nn.Module):
     def parts(self) -> Iterator[Part]:
         """What is to be loaded, under Hugging Face's names."""
         norms = {"model.norm.weight": self.norm.weight}
-        if self.embed is None:
-            yield self.head.part("model.embed_tokens")
-        else:
-            yield fill({"model.embed_tokens.weight": self.embed})
+        yield self.embed.part()
+        if self.embed.tied is None:
             yield self.head.part()
         for i, block in enumerate(self.blocks):
             assert isinstance(block, Block)

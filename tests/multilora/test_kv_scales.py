@@ -86,7 +86,7 @@ def test_scales_depend_on_the_base_alone(base: Path, dtype: torch.dtype) -> None
 
 def test_a_head_without_values_has_a_scale(base: Path) -> None:
     engine = engine_of(base, "auto")
-    qkv = engine.model.blocks[0].attention.qkv
+    qkv = engine.model.blocks[0].attention.qkv.base
     weight = torch.randn(128, 64)
     weight[64:] = 0  # keys and values
     qkv.weight = weight

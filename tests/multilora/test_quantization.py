@@ -136,8 +136,8 @@ def test_the_codes_do_not_depend_on_the_dtype_that_is_served(tmp_path: Path) -> 
     for dtype in (torch.float32, torch.bfloat16):
         model = Llama(config, dtype, {"lm_head": Scheme(4, 32)})
         load_checkpoint(tmp_path, model.parts(), config)
-        assert isinstance(model.head.weight, mk.PackedWeight)
-        heads.append(mk.unpack(model.head.weight))
+        assert isinstance(model.head.base.weight, mk.PackedWeight)
+        heads.append(mk.unpack(model.head.base.weight))
     assert torch.equal(*heads)
 
 
@@ -277,7 +277,7 @@ def test_weights_that_are_only_packed_give_the_same_answers(
     config = write_checkpoint(tmp_path, tie_word_embeddings=tied)
     monkeypatch.setattr(mk, "worth_packing", lambda _: True)
     engine = make_engine(tmp_path)
-    assert isinstance(engine.model.head.weight, mk.PackedWeight)
+    assert isinstance(engine.model.head.base.weight, mk.PackedWeight)
     check(
         run(engine, [Job(prompt_of(70), greedy(8, **JOB_FIELDS))])[0], oracle(tmp_path, config, {})
     )
