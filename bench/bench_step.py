@@ -52,8 +52,7 @@ from work import (
 import multilora_kernels as mk
 from multilora import SamplingParams
 from multilora.engine.engine import Engine
-from multilora.runtime import model_runner as runner
-from multilora.sampling import host as sampler
+from multilora.sampling.host import HostSampler
 
 STEP, SAMPLING, REST = "whole step", "sampling", "Python and the rest"
 OPS = {"lora": "lora_", "rope_store_kv": "rope_store_kv_"}  # by the C++ function
@@ -93,7 +92,7 @@ class Stopwatch:
         """The parts of the engine's next step."""
         with (
             patch.object(mk.Program, "run", lambda program: self.run(program)),
-            patch.object(runner, "sample", self.timed(SAMPLING, sampler.sample)),
+            patch.object(HostSampler, "launch", self.timed(SAMPLING, HostSampler.launch)),
         ):
             start = time.perf_counter()
             engine.step()

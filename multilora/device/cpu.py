@@ -20,7 +20,7 @@ from torch import Tensor
 
 import multilora_kernels as mk
 
-from .cpu_graph import CpuGraph
+from .cpu_graph import CpuGraph, end_captures
 
 _CGROUP_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")  # of version 2, and of 1
 
@@ -119,6 +119,10 @@ class Device:
     def capture(self, work: Callable[[], Tensor]) -> CapturedGraph:
         """Keeps the work for replay; here it is done as well. It may use fixed buffers only."""
         return CpuGraph(work, self._results)
+
+    def end_captures(self) -> None:
+        """Ends the captures of this thread that an exception kept from ending."""
+        end_captures()
 
     def scratch(self) -> AbstractContextManager[Any]:
         """Within, kernels put results where those of earlier steps were: use them in this step."""

@@ -11,13 +11,18 @@ that looks at a tensor's value on the host, or whose shapes depend on one, canno
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode,
+    _pop_mode,
+)
 from torch.utils._pytree import tree_leaves
 
 import multilora_kernels as mk
@@ -41,13 +46,34 @@ class _Call:
             tensor.copy_(found[i])
 
 
+class _Last(threading.local):
+    tape: mk.Tape | None = None  # of a capture that has not come to its end
+
+
+_last = _Last()
+
+
+def end_captures() -> None:
+    """Ends what an exception kept a capture of this thread from ending, raised as it ended.
+
+    An exception in the work itself leaves nothing to end.
+    """
+    while isinstance(_get_current_dispatch_mode(), _Recorder):
+        _pop_mode()
+    if _last.tape is not None:
+        _last.tape.__exit__(None, None, None)
+        _last.tape = None
+
+
 class CpuGraph:
     """The operators of `work`, in order, done once. A pool may serve many, one at a time."""
 
     def __init__(self, work: Callable[[], Tensor], pool: mk.Pool | None = None) -> None:
         pool = pool or mk.Pool()
-        with mk.Tape(pool) as tape, _Recorder(tape) as recorder:
+        tape = _last.tape = mk.Tape(pool)
+        with tape, _Recorder(tape) as recorder:
             output = work()
+        _last.tape = None
         self._steps = recorder.steps()
         self._inputs = recorder.inputs  # they stay alive
         self.output = pool.borrow(output) if pool.owns(output) else output

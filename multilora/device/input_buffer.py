@@ -2,49 +2,35 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from .cpu import Device
 
 ALIGN = 64  # bytes: any vector load of any kernel
-_HOST_BUFFERS = 3  # two steps may be on their way while the next one is prepared
-_NUMPY = {
-    torch.int64: np.int64,
-    torch.int32: np.int32,
-    torch.float32: np.float32,
-    torch.float64: np.float64,
-}
+_HOST_BUFFERS = 3  # two steps may be in flight while the next one is prepared
 
-
-@dataclass(frozen=True, slots=True)
-class InputField:
-    """Values of one kind, and the shape that they are padded to."""
-
-    values: list[int] | list[float] | np.ndarray  # a list has one dimension
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    fill: int | float = 0  # beyond the values
+Tensors = TypeVar("Tensors", bound="tuple[Any, ...]")
+"""A NamedTuple of tensors, of None where a part is left out, and of such NamedTuples."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """Where fields of these shapes lie, and their views of the device buffer."""
+    """Where tensors of these dtypes and shapes lie."""
 
-    shapes: list[tuple[torch.dtype, tuple[int, ...]]]
-    ends: list[tuple[int, int]]  # first byte and last of each
-    views: dict[str, Tensor]
+    key: Any  # type, dtypes and shapes
+    num_bytes: int
+    hosts: list[list[Tensor]]  # of each host buffer its views, one after the other
+    device: Any  # the views of the device buffer, as they were given
 
 
 class InputBuffer:
     """One device buffer that stays in place, and host buffers that take turns to fill it.
 
-    Fields of the same shapes in the same order lie at the same addresses at every `send`, which is
+    Tensors of the same shapes in the same order lie at the same addresses at every `send`, which is
     what a captured graph reads.
     """
 
@@ -52,45 +38,65 @@ class InputBuffer:
         self._device, self.num_bytes = device, num_bytes
         count = _HOST_BUFFERS if device.is_cuda else 1  # a CPU reads the host buffer itself
         self._hosts = [device.host_buffer(num_bytes) for _ in range(count)]
-        self._arrays = [host.numpy() for host in self._hosts]
-        self._waits: list[Callable[[], None]] = [lambda: None] * count
         self._target = device.device_buffer(self._hosts[0])
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all that was sent; nothing may be in flight any more."""
+        self._waits: list[Callable[[], None]] = [_nothing] * len(self._hosts)
         self._turn = 0
-        self._layout = _Layout([], [], {})  # the last one: most steps are like the one before
+        self._layout: _Layout | None = None  # the last one: most steps are like the one before
 
-    def send(self, fields: Mapping[str, InputField]) -> dict[str, Tensor]:
-        """Views of the device buffer, one for each field; valid until the next step's kernels."""
-        shapes = [(field.dtype, field.shape) for field in fields.values()]
-        if shapes != self._layout.shapes or list(self._layout.views) != list(fields):
-            self._layout = self._lay_out(fields, shapes)
-        self._turn = (self._turn + 1) % len(self._hosts)
-        self._waits[self._turn]()
-        array, end = self._arrays[self._turn], 0
-        for field, (start, end) in zip(fields.values(), self._layout.ends, strict=True):
-            _write(array[start:end].view(_NUMPY[field.dtype]), field)
-        host = self._hosts[self._turn]
-        self._waits[self._turn] = self._device.send(host[:end], self._target[:end])
-        return self._layout.views
+    def send(self, tensors: Tensors) -> Tensors:
+        """The same on the device, of tensors on the host; valid until the next step's kernels."""
+        key = type(tensors), _map(tensors, lambda t: (t.dtype, t.shape))
+        layout = self._layout
+        if layout is None or layout.key != key:
+            layout = self._layout = self._lay_out(tensors, key)
+        self._turn = turn = (self._turn + 1) % len(self._hosts)
+        self._waits[turn]()
+        for view, values in zip(layout.hosts[turn], _leaves(tensors), strict=True):
+            view.copy_(values)
+        end = layout.num_bytes
+        self._waits[turn] = self._device.send(self._hosts[turn][:end], self._target[:end])
+        return cast(Tensors, layout.device)
 
-    def _lay_out(
-        self, fields: Mapping[str, InputField], shapes: list[tuple[torch.dtype, tuple[int, ...]]]
-    ) -> _Layout:
-        views, ends, end = {}, [], 0
-        for name, field in fields.items():
+    def _lay_out(self, tensors: tuple[Any, ...], key: Any) -> _Layout:
+        hosts: list[list[Tensor]] = [[] for _ in self._hosts]
+        end = 0
+
+        def place(tensor: Tensor) -> Tensor:
+            nonlocal end
             start = -(-end // ALIGN) * ALIGN
-            end = start + math.prod(field.shape) * field.dtype.itemsize
-            assert end <= self.num_bytes, f"{name} does not fit the staging buffer"
-            ends.append((start, end))
-            views[name] = self._target[start:end].view(field.dtype).view(field.shape)
-        return _Layout(shapes, ends, views)
+            end = start + tensor.nbytes
+            assert end <= self.num_bytes, f"{end} bytes do not fit the buffer of {self.num_bytes}"
+
+            def view(buffer: Tensor) -> Tensor:
+                return buffer[start:end].view(tensor.dtype).view(tensor.shape)
+
+            for views, host in zip(hosts, self._hosts, strict=True):
+                views.append(view(host))
+            return view(self._target)
+
+        device = _map(tensors, place)
+        return _Layout(key, end, hosts, device)
 
 
-def _write(flat: np.ndarray, field: InputField) -> None:
-    if isinstance(field.values, list):
-        flat[: len(field.values)] = field.values
-        flat[len(field.values) :] = field.fill
-        return
-    rest = flat.reshape(field.shape)
-    if field.values.shape != field.shape:
-        rest.fill(field.fill)
-    rest[tuple(slice(size) for size in field.values.shape)] = field.values
+def _map(value: Any, function: Callable[[Tensor], Any]) -> Any:
+    """The same NamedTuple with `function` of each tensor."""
+    if isinstance(value, Tensor):
+        return function(value)
+    return value if value is None else type(value)(*(_map(part, function) for part in value))
+
+
+def _leaves(value: Any) -> Iterator[Tensor]:
+    """Its tensors, in the order of `_map`."""
+    if isinstance(value, Tensor):
+        yield value
+    elif value is not None:
+        for part in value:
+            yield from _leaves(part)
+
+
+def _nothing() -> None:
+    pass

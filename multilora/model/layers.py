@@ -45,20 +45,24 @@ class Rope:
         self.inv_freq = _scale_frequencies(
             1.0 / config.rope_theta ** (even.float() / config.head_dim), config
         )
-        self.cos = self.sin = torch.empty(0, config.head_dim // 2, device=device)
+        # Both at once: an exception between the two must not leave one longer than the other.
+        none = torch.empty(0, config.head_dim // 2, device=device)
+        self._tables = none, none
 
     def tables(self, length: int) -> tuple[Tensor, Tensor]:
         """cos and sin that cover at least `length` positions."""
-        if len(self.cos) < length:
+        cos, sin = self._tables
+        if len(cos) < length:
             steps = [
                 torch.arange(first, first + self.STEP, device="cpu").float()[:, None]
                 * self.inv_freq
-                for first in range(len(self.cos), length, self.STEP)
+                for first in range(len(cos), length, self.STEP)
             ]
-            device = self.cos.device
-            self.cos = torch.cat((self.cos, *(angles.cos().to(device) for angles in steps)))
-            self.sin = torch.cat((self.sin, *(angles.sin().to(device) for angles in steps)))
-        return self.cos, self.sin
+            self._tables = (
+                torch.cat((cos, *(angles.cos().to(cos.device) for angles in steps))),
+                torch.cat((sin, *(angles.sin().to(sin.device) for angles in steps))),
+            )
+        return self._tables
 
 
 class Attention(nn.Module):

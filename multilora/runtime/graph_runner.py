@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 import multilora_kernels as mk
 
 from ..device.cpu import CapturedGraph, Device
-from .step_inputs import ROWS, BatchShape, StepInputs
+from .step_inputs import ROWS, BatchShape, StepInputs, StepTensors
 
 logger = logging.getLogger(__name__)
 
@@ -125,9 +125,9 @@ class GraphRunner:
                 return has
         return None
 
-    def run(self, shape: BatchShape, sent: Mapping[str, Tensor], work: Work) -> Tensor:
-        """What `work` gives, for a step whose fields were sent with the shape."""
-        table, sites = sent["block_table"], self._adapted(shape)
+    def run(self, shape: BatchShape, sent: StepTensors, work: Work) -> Tensor:
+        """What `work` gives, for a step that was sent with the shape."""
+        table, sites = sent.block_table, self._adapted(shape)
         self._block_table[: table.shape[0], : table.shape[1]].copy_(table)
         key = shape, sites
         graph = self._graphs.get(key)

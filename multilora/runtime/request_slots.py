@@ -1,75 +1,100 @@
-"""What the runner knows of the sequences in its rows, on the host and on the device."""
+"""What the runner knows of the sequences in its request slots: tokens, blocks, how to sample."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from ..device.cpu import Device
-from ..sampling.device import Adjuster
-from ..sampling.host import SampleRow
-from ..scheduling.scheduler_output import NewSequence, ScheduledChunk, SchedulerOutput
-
-
-@dataclass(slots=True)
-class RequestSlot:
-    """One sequence: enough to make its inputs and to sample for it."""
-
-    sampling: SampleRow  # its outputs lag behind `num_sampled` while steps are on their way
-    num_sampled: int  # output tokens sampled or being sampled
-    num_choices: int = 0  # of those, in this row
-    num_blocks: int = 0  # known to the block table
-    adjuster: Adjuster | None = None  # what changes its logits, when it is sampled on the device
-
-    @classmethod
-    def of(cls, new: NewSequence) -> RequestSlot:
-        """From the plan that brings the sequence."""
-        ids, cut = new.token_ids, new.num_prompt
-        sampling = SampleRow(new.params, new.seed, ids[:cut], ids[cut:], new.stop_ids)
-        return cls(sampling, len(ids) - cut)
-
-    def tokens(self, start: int, count: int) -> list[int]:
-        """Tokens of prompt + output from `start` on, as far as their values are on the host."""
-        prompt, output = self.sampling.prompt_ids, self.sampling.output_ids
-        cut, end = len(prompt), start + count
-        if end <= cut:
-            return prompt[start:end]
-        return prompt[start:cut] + output[max(start - cut, 0) : end - cut]
+from ..sampling.logits_processors import logits_processors
+from ..sampling.sampler import SampledToken, SamplingRows, SamplingState
+from ..scheduling.scheduler_output import NewSequence, SchedulerOutput
 
 
 class RequestSlots:
-    """All rows, the last sampled token of each on the device, and their blocks."""
+    """All request slots, as columns: a step of many rows is laid out in a few array operations.
 
-    def __init__(self, count: int, max_blocks: int, device: Device) -> None:
-        self.last_tokens = torch.zeros(count, dtype=torch.int64, device=device.torch)
-        self._rows: dict[int, RequestSlot] = {}
-        self._blocks = np.zeros((count, max_blocks), dtype=np.int32)
+    A slot that a step in flight computes is not given to another sequence.
+    """
 
-    def __getitem__(self, row: int) -> RequestSlot:
-        return self._rows[row]
+    def __init__(
+        self, count: int, max_model_len: int, block_size: int, vocab: int, device: torch.device
+    ) -> None:
+        self._block_size, self._vocab, self._device = block_size, vocab, device
+        # Memory that is never touched is never taken: most sequences are short.
+        self._tokens = np.zeros((count, max_model_len), np.int32)  # prompt and output
+        self._blocks = np.zeros((count, -(-max_model_len // block_size)), np.int32)
+        self._num_prompt = np.zeros(count, np.int64)
+        self._num_tokens = np.zeros(count, np.int64)  # whose values are on the host
+        self._num_scored = np.zeros(count, np.int64)  # first positions whose next token is scored
+        self._num_blocks = [0] * count
+        self._states: dict[int, SamplingState] = {}
+
+    def __getitem__(self, request_slot: int) -> SamplingState:
+        return self._states[request_slot]
 
     @property
     def known(self) -> frozenset[int]:
-        """The rows that have a sequence."""
-        return frozenset(self._rows)
+        """The slots that have a sequence."""
+        return frozenset(self._states)
 
-    def clear(self) -> None:
-        """Frees all rows."""
-        self._rows.clear()
+    def reset(self) -> None:
+        """Forgets every sequence."""
+        self._states.clear()
 
     def take(self, plan: SchedulerOutput) -> None:
-        """Frees and fills rows as the plan says, and notes the blocks of its chunks."""
+        """Frees and fills slots as the plan says, and notes the blocks of its chunks."""
         for freed in plan.freed_rows:
-            self._rows.pop(freed, None)
+            self._states.pop(freed, None)
         for new in plan.new_rows:
-            self._rows[new.row] = RequestSlot.of(new)
+            self._fill(new)
         for chunk in plan.chunks:
-            row, blocks = self._rows[chunk.row], chunk.blocks
-            self._blocks[chunk.row, row.num_blocks : len(blocks)] = blocks[row.num_blocks :]
-            row.num_blocks = len(blocks)
+            known, blocks = self._num_blocks[chunk.row], chunk.blocks
+            if len(blocks) > known:
+                self._blocks[chunk.row, known : len(blocks)] = blocks[known:]
+                self._num_blocks[chunk.row] = len(blocks)
 
-    def block_table(self, chunks: list[ScheduledChunk], width: int) -> np.ndarray:
-        """int32 [chunks, width]: the first `width` blocks of each chunk's sequence."""
-        return self._blocks[[chunk.row for chunk in chunks], :width]
+    def _fill(self, new: NewSequence) -> None:
+        slot, ids, cut = new.row, new.token_ids, new.num_prompt
+        self._tokens[slot, : len(ids)] = ids
+        self._num_prompt[slot], self._num_tokens[slot] = cut, len(ids)
+        self._num_scored[slot] = cut - 1 if new.params.prompt_logprobs is not None else 0
+        self._num_blocks[slot] = 0
+        processors = logits_processors(
+            new.params, ids[:cut], ids[cut:], new.stop_ids, self._vocab, self._device
+        )
+        self._states[slot] = SamplingState(new.params, new.seed, processors)
+
+    def append(self, rows: SamplingRows, sampled: Sequence[SampledToken]) -> None:
+        """Takes in the tokens of a step; a sequence whose token is an error gets none."""
+        has_token = np.array([result.token is not None for result in sampled], bool)
+        slots = rows.request_slots[has_token]
+        positions = self._num_prompt[slots] + rows.positions[has_token]
+        self._tokens[slots, positions] = [s.token for s in sampled if s.token is not None]
+        self._num_tokens[slots] = positions + 1
+
+    def sampling_rows(self, slots: np.ndarray, lengths: np.ndarray) -> SamplingRows:
+        """The rows of logits that give the tokens after the first `lengths` of these sequences."""
+        states = [self._states[slot] for slot in slots.tolist()]
+        return SamplingRows(states, slots, lengths - self._num_prompt[slots])
+
+    def tokens(self, slots: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids at these places, int64, and whether the host knows them; unknown ones are 0."""
+        is_known = positions < self._num_tokens[slots]
+        return np.where(is_known, self._tokens[slots, positions], 0), is_known
+
+    def kv_slots(self, slots: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Where the keys and values of these tokens go, int64."""
+        blocks = self._blocks[slots, positions // self._block_size].astype(np.int64)
+        found: np.ndarray = blocks * self._block_size + positions % self._block_size
+        return found
+
+    def num_scored(self, slots: np.ndarray) -> np.ndarray:
+        """Of each sequence how many positions, from its first on, have a token to be scored."""
+        found: np.ndarray = self._num_scored[slots]
+        return found
+
+    def block_table(self, slots: np.ndarray, length: int) -> np.ndarray:
+        """int32 [slots, blocks]: the blocks of each sequence's first `length` tokens."""
+        return self._blocks[slots, : -(-length // self._block_size)]

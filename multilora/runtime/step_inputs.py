@@ -1,26 +1,28 @@
-"""A plan as numbers: the tokens of a step in their order, and all that says where they belong."""
+"""A plan as arrays: the tokens of a step in their order, and all that says where they belong."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import multilora_kernels as mk
 
-from ..device.input_buffer import InputField
+from ..sampling.sampler import SamplingRows, SamplingTensors
 from ..scheduling.scheduler_output import ScheduledChunk
-from .request_slots import RequestSlot, RequestSlots
+from .request_slots import RequestSlots
 
 if TYPE_CHECKING:
     from ..adapters.store import AdapterStore
 
+_NONE = np.zeros(0, np.int64)
+
 ROWS = 16
 """Row counts are padded to a multiple of this where rows are not independent: see ForwardBatch."""
-
-_LONG, _INT = torch.int64, torch.int32
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,151 +38,179 @@ class BatchShape:
     max_seq_len: int
 
 
-@dataclass(slots=True)
-class ChunkLogits:
-    """Which logits rows of the step belong to one chunk."""
+class StepTensors(NamedTuple):
+    """A step as it is sent: on the host, and then on the device.
 
-    row: RequestSlot
-    prompt_rows: range = range(0)  # rows of prompt positions whose next token is scored
-    targets: list[int] = field(default_factory=list)  # those next tokens
-    sample_row: int | None = None
+    What a captured graph reads comes first, so that it lies at the same place in every step of the
+    same BatchShape; what changes its size most often comes last.
+    """
 
-    @property
-    def samples(self) -> bool:
-        """Whether the chunk gives a new token."""
-        return self.sample_row is not None
+    token_ids: Tensor  # int64 [tokens], 0 where only the device knows it
+    token_request_slots: Tensor  # int64 [tokens], the request slot whose last token it is, or -1
+    positions: Tensor  # int64 [tokens]
+    kv_slots: Tensor  # int64 [tokens], -1 for padding
+    logits_tokens: Tensor  # int64 [logits], the token of each row of logits
+    query_starts: Tensor  # int32 [seqs + 1]
+    seq_lens: Tensor  # int32 [seqs]
+    tiles: mk.Tiles | None = None
+    head_tiles: mk.Tiles | None = None  # of the rows of logits
+    sampled_rows: Tensor | None = None  # int64, rows of logits that give a token; None = the first
+    sampling: SamplingTensors | None = None  # what the sampler asked for
+    scored_rows: Tensor | None = None  # int64, rows of logits that score a prompt token
+    scored_ids: Tensor | None = None  # int64, those tokens
+    block_table: Tensor = torch.zeros(0, 0, dtype=torch.int32)  # int32 [seqs, blocks]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class StepInputs:
     """One step, in the order of its computation: by slot, so that a slot's tokens are one run."""
 
-    order: list[ScheduledChunk]
-    sites: frozenset[str]  # that some row adapts
-    block_table: np.ndarray  # int32 [seqs, blocks]
     shape: BatchShape  # its own sizes, padded to whole rows
-    wanted: list[ChunkLogits]  # by chunk
+    chunks: Sequence[ScheduledChunk]
+    sites: frozenset[str]  # that some row adapts
+    rows: SamplingRows  # that give a token, in the order of the chunks
+    num_scored: Sequence[int]  # prompt tokens that each chunk scores
+    prompt_logprobs: Sequence[int | None]  # how many each chunk's request wants to know
+    tensors: StepTensors  # on the host, not padded; what the sampler wants is not yet there
     pages: int = 0  # rank pages that its widest slot has at one site
-    ids: list[int] = field(default_factory=list)  # by token; 0 where only the device knows it
-    token_rows: list[int] = field(default_factory=list)  # runner row to take it from there, or -1
-    positions: list[int] = field(default_factory=list)
-    kv_slots: list[int] = field(default_factory=list)
-    query_starts: list[int] = field(default_factory=lambda: [0])
-    seq_lens: list[int] = field(default_factory=list)
-    logits_tokens: list[int] = field(default_factory=list)  # by logits row
-    tiles: mk.Tiles | None = None  # on the host
-    head_tiles: mk.Tiles | None = None
 
     @property
     def gives_all_logits(self) -> bool:
-        """Whether the logits rows are those of all tokens, in their order."""
-        return self.logits_tokens == list(range(len(self.ids)))
+        """Whether the rows of logits are those of all tokens, in their order."""
+        return len(self.tensors.logits_tokens) == len(self.tensors.token_ids)
 
     @classmethod
     def empty(cls, shape: BatchShape) -> StepInputs:
         """A step of nothing, to be padded: it stores nothing and reads block 0 at most."""
-        return cls([], frozenset(), np.zeros((0, 0), np.int32), shape, [])
+        tensors = StepTensors(
+            token_ids=_int64(_NONE),
+            token_request_slots=_int64(_NONE),
+            positions=_int64(_NONE),
+            kv_slots=_int64(_NONE),
+            logits_tokens=_int64(_NONE),
+            query_starts=_int32(np.zeros(1)),
+            seq_lens=_int32(_NONE),
+        )
+        rows = SamplingRows((), _NONE, _NONE)
+        return cls(shape, (), frozenset(), rows, (), (), tensors)
 
-    def fields(self, shape: BatchShape) -> dict[str, InputField]:
-        """What goes to the device, padded to an shape that is large enough."""
-        found = {
-            "ids": InputField(self.ids, _LONG, (shape.tokens,)),
-            "token_rows": InputField(self.token_rows, _LONG, (shape.tokens,), -1),
-            "positions": InputField(self.positions, _LONG, (shape.tokens,)),
-            "kv_slots": InputField(self.kv_slots, _LONG, (shape.tokens,), -1),
-            "logits_rows": InputField(self.logits_tokens, _LONG, (shape.logits,)),
+    def padded(self, shape: BatchShape, sampling: SamplingTensors | None = None) -> StepTensors:
+        """What is sent: padded to a shape that is large enough."""
+        t = self.tensors
+        return t._replace(
+            token_ids=_padded(t.token_ids, shape.tokens),
+            token_request_slots=_padded(t.token_request_slots, shape.tokens, -1),
+            positions=_padded(t.positions, shape.tokens),
+            kv_slots=_padded(t.kv_slots, shape.tokens, -1),
+            logits_tokens=_padded(t.logits_tokens, shape.logits),
             # Sequences beyond the real ones have no rows and no tokens.
-            "query_starts": InputField(
-                self.query_starts, _INT, (shape.seqs + 1,), self.query_starts[-1]
-            ),
-            "seq_lens": InputField(self.seq_lens, _INT, (shape.seqs,)),
-        }
-        for name, tiles, size in (
-            ("tiles", self.tiles, shape.tiles),
-            ("head", self.head_tiles, shape.head_tiles),
-        ):
-            if tiles is not None or size:
-                found |= _tile_fields(name, tiles or mk.make_tiles([], ROWS), size)
-        return found
+            query_starts=_padded(t.query_starts, shape.seqs + 1, len(t.token_ids)),
+            seq_lens=_padded(t.seq_lens, shape.seqs),
+            tiles=_padded_tiles(t.tiles, shape.tiles),
+            head_tiles=_padded_tiles(t.head_tiles, shape.head_tiles),
+            sampling=sampling,
+        )
 
 
 def lay_out(
-    chunks: tuple[ScheduledChunk, ...],
-    rows: RequestSlots,
+    chunks: Sequence[ScheduledChunk],
+    request_slots: RequestSlots,
     store: AdapterStore,
-    size: int,
     multiple: int = ROWS,
 ) -> StepInputs:
-    """The step of these chunks, with blocks of `size` tokens, rows padded to a `multiple`."""
+    """The step of these chunks, its rows padded to a `multiple`."""
     order = sorted(chunks, key=lambda chunk: (chunk.slot, chunk.row))
-    seq_lens = [chunk.start + chunk.count for chunk in order]
-    slots = [chunk.slot for chunk in order for _ in range(chunk.count)]
-    wanted, logits_tokens, logits_slots = _wanted(order, rows)
-    sites = store.active_sites(set(slots))
-    one_each = all(chunk.count == 1 for chunk in order)
-    tile = mk.DECODE_TILE if one_each or len(slots) <= ROWS * 4 else mk.PREFILL_TILE
-    tiles = mk.make_tiles(slots, tile) if sites else None
-    head = mk.make_tiles(logits_slots, mk.DECODE_TILE) if "lm_head" in sites else None
-    shape = BatchShape(
-        tokens=-(-len(slots) // multiple) * multiple,
-        seqs=len(order),
-        logits=-(-len(logits_tokens) // multiple) * multiple,
-        tiles=0 if tiles is None else len(tiles.slots),
-        head_tiles=0 if head is None else len(head.slots),
-        max_query_len=max(chunk.count for chunk in order),
-        max_seq_len=max(seq_lens),
+    table = np.array([(c.row, c.start, c.count, c.slot, c.samples) for c in order], np.int64)
+    slots, starts, counts, adapter_slots, samples = table.T
+    samples = samples.astype(bool)
+    seq_lens, ends = starts + counts, counts.cumsum()
+    # Of each token its chunk and its place in there, then its request slot and position.
+    chunk = np.arange(len(order)).repeat(counts)
+    place = np.arange(len(chunk)) - (ends - counts)[chunk]
+    token_slots, positions = slots[chunk], starts[chunk] + place
+    ids, is_known = request_slots.tokens(token_slots, positions)
+    num_scored = np.maximum(np.minimum(request_slots.num_scored(slots), seq_lens) - starts, 0)
+    is_scored = place < num_scored[chunk]
+    gives_logits = is_scored.copy()
+    gives_logits[ends[samples] - 1] = True
+    logits_tokens = gives_logits.nonzero()[0]
+    tensors = StepTensors(
+        token_ids=_int64(ids),
+        token_request_slots=_int64(np.where(is_known, -1, token_slots)),
+        positions=_int64(positions),
+        kv_slots=_int64(request_slots.kv_slots(token_slots, positions)),
+        logits_tokens=_int64(logits_tokens),
+        query_starts=_int32(np.concatenate(([0], ends))),
+        seq_lens=_int32(seq_lens),
+        block_table=_int32(request_slots.block_table(slots, int(seq_lens.max()))),
     )
-    table = rows.block_table(order, -(-shape.max_seq_len // size))
-    step = StepInputs(order, sites, table, shape, wanted, store.most_pages(set(slots)))
-    step.seq_lens, step.logits_tokens = seq_lens, logits_tokens
-    step.tiles, step.head_tiles = tiles, head
-    for chunk in order:
-        _add_tokens(step, chunk, rows[chunk.row], size)
-    return step
+    if is_scored.any():
+        next_ids, _ = request_slots.tokens(token_slots[is_scored], positions[is_scored] + 1)
+        tensors = _with_scores(tensors, is_scored[logits_tokens], next_ids)
+    sites = store.active_sites(adapter_slots.tolist())
+    if sites:
+        tensors = _with_tiles(tensors, sites, adapter_slots[chunk], len(order))
+    shape = _shape(tensors, int(counts.max()), int(seq_lens.max()), multiple)
+    rows = request_slots.sampling_rows(slots[samples], seq_lens[samples])
+    tops = [request_slots[c.row].params.prompt_logprobs for c in order]
+    pages = store.most_pages(adapter_slots.tolist())
+    return StepInputs(shape, order, sites, rows, num_scored.tolist(), tops, tensors, pages)
 
 
-def _add_tokens(step: StepInputs, chunk: ScheduledChunk, row: RequestSlot, size: int) -> None:
-    known = row.tokens(chunk.start, chunk.count)
-    unknown = chunk.count - len(known)
-    assert unknown <= 1, "only the last token may be unknown"
-    span = range(chunk.start, chunk.start + chunk.count)
-    step.ids += known + [0] * unknown
-    step.token_rows += [-1] * len(known) + [chunk.row] * unknown
-    step.positions += span
-    step.kv_slots += [chunk.blocks[p // size] * size + p % size for p in span]
-    step.query_starts.append(len(step.ids))
+def _with_scores(tensors: StepTensors, is_scored: np.ndarray, next_ids: np.ndarray) -> StepTensors:
+    """With what scores prompts; `is_scored` is by row of logits."""
+    return tensors._replace(
+        sampled_rows=_int64((~is_scored).nonzero()[0]),
+        scored_rows=_int64(is_scored.nonzero()[0]),
+        scored_ids=_int64(next_ids),
+    )
 
 
-def _wanted(
-    order: list[ScheduledChunk], rows: RequestSlots
-) -> tuple[list[ChunkLogits], list[int], list[int]]:
-    """For each chunk its logits rows; for each logits row its token and slot."""
-    found: list[ChunkLogits] = []
-    tokens: list[int] = []
-    slots: list[int] = []
-    first = 0
-    for chunk in order:
-        row = rows[chunk.row]
-        prompt, wanted = row.sampling.prompt_ids, ChunkLogits(row)
-        if row.sampling.params.prompt_logprobs is not None:
-            last = min(chunk.start + chunk.count, len(prompt) - 1)
-            count = max(last - chunk.start, 0)
-            wanted.prompt_rows = range(len(tokens), len(tokens) + count)
-            wanted.targets = prompt[chunk.start + 1 : chunk.start + 1 + count]
-            tokens += range(first, first + count)
-        if chunk.samples:
-            wanted.sample_row = len(tokens)
-            tokens.append(first + chunk.count - 1)
-        slots += [chunk.slot] * (len(tokens) - len(slots))
-        found.append(wanted)
-        first += chunk.count
-    return found, tokens, slots
+def _with_tiles(
+    tensors: StepTensors, sites: frozenset[str], token_adapters: np.ndarray, num_chunks: int
+) -> StepTensors:
+    """With the work of LoRA at these sites; `token_adapters` are the adapter slots of tokens."""
+    count = len(token_adapters)
+    is_small = count == num_chunks or count <= ROWS * 4
+    tile = mk.DECODE_TILE if is_small else mk.PREFILL_TILE
+    tensors = tensors._replace(tiles=mk.make_tiles(token_adapters.tolist(), tile))
+    if "lm_head" not in sites:
+        return tensors
+    of_logits = token_adapters[tensors.logits_tokens.numpy()].tolist()
+    return tensors._replace(head_tiles=mk.make_tiles(of_logits, mk.DECODE_TILE))
 
 
-def _tile_fields(name: str, tiles: mk.Tiles, size: int) -> dict[str, InputField]:
-    return {
-        f"{name}.slots": InputField(tiles.slots.numpy(), _INT, (size,), -1),
-        f"{name}.starts": InputField(tiles.starts.numpy(), _INT, (size,)),
-        f"{name}.lens": InputField(tiles.lens.numpy(), _INT, (size,)),
-        f"{name}.num_tiles": InputField(tiles.num_tiles.numpy(), _INT, (1,)),
-    }
+def _shape(tensors: StepTensors, max_query_len: int, max_seq_len: int, multiple: int) -> BatchShape:
+    """The sizes of a step, its rows padded to a `multiple`."""
+    return BatchShape(
+        tokens=-(-len(tensors.token_ids) // multiple) * multiple,
+        seqs=len(tensors.seq_lens),
+        logits=-(-len(tensors.logits_tokens) // multiple) * multiple,
+        tiles=0 if tensors.tiles is None else len(tensors.tiles.slots),
+        head_tiles=0 if tensors.head_tiles is None else len(tensors.head_tiles.slots),
+        max_query_len=max_query_len,
+        max_seq_len=max_seq_len,
+    )
+
+
+def _int64(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(values.astype(np.int64, copy=False))
+
+
+def _int32(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(values.astype(np.int32, copy=False))
+
+
+def _padded(values: Tensor, size: int, fill: int = 0) -> Tensor:
+    if len(values) == size:
+        return values
+    found = values.new_full((size,), fill)
+    found[: len(values)] = values
+    return found
+
+
+def _padded_tiles(tiles: mk.Tiles | None, size: int) -> mk.Tiles | None:
+    if tiles is None and not size:
+        return None
+    slots, starts, lens, num_tiles = tiles or mk.make_tiles([], mk.DECODE_TILE)
+    return mk.Tiles(_padded(slots, size, -1), _padded(starts, size), _padded(lens, size), num_tiles)

@@ -54,7 +54,7 @@ class ChunkResult:
     token: int | None  # the sampled token, None when the chunk sampled none
     logprobs: TokenLogprobs | None
     prompt_logprobs: list[TokenLogprobs] | None  # of prompt positions start + 1 ..
-    error: str | None = None  # why the sequence must end with an error
+    error: str | None = None  # why it gave no token: the request must end with it
 
 
 @dataclass(frozen=True, slots=True)

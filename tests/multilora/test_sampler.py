@@ -6,11 +6,17 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 
-from multilora.sampling.host import Sampled, SampleRow, sample, token_logprobs, uniform
+from multilora.device.cpu import Device
+from multilora.outputs import TokenLogprobs
+from multilora.sampling.logprobs import collect_logprobs, launch_logprobs
+from multilora.sampling.random_numbers import random_numbers, random_stream
+from multilora.sampling.sampler import MESSAGES, SampledToken, SampleError
 from multilora.sampling_params import SamplingParams
+from tests.sampling import Request, sample
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,8 +32,23 @@ def make_row(
     seed: int = 7,
     stop: frozenset[int] = frozenset(),
     **params: Any,
-) -> SampleRow:
-    return SampleRow(SamplingParams(**params), seed, prompt or [], output or [], stop)
+) -> Request:
+    return Request(SamplingParams(**params), seed, prompt or [], output or [], stop)
+
+
+def uniform(seed: int, position: int) -> int:
+    streams = np.array([random_stream(seed)], np.uint64)
+    return int(random_numbers(streams, np.array([position]))[0])
+
+
+def token_logprobs(logits: Tensor, targets: list[int], top: int) -> list[TokenLogprobs]:
+    chosen = torch.tensor(targets, dtype=torch.int64)
+    rows = logits[: len(targets)]
+    return collect_logprobs(launch_logprobs(Device(), rows, chosen, [top] * len(targets)))
+
+
+def failed(error: SampleError) -> SampledToken:
+    return SampledToken(None, None, MESSAGES[error])
 
 
 def make_logits(rows: int, vocab: int, seed: int = 0, scale: float = 3.0) -> Tensor:
@@ -45,7 +66,7 @@ def surviving(scores: Tensor) -> set[int]:
     return set(scores[0].isfinite().nonzero().flatten().tolist())
 
 
-def mixed_rows(count: int, vocab: int) -> list[SampleRow]:
+def mixed_rows(count: int, vocab: int) -> list[Request]:
     """Rows with every kind of setting, each kind at odd and even indices."""
     kinds: list[dict[str, Any]] = [
         {"temperature": 0, "logprobs": 3},
@@ -74,9 +95,9 @@ def restored_threads() -> Iterator[None]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_greedy_takes_the_largest_logit_in_any_dtype(dtype: torch.dtype) -> None:
-    logits = make_logits(16, 50).to(dtype)
+    logits = make_logits(11, 50).to(dtype)
     rows = [make_row(temperature=0) for _ in range(11)]
-    expected = [Sampled(int(row.argmax()), None, False) for row in logits[:11]]
+    expected = [SampledToken(int(row.argmax()), None, None) for row in logits]
     assert sample(logits, rows) == expected
 
 
@@ -95,7 +116,7 @@ def test_a_tiny_temperature_is_greedy() -> None:
 
 
 def test_no_rows_give_no_tokens() -> None:
-    assert sample(torch.zeros(16, 8), []) == token_logprobs(torch.zeros(16, 8), [], 3) == []
+    assert sample(torch.zeros(0, 8), []) == token_logprobs(torch.zeros(0, 8), [], 3) == []
 
 
 @pytest.mark.parametrize(
@@ -110,7 +131,7 @@ def test_a_broken_row_fails_alone(broken: list[float], params: dict[str, Any]) -
     clean = sample(logits, rows)
     logits[2] = torch.tensor(broken)
     got = sample(logits, rows)
-    assert got[2] == Sampled(0, None, True)
+    assert got[2] == failed(SampleError.NOT_FINITE)
     assert got[:2] + got[3:] == clean[:2] + clean[3:]
 
 
@@ -119,7 +140,7 @@ def test_a_row_whose_settings_leave_no_token_fails(temperature: float) -> None:
     row = make_row(
         stop=frozenset({2}), allowed_token_ids=[2], min_tokens=1, temperature=temperature
     )
-    assert sample(torch.zeros(1, 4), [row]) == [Sampled(0, None, True)]
+    assert sample(torch.zeros(1, 4), [row]) == [failed(SampleError.NO_TOKEN)]
 
 
 def test_masked_logits_are_no_failure_and_never_drawn() -> None:
@@ -320,6 +341,13 @@ def test_a_draw_is_keyed_by_seed_and_position_alone() -> None:
 # -- log probabilities --
 
 
+def test_each_row_gets_as_many_logprobs_as_it_wants() -> None:
+    logits, tops = make_logits(4, 50), [3, 0, 7, 1]
+    handle = launch_logprobs(Device(), logits, torch.tensor([1, 2, 3, 4]), tops)
+    expected = [token_logprobs(logits[i : i + 1], [1 + i], top)[0] for i, top in enumerate(tops)]
+    assert collect_logprobs(handle) == expected
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logprobs_agree_with_float64(dtype: torch.dtype) -> None:
     logits = make_logits(16, 997).to(dtype)
@@ -379,10 +407,11 @@ def test_a_row_never_sees_the_others(threads: int, vocab: int, counts: Any) -> N
     alone = [sample(logits[i : i + 1].clone(), [row])[0] for i, row in enumerate(rows)]
     torch.set_num_threads(threads)
     for count in counts:
-        # Sampled compares floats to the bit.
+        # SampledToken compares floats to the bit.
         assert sample(logits[:count], rows[:count]) == alone[:count]
     shifted = torch.cat((logits[3:], torch.full((2, vocab), math.nan)))
-    assert sample(shifted, rows[3:]) == alone[3:]
+    broken = [make_row(), make_row(temperature=0)]
+    assert sample(shifted, [*rows[3:], *broken])[:-2] == alone[3:]
 
 
 @pytest.mark.parametrize("threads", [1, 2])
