@@ -190,7 +190,13 @@ MODES: tuple[dict[str, Any], ...] = (
     {"batch_invariant": True},
     {"kv_cache_dtype": "fp8"},
     {"lora_dtype": "float32", "dtype": "float16", "block_size": 32},
-    {"overlap_lora": None, "max_num_seqs": 12, "max_num_batched_tokens": 48, "max_loras": 2},
+    {
+        "overlap_lora": None,
+        "max_num_seqs": 12,
+        "max_num_batched_tokens": 48,
+        "max_loras": 2,
+        "lora_pages": 16,
+    },
     {"max_num_seqs": 5, "max_num_batched_tokens": 7, "max_lora_rank": 72, "num_kv_blocks": 90},
 )
 
@@ -236,5 +242,6 @@ def test_a_kind_of_step_that_start_up_leaves_out_is_found(
 ) -> None:
     monkeypatch.setattr(LaunchPlans, "row_bounds", lambda plans: [])
     traffic, _, late = serve(root, 100, monkeypatch, enforce_eager=True)
-    assert {key.kernel for key in late} == {"_shrink_kernel", "_expand_kernel"}
+    # Of the sites in layers the profile run has launched the widest kind; not of the embedding.
+    assert {key.kernel for key in late} == {"_expand_kernel"}
     assert traffic.engine.stats.late_compilations == len(late)
