@@ -13,6 +13,7 @@ from .cpu.native import HAS_CPP
 from .cuda.compilations import Compilations
 from .ops import (
     apply_token_mask_,
+    bgmv_,
     draw,
     linear,
     lora_,
@@ -24,6 +25,7 @@ from .ops import (
     paged_attention,
     rms_norm,
     rope_store_kv_,
+    sgmv_,
     silu_mul,
     top_logprobs,
 )
@@ -52,6 +54,7 @@ __all__ = [
     "Tape",
     "Tiles",
     "apply_token_mask_",
+    "bgmv_",
     "cuda",
     "draw",
     "empty_huge",
@@ -71,6 +74,7 @@ __all__ = [
     "results_in",
     "rms_norm",
     "rope_store_kv_",
+    "sgmv_",
     "silu_mul",
     "tile_capacity",
     "top_logprobs",

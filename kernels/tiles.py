@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,26 +45,68 @@ def capacity(tokens: int, segments: int, tile: int) -> int:
     return min(tokens, -(-tokens // tile) + segments)
 
 
-def make_tiles(token_slots: Sequence[int], tile: int, size: int | None = None) -> Tiles:
+def make_tiles(token_slots: Sequence[int] | Tensor, tile: int, size: int | None = None) -> Tiles:
     """Cuts every run of one slot >= 0 into tiles of at most `tile` tokens; base tokens get none.
 
-    `size` is the capacity to pad to; None = just enough. ValueError if the tiles do not fit.
+    A list gives tiles on the host. An integer tensor [tokens] gives them on its device, by torch
+    operators alone that never look at a value on the host: a CUDA graph may capture it. `size` is
+    the capacity to pad to; None = just enough for a list, one for each token of a tensor.
+
+    Tiles that do not fit are a ValueError for a list. Of a tensor only the device knows their
+    number: there an assertion on the device fails, a RuntimeError at once on a CPU. `capacity`
+    gives a size that always suffices.
     """
-    rows: list[tuple[int, int, int]] = []
-    start = 0
-    for end in range(1, len(token_slots) + 1):
-        if end < len(token_slots) and token_slots[end] == token_slots[start]:
-            continue
-        if token_slots[start] >= 0:
-            for first in range(start, end, tile):
-                rows.append((token_slots[start], first, min(tile, end - first)))
-        start = end
+    if tile < 1:
+        raise ValueError(f"a tile must hold at least one token, not {tile}")
+    if isinstance(token_slots, Tensor):
+        return _tiles_on_device(token_slots, tile, len(token_slots) if size is None else size)
+    slots = np.asarray(token_slots, dtype=np.int32)
+    is_edge = np.ones(len(slots) + 1, dtype=np.bool_)  # a run begins here, or the last one ends
+    is_edge[1:-1] = slots[1:] != slots[:-1]
+    edges = is_edge.nonzero()[0]
+    begins, ends = edges[:-1], edges[1:]
+    has_slot = slots[begins] >= 0
+    begins, ends = begins[has_slot], ends[has_slot]
+    counts = (ends - begins + tile - 1) // tile
+    before = counts.cumsum() - counts
+    count = int(counts.sum())
     if size is None:
-        size = len(rows)
-    if len(rows) > size:
-        raise ValueError(f"{len(rows)} tiles do not fit a capacity of {size}; use a larger bucket")
-    rows_t = torch.tensor(rows + [(-1, 0, 0)] * (size - len(rows)), dtype=torch.int32).reshape(
-        -1, 3
-    )
-    slots, starts, lens = (column.contiguous() for column in rows_t.unbind(1))
-    return Tiles(slots, starts, lens, torch.tensor([len(rows)], dtype=torch.int32))
+        size = count
+    if count > size:
+        raise ValueError(f"{count} tiles do not fit a capacity of {size}; use a larger bucket")
+    columns = np.zeros((3, size), dtype=np.int32)
+    columns[0, count:] = -1
+    starts = np.arange(0, tile * count, tile) + (begins - tile * before).repeat(counts)
+    columns[0, :count] = slots[starts]
+    columns[1, :count] = starts
+    columns[2, :count] = np.minimum(ends.repeat(counts) - starts, tile)
+    tiles = torch.from_numpy(columns).unbind()
+    return Tiles(tiles[0], tiles[1], tiles[2], torch.tensor([count], dtype=torch.int32))
+
+
+def _tiles_on_device(token_slots: Tensor, tile: int, size: int) -> Tiles:
+    """`make_tiles` of a tensor. Shapes depend on the number of tokens and on `size` alone."""
+    tokens, device = len(token_slots), token_slots.device
+    place = torch.arange(tokens, device=device)
+    if not tokens:
+        none = torch.zeros(size, dtype=torch.int32, device=device)
+        return Tiles(none - 1, none, none.clone(), none.new_zeros(1))
+    begins_run = torch.ones(tokens, dtype=torch.bool, device=device)
+    begins_run[1:] = token_slots[1:] != token_slots[:-1]
+    run_start = torch.where(begins_run, place, 0).cummax(0).values
+    has_slot = token_slots >= 0
+    begins_tile = (place - run_start) % tile == 0  # a run that begins does so at 0
+    ends_tile = torch.ones_like(begins_run)
+    ends_tile[:-1] = begins_tile[1:]
+    # How many tiles have begun, and ended, up to each token: the n-th does so where n is reached.
+    begun = (begins_tile & has_slot).cumsum(0)
+    ended = (ends_tile & has_slot).cumsum(0)
+    count = begun[-1:]
+    torch._assert_async(count <= size, "make_tiles: more tiles than its size; use a larger one")
+    ordinal = torch.arange(1, size + 1, device=device)
+    first, last = torch.searchsorted(begun, ordinal), torch.searchsorted(ended, ordinal)
+    real = ordinal <= count
+    slots = torch.where(real, token_slots[first.clamp(max=tokens - 1)], -1)
+    starts, lens = torch.where(real, first, 0), torch.where(real, last + 1 - first, 0)
+    slots, starts, lens, count = (t.to(torch.int32) for t in (slots, starts, lens, count))
+    return Tiles(slots, starts, lens, count)
