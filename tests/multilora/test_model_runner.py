@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,10 @@ import torch
 
 import multilora
 import multilora_kernels as mk
+from multilora.device.cpu import Device
+from multilora.model.layers import Rope
 from multilora.runtime.model_runner import ModelRunner
+from multilora.sampling.sampler import MESSAGES, SampleError
 from multilora.sampling_params import SamplingParams
 from multilora.scheduling.scheduler_output import (
     ChunkResult,
@@ -29,7 +33,7 @@ if TYPE_CHECKING:
 
     from multilora.engine.engine import Engine
 
-POINTS = 60  # at which a run is interrupted, of some thousand
+POINTS = 8  # at which a run is interrupted, of some thousand
 STEPS = 6  # the first computes the prompts; by the fourth its size is captured
 PARAMS = (
     SamplingParams(temperature=0, logprobs=2, prompt_logprobs=1),
@@ -121,12 +125,9 @@ def forget_graphs(runner: ModelRunner) -> None:
 
 def nothing_is_left_open() -> bool:
     """Whether no capture is going on in this thread."""
-    x, weight = torch.randn(2, 64), mk.pack(torch.randn(64, 64)) if mk.HAS_CPP else None
-    made: list[bool] = []
-    with mk.results_in(pool := mk.Pool()):
-        if weight is not None:
-            made.append(pool.owns(mk.linear(x, weight)))  # a tape would have taken it to its own
-    return torch.utils._python_dispatch._get_current_dispatch_mode() is None and all(made)
+    with mk.Tape(mk.Pool()) as tape:
+        has_tape = tape._outer is not None
+    return not has_tape and torch.utils._python_dispatch._get_current_dispatch_mode() is None
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -155,3 +156,99 @@ def test_a_reset_runner_goes_on_with_the_same_bits_wherever_it_was_interrupted(
         runner.reset()
         assert nothing_is_left_open(), f"at {point}"
         assert answers(runner, depth) == wanted, f"interrupted at {point} of {all_events.count}"
+
+
+def test_a_reset_forgets_sequences_and_may_be_repeated(root: Path) -> None:
+    runner = engine_of(root).runner
+    wanted = answers(runner)
+    runner.submit(plan_of(0))
+    runner.reset()
+    runner.reset()
+    with pytest.raises(KeyError):  # who says that a sequence goes on must have brought it
+        runner.submit(plan_of(1))
+    runner.reset()
+    assert answers(runner) == wanted
+
+
+def test_a_reset_waits_for_the_device_and_raises_what_it_raises(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = engine_of(root).runner
+    wanted = answers(runner)
+
+    def broken(device: Device) -> None:
+        raise RuntimeError("the device is lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Device, "synchronize", broken)
+        with pytest.raises(RuntimeError, match="the device is lost"):
+            runner.reset()
+        with pytest.raises(RuntimeError, match="the device is lost"):
+            runner.check_health()
+    runner.reset()
+    assert answers(runner) == wanted
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_a_health_check_changes_nothing(root: Path, case: str) -> None:
+    runner = engine_of(root, **SETTINGS[case]).runner
+    wanted = answers(runner)
+    runner.check_health()
+    handle = runner.submit(plan_of(0))
+    before = runner.cache.k.clone(), runner.cache.v.clone()
+    runner.check_health()
+    assert torch.equal(runner.cache.k, before[0])
+    assert torch.equal(runner.cache.v, before[1])
+    found = [runner.collect(handle).rows]
+    for step in range(1, STEPS):
+        handle = runner.submit(plan_of(step))
+        runner.check_health()  # beside a step in flight
+        found.append(runner.collect(handle).rows)
+    assert found == wanted
+
+
+def test_a_health_check_raises_what_the_model_raises(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = engine_of(root).runner
+
+    def broken(*_: Any) -> None:
+        raise MemoryError("none is left")
+
+    monkeypatch.setattr(type(runner.model), "forward", broken)
+    with pytest.raises(MemoryError):
+        runner.check_health()
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_a_chunk_says_why_it_has_no_token(root: Path, case: str) -> None:
+    runner = engine_of(root, **SETTINGS[case]).runner
+    healthy = answers(runner)[0]
+    plan = plan_of(0)
+    masked = SamplingParams(allowed_token_ids=[4], min_tokens=2)
+    new = replace(plan.new_rows[1], params=masked, stop_ids=frozenset((4,)))
+    result = runner.collect(
+        runner.submit(replace(plan, new_rows=(plan.new_rows[0], new, plan.new_rows[2])))
+    )
+    assert (result.rows[1].token, result.rows[1].error) == (None, MESSAGES[SampleError.NO_TOKEN])
+    assert (result.rows[0], result.rows[2]) == (healthy[0], healthy[2])
+    runner.reset()
+    runner.model.norm.weight.fill_(float("nan"))
+    result = runner.collect(runner.submit(plan))
+    assert [(row.token, row.error) for row in result.rows] == [
+        (None, MESSAGES[SampleError.NOT_FINITE])
+    ] * 3
+
+
+def test_rotary_tables_grow_together_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    rope = Rope(TINY)
+
+    def interrupted(_: torch.Tensor) -> None:
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "sin", interrupted)
+        with pytest.raises(Interrupted):
+            rope.tables(10)
+    cos, sin = rope.tables(10)
+    assert cos.shape == sin.shape == (Rope.STEP, TINY.head_dim // 2)

@@ -156,8 +156,8 @@ def disturb(world: World, form: str, name: str, *, every: int, first: int = 0) -
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", MOMENTS)
 def test_an_exception_in_a_step_costs_nothing(world: World, form: str, name: str) -> None:
-    first = sum(map(len, (form, name))) % 30  # other points in each
-    disturb(world, form, name, every=30, first=first)
+    first = sum(map(len, (form, name))) % 60  # other points in each
+    disturb(world, form, name, every=60, first=first)
 
 
 @pytest.mark.slow
