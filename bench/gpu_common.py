@@ -50,6 +50,7 @@ class Report:
 
     def __init__(self, path: Path, device: Device, seconds: float, state: dict[str, str]) -> None:
         self._path, self._end = path, time.monotonic() + seconds
+        self.case = ""  # that is being done, for a later run to know it by
         before = gpu_files.read(path)
         self._earlier: list[dict[str, Any]] = []
         if before.get("state") == state and not before.get("complete"):
@@ -83,7 +84,8 @@ class Report:
 
     def add(self, **result: Any) -> None:
         """Adds a case."""
-        self.content["results"].append({**result, "at": round(time.time())})
+        named = {"case_name": self.case} if self.case else {}
+        self.content["results"].append({**result, **named, "at": round(time.time())})
         self.write()
 
     def fail(self, why: str) -> None:

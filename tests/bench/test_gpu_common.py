@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import gpu_common
 import gpu_files
 import pytest
 from gpu_common import Report
+from gpu_timing import Bench
 
 from multilora.device.cpu import Device
 
@@ -46,6 +48,26 @@ def test_a_run_goes_on_where_the_last_one_was_cut_short(tmp_path: Path) -> None:
     third.write()
     assert len(gpu_files.read(tmp_path / "x.json")["results"]) == 4
     assert gpu_files.read(tmp_path / "x.json")["earlier"] == []
+
+
+def test_a_case_that_an_earlier_run_measured_is_not_measured_again(tmp_path: Path) -> None:
+    def run(cases: list[str]) -> list[str]:
+        report, done = make(tmp_path / "x.json"), []
+
+        def work(case: str) -> None:
+            done.append(case)
+            for part in (1, 2):
+                report.add(kind="lora", part=part)
+
+        bench: Any = Bench(None, report, None, None, None, 1e10, None)  # type: ignore[arg-type]
+        for case in cases:
+            bench.run(case, partial(work, case))
+        return done
+
+    assert run(["a", "b"]) == ["a", "b"]
+    assert run(["a", "b", "c"]) == ["c"]
+    results = gpu_files.read(tmp_path / "x.json")["results"]
+    assert sorted(result["case_name"] for result in results) == ["a", "a", "b", "b", "c", "c"]
 
 
 @pytest.mark.parametrize("other", ["complete", "source", "gpu"])
