@@ -37,7 +37,7 @@ class CapturedGraph(Protocol):
 
 
 class Fetch(Protocol):
-    """Tensors on their way to the host."""
+    """Tensors that are being copied to the host."""
 
     def wait(self) -> list[Tensor]:
         """The tensors in host memory, in the order of `fetch`."""

@@ -143,7 +143,7 @@ class EngineCore:
         self._num_unexplained = 0
 
     def _finish_step(self) -> None:
-        """Waits for the oldest step in flight, and takes in what came of it."""
+        """Waits for the oldest step in flight, and takes in its result."""
         handle = self._handles[0]
         result = self.runner.collect(handle)
         self.num_steps += 1

@@ -132,7 +132,7 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Computes one step and returns the requests that advanced, their outputs cumulative.
 
-        With `async_scheduling` it starts a step and returns what came of the one before it.
+        With `async_scheduling` it starts a step and returns the result of the one before it.
 
         KeyboardInterrupt and SystemExit are raised, and the next step goes on as if they had not
         been. After any other exception within, what failed is computed again, alone if need be; a

@@ -1,4 +1,4 @@
-"""The offline door: prompts in, all answers out, in order. Names and shapes are vLLM's."""
+"""Offline inference: prompts in, all answers out, in order. Names and shapes are vLLM's."""
 
 from __future__ import annotations
 

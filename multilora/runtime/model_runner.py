@@ -115,7 +115,7 @@ class ModelRunner:
         return launch_logprobs(self._device, logits[sent.scored_rows], sent.scored_ids, tops)
 
     def collect(self, handle: StepHandle) -> StepResult:
-        """Waits for a step; what came of it, in the order of the plan."""
+        """Waits for a step; its results, in the order of its chunks."""
         step = handle.step
         tokens = [] if handle.sampled is None else self._sampler.collect(handle.sampled)
         scores = [] if handle.scored is None else collect_logprobs(handle.scored)

@@ -133,7 +133,7 @@ class Scheduler:
         )
 
     def update(self, output: SchedulerOutput, result: StepResult) -> list[Sequence]:
-        """Takes in what came of the oldest step; the sequences with something to tell.
+        """Takes in the result of the oldest step; the sequences with something to tell.
 
         That is a new token, prompt logprobs or an error, in the order of the chunks. What came of
         a sequence that was ended in the meantime is dropped.
@@ -366,7 +366,7 @@ class Scheduler:
     # Updating -------------------------------------------------------------------------------------
 
     def _advance(self, seq: Sequence, chunk: ScheduledChunk, row: ChunkResult) -> None:
-        """Takes in what came of one chunk, and sets the finish reason if it was the last."""
+        """Takes in the result of one chunk, and sets the finish reason if it was the last."""
         self.num_prompt_tokens += max(min(seq.num_computed, len(seq.prompt_ids)) - chunk.start, 0)
         if row.error is not None:  # what it computed is not to be shared
             seq.error, seq.finish_reason = row.error, FinishReason.ERROR

@@ -1,4 +1,4 @@
-"""What one engine step computes, and what came of it: plain data between scheduler and runner."""
+"""What one engine step computes, and its result: plain data between scheduler and runner."""
 
 from __future__ import annotations
 
