@@ -58,11 +58,11 @@ class Copies:
         x = mk.empty_huge((rows, self.in_), self.dtype).copy_(torch.randn(rows, self.in_))
         ours: list[float] = []
         torchs: list[float] = []
-        with mk.Tape(mk.Pool()) as tape:
+        with mk.capture(mk.BufferPool()) as captured:
             for weight in self.packed[:count]:
                 mk.linear(x, weight)
-        calls = tape.take()  # they keep their results
-        program = mk.Program(calls)
+        calls = captured.take()  # they keep their results
+        program = mk.KernelSequence(calls)
         for _ in range(rounds):
             ours += [seconds for *_, seconds in program.measure()]
             for dense in self.weights[:count]:

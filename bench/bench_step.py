@@ -65,15 +65,15 @@ class Stopwatch:
         self.seconds: dict[str, float] = defaultdict(float)
         self._site = {size: site for site, size in shape.fused.items()}
 
-    def run(self, program: mk.Program) -> None:
-        """`Program.run`, its calls timed."""
+    def run(self, program: mk.KernelSequence) -> None:
+        """`KernelSequence.run`, its calls timed."""
         for name, args, seconds in program.measure():
             self.seconds[self.part(name, args)] += seconds
 
     def part(self, name: str, args: Any) -> str:
         """A linear is a part for each site; other kernels are one each."""
         if name == "linear":
-            return f"linear {self._site[getattr(args, 'in'), args.out]}"
+            return f"linear {self._site[args.in_, args.out]}"
         return OPS.get(name, name)
 
     def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -91,7 +91,7 @@ class Stopwatch:
     def step(self, engine: Engine) -> dict[str, float]:
         """The parts of the engine's next step."""
         with (
-            patch.object(mk.Program, "run", lambda program: self.run(program)),
+            patch.object(mk.KernelSequence, "run", lambda program: self.run(program)),
             patch.object(HostSampler, "launch", self.timed(SAMPLING, HostSampler.launch)),
         ):
             start = time.perf_counter()

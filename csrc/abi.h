@@ -14,7 +14,7 @@
 
 // Raised whenever a function below changes its meaning or its arguments. The loader ignores a
 // library that says another number than kernels/cpu/native.py.
-#define MULTILORA_ABI_VERSION 11
+#define MULTILORA_ABI_VERSION 12
 
 // Element types, by the `dtype` arguments below; int8 of KV pages and packed weights, int4 of
 // packed weights alone.
@@ -57,7 +57,7 @@ struct LoraArgs {
     int64_t y_stride;             // from row to row
     int64_t x_stride;             // from row to row
     int64_t tokens;               //
-    int64_t in;                   // columns of x, or the vocabulary
+    int64_t in_;                  // columns of x, or the vocabulary
     int64_t out;                  //
     const void* a;                // page_dtype [pages, slices, 8, in]
     const void* b;                // page_dtype [pages, 8, out]
@@ -184,7 +184,7 @@ struct LinearArgs {
     int64_t x_stride;     //
     int64_t group;        // inputs that share a scale: 32, 64, 128 or in
     int64_t rows;         //
-    int64_t in;           //
+    int64_t in_;          //
     int64_t out;          //
     int32_t dtype;        // f32, bf16 or f16
     int32_t kind;         // f32, bf16, f16, i8 or i4

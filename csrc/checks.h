@@ -25,7 +25,7 @@ int32_t check(const LoraArgs& g) {
         if (g.scale_row != nullptr && !within(g.scale_row[slot], -1, g.scale_rows))
             return MULTILORA_BAD_PAGES;
         for (int64_t row = start; g.ids != nullptr && row < start + rows; ++row) {
-            if (!within(g.ids[row], 0, g.in)) return MULTILORA_BAD_IDS;
+            if (!within(g.ids[row], 0, g.in_)) return MULTILORA_BAD_IDS;
         }
     }
     return MULTILORA_OK;
@@ -73,7 +73,7 @@ int64_t work_of(const LoraArgs& g) {
     int64_t rows = 0;
     for (int64_t tile = 0; tile < *g.num_tiles; ++tile)
         rows += 8 * g.tile_lens[tile] * g.num_pages[g.tile_slots[tile]];
-    return rows * ((g.ids == nullptr ? g.slices * g.in : 0) + g.out);
+    return rows * ((g.ids == nullptr ? g.slices * g.in_ : 0) + g.out);
 }
 
 int64_t work_of(const AttentionArgs& g) {
@@ -89,7 +89,7 @@ int64_t work_of(const SiluArgs& g) { return 8 * g.tokens * g.inter; }
 
 int64_t work_of(const NormArgs& g) { return 4 * g.tokens * g.hidden; }
 
-int64_t work_of(const LinearArgs& g) { return g.rows * g.in * g.out; }
+int64_t work_of(const LinearArgs& g) { return g.rows * g.in_ * g.out; }
 
 int64_t work_of(const MaskArgs& g) { return 2 * g.rows * g.vocab; }
 

@@ -6,8 +6,15 @@ Knows tensors, not adapters, requests or models. The meaning of each op is in `r
 from __future__ import annotations
 
 from . import cuda, reference
-from .cpu.buffer_pool import Pool
-from .cpu.graph import Call, Program, Tape, results_in
+from .cpu.buffer_pool import BufferPool
+from .cpu.graph import (
+    Capture,
+    KernelCall,
+    KernelSequence,
+    capture,
+    end_captures,
+    results_in,
+)
 from .cpu.huge_pages import empty_huge
 from .cpu.native import HAS_CPP
 from .cuda.compilations import Compilations
@@ -45,19 +52,21 @@ __all__ = [
     "DECODE_TILE",
     "HAS_CPP",
     "PREFILL_TILE",
-    "Call",
+    "BufferPool",
+    "Capture",
     "Compilations",
+    "KernelCall",
+    "KernelSequence",
     "PackedWeight",
-    "Pool",
-    "Program",
     "Table",
-    "Tape",
     "Tiles",
     "apply_token_mask_",
     "bgmv_",
+    "capture",
     "cuda",
     "draw",
     "empty_huge",
+    "end_captures",
     "linear",
     "lora_",
     "lora_embed_",

@@ -20,7 +20,7 @@ _checkout.load_packages(*PACKAGES)
 import pytest  # noqa: E402 - the two packages come first
 import torch  # noqa: E402
 
-from multilora_kernels import Pool  # noqa: E402
+from multilora_kernels import BufferPool  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -77,8 +77,8 @@ def _poison() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("empty", "empty_like", "empty_strided"):
             patch.setattr(torch, name, _poisoned(getattr(torch, name)))
-        take = Pool.empty
-        patch.setattr(Pool, "empty", lambda *args: _fill(take(*args)))
+        take = BufferPool.empty
+        patch.setattr(BufferPool, "empty", lambda *args: _fill(take(*args)))
         yield
 
 

@@ -63,7 +63,7 @@ def install(patch: pytest.MonkeyPatch) -> Calls:
     @contextmanager
     def capturing(graph: Any, pool: Any = None, stream: Any = None) -> Iterator[None]:
         calls.append(f"capture in pool {pool} on {stream.name}")
-        with mk.Tape(mk.Pool()) as tape, _Recorder(tape) as recorder:
+        with mk.capture(mk.BufferPool()) as captured, _Recorder(captured) as recorder:
             yield
         graph.recording = CpuGraph.__new__(CpuGraph)
         graph.recording._steps, graph.recording._inputs = recorder.steps(), recorder.inputs

@@ -100,14 +100,33 @@ def _cpp_attention(
     tokens, heads, dim = q.shape
     blocks, block_size, kv_heads, _ = k_blocks.shape
     block_stride, token_stride, _, _ = k_blocks.stride()
+    block_table, seq_lens, query_starts = where
     args = native.AttentionArgs(
-        out.data_ptr(), q.data_ptr(), q.stride(0),
-        k_blocks.data_ptr(), v_blocks.data_ptr(), block_stride, token_stride,
-        *(None if s is None else s.data_ptr() for s in scales), *(t.data_ptr() for t in where),
-        tokens, len(where[1]), heads, kv_heads, dim, blocks, block_size, where[0].shape[1],
-        scale, native.DTYPE_CODES[q.dtype], native.KV_CODES[k_blocks.dtype],
-        torch.get_num_threads(),
-    )  # fmt: skip
+        out=out.data_ptr(),
+        q=q.data_ptr(),
+        q_stride=q.stride(0),
+        k=k_blocks.data_ptr(),
+        v=v_blocks.data_ptr(),
+        block_stride=block_stride,
+        token_stride=token_stride,
+        k_scale=native.pointer(scales[0]),
+        v_scale=native.pointer(scales[1]),
+        block_table=block_table.data_ptr(),
+        seq_lens=seq_lens.data_ptr(),
+        query_starts=query_starts.data_ptr(),
+        tokens=tokens,
+        seqs=len(seq_lens),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=dim,
+        blocks=blocks,
+        block_size=block_size,
+        max_blocks=block_table.shape[1],
+        scale=scale,
+        dtype=native.DTYPE_CODES[q.dtype],
+        kv_dtype=native.KV_CODES[k_blocks.dtype],
+        num_threads=torch.get_num_threads(),
+    )
     graph.call("paged_attention", args, out, q, k_blocks, v_blocks, *where, *scales)
     return out
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from .huge_pages import REGION, Region
 
 
-class Pool:
+class BufferPool:
     """Tensors of a pool; what one leaves is given to the next of about its size. Never shrinks."""
 
     def __init__(self) -> None:

@@ -24,10 +24,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> 
     ):
         out = graph.empty(x.shape, x.dtype)
         args = native.NormArgs(
-            out.data_ptr(), x.data_ptr(), None if residual is None else residual.data_ptr(),
-            weight.data_ptr(), x.stride(0), like.stride(0), *x.shape, eps, code,
-            torch.get_num_threads(),
-        )  # fmt: skip
+            out=out.data_ptr(),
+            x=x.data_ptr(),
+            residual=native.pointer(residual),
+            weight=weight.data_ptr(),
+            x_stride=x.stride(0),
+            residual_stride=like.stride(0),
+            tokens=len(x),
+            hidden=x.shape[1],
+            eps=eps,
+            dtype=code,
+            num_threads=torch.get_num_threads(),
+        )
         graph.call("rms_norm", args, out, x, residual, weight)
         return out
     if residual is not None:
@@ -45,7 +53,13 @@ def silu_mul(x: Tensor) -> Tensor:
         tokens, inter = x.shape[0], x.shape[1] // 2
         out = graph.empty((tokens, inter), x.dtype)
         args = native.SiluArgs(
-            out.data_ptr(), x.data_ptr(), x.stride(0), tokens, inter, code, torch.get_num_threads()
+            out=out.data_ptr(),
+            x=x.data_ptr(),
+            x_stride=x.stride(0),
+            tokens=tokens,
+            inter=inter,
+            dtype=code,
+            num_threads=torch.get_num_threads(),
         )
         graph.call("silu_mul", args, out, x)
         return out
@@ -89,12 +103,29 @@ def rope_store_kv_(
         blocks, block_size, kv_heads, _ = k_blocks.shape
         block_stride, token_stride, _, _ = k_blocks.stride()
         args = native.RopeArgs(
-            q.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(0), k.stride(0),
-            cos.data_ptr(), sin.data_ptr(), positions.data_ptr(), kv_slots.data_ptr(),
-            k_blocks.data_ptr(), v_blocks.data_ptr(), block_stride, token_stride,
-            tokens, heads, kv_heads, dim, len(cos), blocks, block_size, code,
-            torch.get_num_threads(),
-        )  # fmt: skip
+            q=q.data_ptr(),
+            k=k.data_ptr(),
+            v=v.data_ptr(),
+            q_stride=q.stride(0),
+            kv_stride=k.stride(0),
+            cos=cos.data_ptr(),
+            sin=sin.data_ptr(),
+            positions=positions.data_ptr(),
+            kv_slots=kv_slots.data_ptr(),
+            k_blocks=k_blocks.data_ptr(),
+            v_blocks=v_blocks.data_ptr(),
+            block_stride=block_stride,
+            token_stride=token_stride,
+            tokens=tokens,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=dim,
+            max_position=len(cos),
+            blocks=blocks,
+            block_size=block_size,
+            dtype=code,
+            num_threads=torch.get_num_threads(),
+        )
         graph.call(
             "rope_store_kv", args, q, k, v, cos, sin, positions, kv_slots, k_blocks, v_blocks
         )

@@ -1,7 +1,9 @@
-"""Calls of the C++ library: made at once and, under a `Tape`, kept to be made again without Python.
+"""Calls of the C++ library: made at once and, under `capture`, kept to be made again by a graph.
 
-What a call reads and writes are addresses. A `Program` makes its calls again on what lies there by
-then, so the memory must stay: results of taped calls come from the tape's `Pool`.
+A `KernelSequence` is to the C++ library what a CUDA graph is to a GPU: it makes its calls again
+without Python, torch's dispatcher and allocations. What a call reads and writes are addresses, and
+it works on what lies there by then, so the memory must stay: results of captured calls come from
+the capture's `BufferPool`.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import Structure, addressof, byref, c_double
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -19,96 +20,108 @@ from torch import Tensor
 
 from .. import index_checks
 from . import native
-from .buffer_pool import Pool
+from .buffer_pool import BufferPool
 
-# The functions that a program can call, in the order of MULTILORA_CALL_... in csrc/abi.h.
+# The functions that a graph can call, in the order of MULTILORA_CALL_... in csrc/abi.h.
 KINDS = ("lora", "paged_attention", "silu_mul", "rms_norm", "rope_store_kv", "linear")
-
 
 LARGEST = 256 << 20
 """Bytes of a result that a pool keeps; logits of all tokens of a prompt may have more."""
 
 
-class Call(NamedTuple):
-    """One call. Its tensors are those that it reads and writes."""
+class KernelCall(NamedTuple):
+    """One call of the C++ library. Its tensors are those that it reads and writes."""
 
     name: str  # of KINDS
     args: Structure
     tensors: tuple[Tensor, ...]
 
 
-class _Current(threading.local):
-    tape: Tape | None = None
-    pool: Pool | None = None
+class Capture:
+    """The calls that a thread makes under `capture`."""
 
-
-_current = _Current()
-
-
-class Tape:
-    """Keeps the calls that this thread makes inside of `with`."""
-
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: BufferPool) -> None:
         self.pool = pool
-        self._calls: list[Call] = []
-        self._outer: Tape | None = None
+        self._calls: list[KernelCall] = []
 
-    def __enter__(self) -> Tape:
-        self._outer, _current.tape = _current.tape, self
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        _current.tape = self._outer
-
-    def note(self, call: Call) -> None:
+    def add(self, call: KernelCall) -> None:
         """Keeps a call."""
         self._calls.append(call)
 
-    def take(self) -> list[Call]:
+    def take(self) -> list[KernelCall]:
         """The calls since it was last asked."""
         found, self._calls = self._calls, []
         return found
 
 
-def call(name: str, args: Structure, *tensors: Tensor | None) -> None:
-    """Calls a function of KINDS. IndexError for an index out of range."""
-    index_checks.refuse(getattr(native.LIB, name)(byref(args)) or 0)
-    if _current.tape is not None:
-        _current.tape.note(Call(name, args, tuple(t for t in tensors if t is not None)))
+class _ThreadState(threading.local):
+    """What the calls of this thread are given besides their arguments.
+
+    The project's one exception to "no global context": between a caller and these functions stands
+    torch's dispatcher, which passes on what is in an op's schema and nothing else. Only `capture`
+    and `results_in` write here, each for the length of a `with`; only `call` and `empty` read.
+    """
+
+    capture: Capture | None = None
+    pool: BufferPool | None = None
+
+
+_state = _ThreadState()
 
 
 @contextmanager
-def results_in(pool: Pool) -> Iterator[None]:
+def capture(pool: BufferPool) -> Iterator[Capture]:
+    """Keeps the calls that this thread makes inside, with results in `pool`.
+
+    The calls are made as well. Of captures inside of each other the innermost has them.
+    """
+    outer, _state.capture = _state.capture, Capture(pool)
+    try:
+        yield _state.capture
+    finally:
+        _state.capture = outer
+
+
+def end_captures() -> None:
+    """Ends this thread's captures, where an exception raised as one ended kept it from ending."""
+    _state.capture = None
+
+
+@contextmanager
+def results_in(pool: BufferPool) -> Iterator[None]:
     """Results of this thread's calls come from the pool, but for very large ones.
 
     What torch allocates for a prompt's step goes back to the system after each operator, and comes
     as new pages: for 2,048 tokens the first write to them can take as long as the product itself.
     """
-    outer, _current.pool = _current.pool, pool
+    outer, _state.pool = _state.pool, pool
     try:
         yield
     finally:
-        _current.pool = outer
+        _state.pool = outer
+
+
+def call(name: str, args: Structure, *tensors: Tensor | None) -> None:
+    """Calls a function of KINDS. IndexError for an index out of range."""
+    index_checks.refuse(getattr(native.LIB, name)(byref(args)) or 0)
+    if _state.capture is not None:
+        used = tuple(t for t in tensors if t is not None)
+        _state.capture.add(KernelCall(name, args, used))
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """`torch.empty` for the result of a call."""
-    if _current.tape is not None:
-        return _current.tape.pool.empty(shape, dtype)
-    if _current.pool is not None and math.prod(shape) * dtype.itemsize <= LARGEST:
-        return _current.pool.empty(shape, dtype)
+    if _state.capture is not None:
+        return _state.capture.pool.empty(shape, dtype)
+    if _state.pool is not None and math.prod(shape) * dtype.itemsize <= LARGEST:
+        return _state.pool.empty(shape, dtype)
     return torch.empty(tuple(shape), dtype=dtype)
 
 
-class Program:
+class KernelSequence:
     """Calls that one C++ function makes in order, with torch's number of threads by then."""
 
-    def __init__(self, calls: Sequence[Call]) -> None:
+    def __init__(self, calls: Sequence[KernelCall]) -> None:
         self._args = [(call.name, call.args) for call in calls]
         self._calls = (native.CallArgs * len(calls))()
         for entry, call in zip(self._calls, calls, strict=True):

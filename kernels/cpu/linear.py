@@ -38,11 +38,21 @@ def _cpp_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     y = graph.empty((len(x), weight.out), x.dtype)
     scales = weight.scales
     args = native.LinearArgs(
-        y.data_ptr(), x.data_ptr(), weight.data.data_ptr(),
-        None if scales is None else scales.data_ptr(), None if bias is None else bias.data_ptr(),
-        weight.out, x.stride(0), weight.group, len(x), x.shape[1], weight.out,
-        native.DTYPE_CODES[x.dtype], panels.KINDS[weight.kind], torch.get_num_threads(),
-    )  # fmt: skip
+        y=y.data_ptr(),
+        x=x.data_ptr(),
+        packed=weight.data.data_ptr(),
+        scales=native.pointer(scales),
+        bias=native.pointer(bias),
+        y_stride=weight.out,
+        x_stride=x.stride(0),
+        group=weight.group,
+        rows=len(x),
+        in_=x.shape[1],
+        out=weight.out,
+        dtype=native.DTYPE_CODES[x.dtype],
+        kind=panels.KINDS[weight.kind],
+        num_threads=torch.get_num_threads(),
+    )
     graph.call("linear", args, y, x, weight.data, scales, bias)
     return y
 

@@ -164,27 +164,48 @@ def _cpp_lora(
     slice_starts: Sequence[int],
 ) -> None:
     page_ids, page_weights, num_pages, scale_row, scale, bias = table
+    slots, first_rows, lens, num_tiles = tiles
     starts = (c_int64 * len(slice_starts))(*slice_starts)
     tokens, out = y.shape
     dora = scale if scale is not None else bias
     args = native.LoraArgs(
-        y.data_ptr(), _pointer(x), _pointer(ids), y.stride(0), 0 if x is None else x.stride(0),
-        tokens, a_pages.shape[1] if x is None else x.shape[1], out,
-        a_pages.data_ptr(), b_pages.data_ptr(), a_pages.stride(0), b_pages.stride(0),
-        min(len(a_pages), len(b_pages)), addressof(starts), len(slice_starts) - 1,
-        page_ids.data_ptr(), page_weights.data_ptr(), num_pages.data_ptr(),
-        _pointer(scale_row), _pointer(scale), _pointer(bias),
-        *page_ids.shape, page_ids.stride(0), 0 if dora is None else len(dora),
-        *(t.data_ptr() for t in tiles), len(tiles.slots),
-        native.DTYPE_CODES[y.dtype], native.DTYPE_CODES[a_pages.dtype],
-        0 if dora is None else native.DTYPE_CODES[dora.dtype], torch.get_num_threads(),
-    )  # fmt: skip
+        y=y.data_ptr(),
+        x=native.pointer(x),
+        ids=native.pointer(ids),
+        y_stride=y.stride(0),
+        x_stride=0 if x is None else x.stride(0),
+        tokens=tokens,
+        in_=a_pages.shape[1] if x is None else x.shape[1],
+        out=out,
+        a=a_pages.data_ptr(),
+        b=b_pages.data_ptr(),
+        a_stride=a_pages.stride(0),
+        b_stride=b_pages.stride(0),
+        pages=min(len(a_pages), len(b_pages)),
+        slice_starts=addressof(starts),
+        slices=len(slice_starts) - 1,
+        page_ids=page_ids.data_ptr(),
+        page_weights=page_weights.data_ptr(),
+        num_pages=num_pages.data_ptr(),
+        scale_row=native.pointer(scale_row),
+        scale=native.pointer(scale),
+        bias=native.pointer(bias),
+        slots=len(page_ids),
+        max_pages=page_ids.shape[1],
+        table_stride=page_ids.stride(0),
+        scale_rows=0 if dora is None else len(dora),
+        tile_slots=slots.data_ptr(),
+        tile_starts=first_rows.data_ptr(),
+        tile_lens=lens.data_ptr(),
+        num_tiles=num_tiles.data_ptr(),
+        tiles=len(slots),
+        dtype=native.DTYPE_CODES[y.dtype],
+        page_dtype=native.DTYPE_CODES[a_pages.dtype],
+        scale_dtype=0 if dora is None else native.DTYPE_CODES[dora.dtype],
+        num_threads=torch.get_num_threads(),
+    )
     args.starts = starts  # which lives as long
     graph.call("lora", args, y, x, ids, a_pages, b_pages, *table, *tiles)
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def _expand(

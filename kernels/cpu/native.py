@@ -21,7 +21,7 @@ from . import openmp
 
 logger = logging.getLogger(__name__)
 
-ABI_VERSION = 11  # MULTILORA_ABI_VERSION of csrc/abi.h
+ABI_VERSION = 12  # MULTILORA_ABI_VERSION of csrc/abi.h
 
 # The functions of csrc/abi.h take these structures; fields in its order, under its names.
 _Fields = list[tuple[str, type]]
@@ -39,7 +39,7 @@ class LoraArgs(ctypes.Structure):
 
     _fields_ = _fields(
         (c_void_p, "y x ids"),
-        (c_int64, "y_stride x_stride tokens in out"),
+        (c_int64, "y_stride x_stride tokens in_ out"),
         (c_void_p, "a b"),
         (c_int64, "a_stride b_stride pages"),
         (c_void_p, "slice_starts"),
@@ -104,7 +104,7 @@ class LinearArgs(ctypes.Structure):
 
     _fields_ = _fields(
         (c_void_p, "y x packed scales bias"),
-        (c_int64, "y_stride x_stride group rows in out"),
+        (c_int64, "y_stride x_stride group rows in_ out"),
         (c_int32, "dtype kind num_threads"),
     )
 
@@ -176,6 +176,11 @@ ISAS = ("generic", "avx2", "avx512", "avx512_bf16")
 # What the `dtype` arguments mean; keys and values may have one more.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 KV_CODES = {**DTYPE_CODES, torch.int8: 3}
+
+
+def pointer(tensor: torch.Tensor | None) -> int | None:
+    """The address of a tensor's first element; null for None."""
+    return None if tensor is None else tensor.data_ptr()
 
 
 def find(folder: Path) -> Path | None:

@@ -17,9 +17,15 @@ def apply_token_mask_(logits: Tensor, mask: Tensor) -> None:
     if native.LIB is None or code is None or logits.stride(-1) != 1 or mask.stride(-1) != 1:
         return reference.apply_token_mask_(logits, mask)
     args = native.MaskArgs(
-        logits.data_ptr(), mask.data_ptr(), logits.stride(0), mask.stride(0), *logits.shape, code,
-        torch.get_num_threads(),
-    )  # fmt: skip
+        logits=logits.data_ptr(),
+        mask=mask.data_ptr(),
+        logits_stride=logits.stride(0),
+        mask_stride=mask.stride(0),
+        rows=len(logits),
+        vocab=logits.shape[1],
+        dtype=code,
+        num_threads=torch.get_num_threads(),
+    )
     native.LIB.apply_token_mask(byref(args))
 
 
@@ -38,16 +44,22 @@ def top_logprobs(logits: Tensor, targets: Tensor, top: int) -> tuple[Tensor, Ten
         ids = torch.empty(rows, 1 + top, dtype=torch.int64)
         ranks, logprobs = torch.empty_like(ids), torch.empty_like(ids, dtype=torch.float32)
         args = native.TopArgs(
-            logits.data_ptr(), targets.data_ptr(), ids.data_ptr(), logprobs.data_ptr(),
-            ranks.data_ptr(), logits.stride(0), rows, vocab, top, code, torch.get_num_threads(),
-        )  # fmt: skip
+            logits=logits.data_ptr(),
+            targets=targets.data_ptr(),
+            ids=ids.data_ptr(),
+            logprobs=logprobs.data_ptr(),
+            ranks=ranks.data_ptr(),
+            logits_stride=logits.stride(0),
+            rows=rows,
+            vocab=vocab,
+            top=top,
+            dtype=code,
+            num_threads=torch.get_num_threads(),
+        )
         index_checks.refuse(native.LIB.top_logprobs(byref(args)))
         return ids, logprobs, ranks
     index_checks.check_targets(targets, logits.shape[1])
     return reference.top_logprobs(logits, targets, top)
-
-
-_DRAW_DTYPES = (torch.float32, torch.int64, torch.float64, torch.float64, torch.int64)
 
 
 def draw(
@@ -59,20 +71,32 @@ def draw(
     numbers: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.draw`, which sorts; C++ does not."""
-    each: tuple[Tensor, ...] = (temperature, top_k, top_p, log_min_p, numbers)
     if logits.dtype not in native.DTYPE_CODES:
         logits = logits.float()
     rows, vocab = logits.shape
     tokens, failed = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.bool)
     if native.LIB is not None and logits.stride(1) == 1:
-        each = tuple(t.to(dtype).contiguous() for t, dtype in zip(each, _DRAW_DTYPES, strict=True))
+        temperature = temperature.to(torch.float32).contiguous()
+        top_k, numbers = (t.to(torch.int64).contiguous() for t in (top_k, numbers))
+        top_p, log_min_p = (t.to(torch.float64).contiguous() for t in (top_p, log_min_p))
         args = native.DrawArgs(
-            tokens.data_ptr(), failed.data_ptr(), logits.data_ptr(), *(t.data_ptr() for t in each),
-            logits.stride(0), rows, vocab, native.DTYPE_CODES[logits.dtype],
-            torch.get_num_threads(),
-        )  # fmt: skip
+            tokens=tokens.data_ptr(),
+            failed=failed.data_ptr(),
+            logits=logits.data_ptr(),
+            temperature=temperature.data_ptr(),
+            top_k=top_k.data_ptr(),
+            top_p=top_p.data_ptr(),
+            log_min_p=log_min_p.data_ptr(),
+            numbers=numbers.data_ptr(),
+            logits_stride=logits.stride(0),
+            rows=rows,
+            vocab=vocab,
+            dtype=native.DTYPE_CODES[logits.dtype],
+            num_threads=torch.get_num_threads(),
+        )
         native.LIB.draw(byref(args))
         return tokens, failed
+    each = (temperature, top_k, top_p, log_min_p, numbers)
     for i in range(rows):  # softmax of many rows may round otherwise
         own = logits[i : i + 1].to(torch.float32, copy=True)
         tokens[i : i + 1], failed[i : i + 1] = reference.draw(own, *(t[i : i + 1] for t in each))

@@ -76,7 +76,7 @@ class Device:
     def __init__(self) -> None:
         self.torch = torch.device("cpu")
         self.compilations = mk.Compilations()
-        self._results = mk.Pool()  # of kernels, in captured steps and others
+        self._results = mk.BufferPool()  # of kernels, in captured steps and others
 
     @property
     def name(self) -> str:

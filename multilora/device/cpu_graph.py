@@ -11,7 +11,6 @@ that looks at a tensor's value on the host, or whose shapes depend on one, canno
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -46,13 +45,6 @@ class _Call:
             tensor.copy_(found[i])
 
 
-class _Last(threading.local):
-    tape: mk.Tape | None = None  # of a capture that has not come to its end
-
-
-_last = _Last()
-
-
 def end_captures() -> None:
     """Ends what an exception kept a capture of this thread from ending, raised as it ended.
 
@@ -60,20 +52,16 @@ def end_captures() -> None:
     """
     while isinstance(_get_current_dispatch_mode(), _Recorder):
         _pop_mode()
-    if _last.tape is not None:
-        _last.tape.__exit__(None, None, None)
-        _last.tape = None
+    mk.end_captures()
 
 
 class CpuGraph:
     """The operators of `work`, in order, done once. A pool may serve many, one at a time."""
 
-    def __init__(self, work: Callable[[], Tensor], pool: mk.Pool | None = None) -> None:
-        pool = pool or mk.Pool()
-        tape = _last.tape = mk.Tape(pool)
-        with tape, _Recorder(tape) as recorder:
+    def __init__(self, work: Callable[[], Tensor], pool: mk.BufferPool | None = None) -> None:
+        pool = pool or mk.BufferPool()
+        with mk.capture(pool) as captured, _Recorder(captured) as recorder:
             output = work()
-        _last.tape = None
         self._steps = recorder.steps()
         self._inputs = recorder.inputs  # they stay alive
         self.output = pool.borrow(output) if pool.owns(output) else output
@@ -84,20 +72,20 @@ class CpuGraph:
             for step in self._steps:
                 step.run()
 
-    def programs(self) -> list[mk.Program]:
+    def sequences(self) -> list[mk.KernelSequence]:
         """The calls of the C++ library, in rows without anything between."""
-        return [step for step in self._steps if isinstance(step, mk.Program)]
+        return [step for step in self._steps if isinstance(step, mk.KernelSequence)]
 
     def __len__(self) -> int:
         return len(self._steps)
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    def __init__(self, tape: mk.Tape) -> None:
+    def __init__(self, capture: mk.Capture) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.inputs: dict[int, Tensor] = {}  # by memory: what the C++ library reads from outside
-        self._tape = tape
-        self._steps: list[_Call | list[mk.Call]] = []  # calls of the C++ library row by row
+        self._capture = capture
+        self._steps: list[_Call | list[mk.KernelCall]] = []  # calls of the C++ library row by row
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -115,19 +103,19 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if _reads_on_host(func.name().partition(".")[0], args):
             raise RuntimeError(f"{func.name()} reads a value on the host: that cannot be captured")
         found = func(*args, **kwargs)
-        calls = self._tape.take()
+        calls = self._capture.take()
         given = {_memory(t): t for t in _tensors((args, kwargs))}
         made = [(i, t) for i, t in enumerate(_tensors(found)) if _memory(t) not in given]
         known = given.keys() | {_memory(t) for _, t in made}
         if calls and all(_memory(t) in known for call in calls for t in call.tensors):
             self._add(calls)
-            self.inputs |= {at: t for at, t in given.items() if not self._tape.pool.owns(t)}
+            self.inputs |= {at: t for at, t in given.items() if not self._capture.pool.owns(t)}
         # What made nothing and changed nothing was a view, which still stands.
         elif made or func._schema.is_mutable:
             self._steps.append(_Call(func, args, kwargs, made))
         return found
 
-    def _add(self, calls: list[mk.Call]) -> None:
+    def _add(self, calls: list[mk.KernelCall]) -> None:
         """Without their tensors, whose memory is to go back to the pool."""
         if not self._steps or isinstance(self._steps[-1], _Call):
             self._steps.append([])
@@ -135,9 +123,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         assert isinstance(row, list)
         row += [call._replace(tensors=()) for call in calls]
 
-    def steps(self) -> list[_Call | mk.Program]:
+    def steps(self) -> list[_Call | mk.KernelSequence]:
         """What was called, in order."""
-        return [mk.Program(step) if isinstance(step, list) else step for step in self._steps]
+        return [mk.KernelSequence(step) if isinstance(step, list) else step for step in self._steps]
 
 
 def _reads_on_host(name: str, args: tuple[Any, ...]) -> bool:

@@ -125,9 +125,8 @@ def forget_graphs(runner: ModelRunner) -> None:
 
 def nothing_is_left_open() -> bool:
     """Whether no capture is going on in this thread."""
-    with mk.Tape(mk.Pool()) as tape:
-        has_tape = tape._outer is not None
-    return not has_tape and torch.utils._python_dispatch._get_current_dispatch_mode() is None
+    nobody = mk.cpu.graph._state.capture is None
+    return nobody and torch.utils._python_dispatch._get_current_dispatch_mode() is None
 
 
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -70,7 +70,7 @@ def test_numbers_of_the_host_stay_as_they_were() -> None:
 @needs_cpp
 def test_calls_in_a_row_are_one_program_whose_results_share_memory() -> None:
     x, weight, norm = torch.randn(4, 64), mk.pack(torch.randn(64, 64)), torch.randn(64)
-    pool, depth = mk.Pool(), 30
+    pool, depth = mk.BufferPool(), 30
 
     def work() -> torch.Tensor:
         y = x * 2
@@ -81,7 +81,7 @@ def test_calls_in_a_row_are_one_program_whose_results_share_memory() -> None:
     recordings = [CpuGraph(work, pool) for _ in range(5)]
     assert len({pool.empty((4, 64), torch.float32).data_ptr() for _ in range(9)}) == 1
     for recording in recordings:
-        assert [len(program) for program in recording.programs()] == [2 * depth]
+        assert [len(sequence) for sequence in recording.sequences()] == [2 * depth]
         assert len(recording) == 2
         x.normal_()
         recording.replay()
@@ -117,7 +117,7 @@ def test_a_result_that_an_operator_of_torch_reads_stays_in_place() -> None:
 def test_an_operator_that_copies_first_is_recorded_as_a_whole() -> None:
     x, weight = torch.randn(64, 4), mk.pack(torch.randn(64, 64))
     recording = CpuGraph(lambda: mk.linear(x.T, weight))
-    assert not recording.programs()
+    assert not recording.sequences()
     x.normal_()
     recording.replay()
     assert torch.equal(recording.output, mk.linear(x.T, weight))

@@ -11,7 +11,7 @@ import multilora_kernels as mk
 
 @given(st.lists(st.tuples(st.integers(1, 5000), st.integers(0, 3)), max_size=60))
 def test_live_tensors_of_a_pool_are_apart(steps: list[tuple[int, int]]) -> None:
-    pool, live = mk.Pool(), []
+    pool, live = mk.BufferPool(), []
     for i, (count, freed) in enumerate(steps):
         tensor = pool.empty((count,), torch.int32).fill_(i)
         assert tensor.data_ptr() % 64 == 0
@@ -23,7 +23,7 @@ def test_live_tensors_of_a_pool_are_apart(steps: list[tuple[int, int]]) -> None:
 
 
 def test_memory_that_nobody_holds_is_given_again() -> None:
-    pool = mk.Pool()
+    pool = mk.BufferPool()
     first = pool.empty((100,), torch.float32)
     at, view = first.data_ptr(), first.view(10, 10)[3]
     del first
@@ -35,7 +35,7 @@ def test_memory_that_nobody_holds_is_given_again() -> None:
 
 
 def test_what_is_borrowed_holds_nothing_back() -> None:
-    pool = mk.Pool()
+    pool = mk.BufferPool()
     tensor = pool.empty((4, 5), torch.bfloat16).fill_(3)
     at, borrowed = tensor.data_ptr(), pool.borrow(tensor)
     del tensor
@@ -47,7 +47,7 @@ def test_what_is_borrowed_holds_nothing_back() -> None:
 
 
 def test_a_pool_grows_by_regions_and_takes_large_tensors() -> None:
-    pool = mk.Pool()
+    pool = mk.BufferPool()
     tensors = [pool.empty((9 << 20,), torch.uint8).fill_(i) for i in range(4)]
     tensors.append(pool.empty((70 << 20,), torch.uint8).fill_(4))
     assert all(t.eq(i).all() for i, t in enumerate(tensors))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import ctypes
 import re
 import shutil
@@ -13,9 +14,8 @@ import pytest
 import torch
 
 import multilora_kernels as mk
-from multilora_kernels import index_checks as indices
-from multilora_kernels.cpu import graph as calls
-from multilora_kernels.cpu import native
+from multilora_kernels import index_checks
+from multilora_kernels.cpu import graph, native
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,16 +65,32 @@ def test_the_structures_match_the_header() -> None:
         assert declared == getattr(native, name)._fields_, name
 
 
+def test_every_structure_is_filled_whole_and_by_name() -> None:
+    """ctypes would leave what is not given at 0."""
+    filled = set()
+    for path in (ROOT / "kernels" / "cpu").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if not re.fullmatch(r"native\.\w+Args", name):
+                continue
+            assert isinstance(node, ast.Call)
+            fields = {field for field, _ in getattr(native, name.removeprefix("native."))._fields_}
+            assert {keyword.arg for keyword in node.keywords} == fields, f"{path}:{node.lineno}"
+            assert not node.args
+            filled.add(name)
+    assert len(filled) == 9
+
+
 def test_every_code_of_the_header_has_its_text() -> None:
     codes = {name: int(code) for name, code in re.findall(r"MULTILORA_BAD_(\w+) = (\d+)", header())}
-    assert codes == {name: getattr(indices, name) for name in codes}
-    assert set(codes.values()) == set(indices.MISTAKES)
+    assert codes == {name: getattr(index_checks, name) for name in codes}
+    assert set(codes.values()) == set(index_checks.MISTAKES)
 
 
 def test_every_kind_of_call_has_its_function() -> None:
     found = re.findall(r"MULTILORA_CALL_(\w+) = (\d+)", header())
-    assert [int(kind) for _, kind in found] == list(range(len(calls.KINDS)))
-    for (name, _), function in zip(found, calls.KINDS, strict=True):
+    assert [int(kind) for _, kind in found] == list(range(len(graph.KINDS)))
+    for (name, _), function in zip(found, graph.KINDS, strict=True):
         assert name.lower() in function.split("_")
         assert function in native.SIGNATURES
 

@@ -24,22 +24,22 @@ x, out, mask = torch.zeros(1, 128), torch.zeros(1, 64), torch.zeros(1, 1, dtype=
 MISTAKES = {
     "read of a number": (
         "native.LIB.apply_token_mask(byref(native.MaskArgs("
-        "out.data_ptr(), mask.data_ptr(), 64, 1, 1, 64, 0, 1)))",
+        "logits=out.data_ptr(), mask=mask.data_ptr(), rows=1, vocab=64, num_threads=1)))",
         "heap-buffer-overflow.*READ of size 4",
     ),
     "read of a vector": (
         "native.LIB.silu_mul(byref(native.SiluArgs("
-        "out.data_ptr(), x[0, 64:].data_ptr(), 128, 1, 64, 0, 1)))",
+        "out=out.data_ptr(), x=x[0, 64:].data_ptr(), tokens=1, inter=64, num_threads=1)))",
         "heap-buffer-overflow.*READ of size",
     ),
     "write": (
         "native.LIB.silu_mul(byref(native.SiluArgs("
-        "out[0, 32:].data_ptr(), x.data_ptr(), 128, 1, 64, 0, 1)))",
+        "out=out[0, 32:].data_ptr(), x=x.data_ptr(), tokens=1, inter=64, num_threads=1)))",
         "heap-buffer-overflow.*WRITE of size",
     ),
     "undefined behaviour": (
         "native.LIB.apply_token_mask(byref(native.MaskArgs("
-        "out.data_ptr() + 1, mask.data_ptr(), 64, 1, 1, 32, 0, 1)))",
+        "logits=out.data_ptr() + 1, mask=mask.data_ptr(), rows=1, vocab=32, num_threads=1)))",
         "runtime error: store to misaligned address",
     ),
 }
