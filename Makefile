@@ -100,10 +100,10 @@ SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 SANITIZED := LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
              ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
              MULTILORA_CPP_LIBRARY=$(CURDIR)/build/sanitize/_cpu.so
-SANITIZED_TESTS := $(addprefix tests/kernels/test_,ops.py index_checks.py)
-SANITIZED_ONCE := $(addprefix tests/kernels/test_,packed_weight.py top_logprobs.py draw.py) \
-                  $(addprefix tests/kernels/cpu/test_,native.py threads.py sanitizer.py graph.py \
-                  buffer_pool.py)
+SANITIZED_TESTS := $(addprefix tests/kernels/test_,attention.py elementwise.py linear.py lora.py \
+                   index_checks.py)
+SANITIZED_ONCE := $(patsubst %,tests/kernels/test_%.py,packed_weight sampling sampling_draw) \
+                  $(patsubst %,tests/kernels/cpu/test_%.py,native threads sanitizer graph buffer_pool)
 
 sanitize: install build/sanitize/_cpu.so
 	$(SANITIZED) $(BIN)/pytest -q -k "not opcheck" $(SANITIZED_TESTS) $(SANITIZED_ONCE)

@@ -26,10 +26,11 @@ from multilora.engine.engine import Engine
 from multilora.outputs import RequestOutput
 from multilora.sampling_params import SamplingParams
 from multilora_kernels import reference
+from multilora_kernels.testing.precision import to_float64
 from tests.adapters import write_adapter
 from tests.checkpoints import write_checkpoint
 from tests.engines import Job, make_engine, prompt_of, run
-from tests.lora_cases import POPULARITY, make_case, up
+from tests.kernel_calls.lora import POPULARITY, make_lora_call
 from tests.rehearsal import cpu_ops
 
 OP = 0.02  # the largest difference of a bf16 result, relative to the largest value
@@ -49,14 +50,14 @@ class Check(NamedTuple):
 
 def lora(device: Device, inner: int) -> dict[str, Check]:
     """Adapters of ranks 8 to 128 with weights of their own, in tiles of decode steps."""
-    case = make_case(POPULARITY["zipf"], torch.bfloat16, in_=inner)
-    wanted = case._replace(y=case.y.double())
-    wide = type(case)(*up(*wanted))
+    call = make_lora_call(POPULARITY["zipf"], torch.bfloat16, in_=inner)
+    wanted = call._replace(y=call.y.double())
+    wide = type(call)(*to_float64(*wanted))
     reference.lora_(*wide)
-    table = mk.Table(*(None if t is None else t.to(device.torch) for t in case.table))
-    tiles = mk.Tiles(*(t.to(device.torch) for t in case.tiles))
-    y, *rest = (t.to(device.torch) for t in case[:4])
-    mk.lora_(y, *rest, table, tiles, case.slice_starts)
+    table = mk.Table(*(None if t is None else t.to(device.torch) for t in call.table))
+    tiles = mk.Tiles(*(t.to(device.torch) for t in call.tiles))
+    y, *rest = (t.to(device.torch) for t in call[:4])
+    mk.lora_(y, *rest, table, tiles, call.slice_starts)
     return {"lora": Check(difference(y, wide.y), OP)}
 
 

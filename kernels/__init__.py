@@ -19,6 +19,7 @@ from .cpu.huge_pages import empty_huge
 from .cpu.native import HAS_CPP
 from .cuda.compilations import Compilations
 from .ops import (
+    NotDifferentiable,
     apply_token_mask_,
     bgmv_,
     draw,
@@ -57,6 +58,7 @@ __all__ = [
     "Compilations",
     "KernelCall",
     "KernelSequence",
+    "NotDifferentiable",
     "PackedWeight",
     "Table",
     "Tiles",

@@ -35,10 +35,13 @@ def lora_shrink(
     table: Table,
     tiles: Tiles,
     split_k: int = 1,
-) -> Tensor:  # [split_k, tokens, slices * max_pages * 8], fp32; undefined beyond a row's pages
-    """`planes.sum(0)[t, s, p] = A[page p of t's slot, s] @ x[t]`: one plane for each part of K."""
+) -> Tensor:  # [split_k, tokens, slices * max_pages * 8], fp32
+    """`planes.sum(0)[t, s, p] = A[page p of t's slot, s] @ x[t]`: one plane for each part of K.
+
+    Beyond a row's pages, and for rows in no tile, they are 0 here; nobody may rely on that.
+    """
     wide, max_pages, slices = _wide(x), table.page_ids.shape[1], a_pages.shape[1]
-    planes = torch.full((split_k, len(x), slices, max_pages, PAGE), float("nan"), dtype=wide)
+    planes = torch.zeros((split_k, len(x), slices, max_pages, PAGE), dtype=wide)
     parts = torch.arange(x.shape[1]).tensor_split(split_k)
     for slot, rows in _tiles(tiles):
         for p in range(int(table.num_pages[slot])):

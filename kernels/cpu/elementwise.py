@@ -11,8 +11,18 @@ from . import graph, native
 from .row_independence import flat
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor:
-    """See `reference.rms_norm`. Square roots and quotients are exact in any code path."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `reference.rms_norm`."""
+    return _rms_norm(x, weight, eps, None)
+
+
+def add_rms_norm_(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `reference.rms_norm`, with a residual."""
+    return _rms_norm(x, weight, eps, residual)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor:
+    """Square roots and quotients are exact in any code path."""
     code, like = native.DTYPE_CODES.get(x.dtype), x if residual is None else residual
     if (
         native.LIB is not None
@@ -43,7 +53,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> 
         x = residual
     h = x.float()
     variance = h.square().mean(-1, keepdim=True)
-    return weight * (h / (variance + eps).sqrt()).to(x.dtype)
+    return (weight * (h / (variance + eps).sqrt()).to(x.dtype)).contiguous()
 
 
 def silu_mul(x: Tensor) -> Tensor:

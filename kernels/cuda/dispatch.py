@@ -147,7 +147,11 @@ def linear_packed(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Any:
 # Elementwise --------------------------------------------------------------------------------------
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Any:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Any:
+    return triton_module("elementwise").rms_norm(x, weight, eps)
+
+
+def add_rms_norm_(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> Any:
     return triton_module("elementwise").rms_norm(x, weight, eps, residual)
 
 

@@ -4,6 +4,7 @@ Each file has the ops of one family, which has the same name in `cpu`, `cuda`, c
 torch's dispatcher chooses the device. `punica` has other names for `lora_`.
 """
 
+from .arguments import NotDifferentiable
 from .attention import paged_attention
 from .elementwise import rms_norm, rope_store_kv_, silu_mul
 from .linear import linear
@@ -12,6 +13,7 @@ from .punica import bgmv_, sgmv_
 from .sampling import apply_token_mask_, draw, top_logprobs
 
 __all__ = [
+    "NotDifferentiable",
     "apply_token_mask_",
     "bgmv_",
     "draw",

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..cpu import attention as cpu
 from ..cuda import dispatch as cuda
 from ..library import register
-from .arguments import check
+from .arguments import check, refuse_gradients
 
 
 def paged_attention(
@@ -34,6 +34,7 @@ def paged_attention(
     With `batch_invariant` a token has the same bits alone and in any chunk; on CPU it always has.
     On CPU IndexError, with `out` as it was, for query rows, lengths or blocks out of range.
     """
+    refuse_gradients(q, k_blocks, v_blocks, k_scale, v_scale)
     check(
         q.dim() == 3 and k_blocks.dim() == 4, "q must be [tokens, heads, dim], pages 4-dimensional"
     )

@@ -7,18 +7,22 @@ from torch import Tensor
 from ..cpu import elementwise as cpu
 from ..cuda import dispatch as cuda
 from ..library import register
-from .arguments import check
+from .arguments import check, refuse_gradients
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
     """RMS norm of x [tokens, hidden]; with `residual`, of `residual += x`, done in place."""
+    refuse_gradients(x, weight, residual)
     check(x.shape[-1:] == weight.shape, "weight must have as many elements as x has columns")
-    y: Tensor = _NORM(x, weight, eps, residual)
+    check(residual is None or residual.shape == x.shape, "residual must be like x")
+    # Two ops: torch.compile cannot lower one that changes an argument which may be None.
+    y: Tensor = _NORM(x, weight, eps) if residual is None else _ADD_NORM(residual, x, weight, eps)
     return y
 
 
 def silu_mul(x: Tensor) -> Tensor:
     """`silu(gate) * up` of x = [gate | up], [tokens, 2 * inter] -> [tokens, inter]."""
+    refuse_gradients(x)
     check(x.shape[-1] % 2 == 0, "x must have an even number of columns")
     y: Tensor = _SILU(x)
     return y
@@ -43,13 +47,18 @@ def rope_store_kv_(
     IndexError, with all as it was, for positions and slots out of range. Nobody checks that no two
     tokens have one slot: it would then hold a mixture of them.
     """
+    refuse_gradients(q, k, v, cos, sin, k_blocks, v_blocks, k_scale, v_scale)
     check(cos.shape[1] * 2 == q.shape[2], "cos and sin must have head_dim / 2 columns")
     check((k_scale is None) == (v_scale is None), "k_scale and v_scale come together")
     check(len(positions) == len(kv_slots) == len(q), "positions and kv_slots must be [tokens]")
     _ROPE(q, k, v, cos, sin, positions, kv_slots, k_blocks, v_blocks, k_scale, v_scale)
 
 
-def _normed(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor:
+def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _added_and_normed(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -58,10 +67,16 @@ def _half(x: Tensor) -> Tensor:
 
 
 _NORM = register(
-    "rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!)? residual) -> Tensor",
+    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
     cpu=cpu.rms_norm,
     cuda=cuda.rms_norm,
     meta=_normed,
+)
+_ADD_NORM = register(
+    "add_rms_norm_(Tensor(a!) residual, Tensor x, Tensor weight, float eps) -> Tensor",
+    cpu=cpu.add_rms_norm_,
+    cuda=cuda.add_rms_norm_,
+    meta=_added_and_normed,
 )
 _SILU = register("silu_mul(Tensor x) -> Tensor", cpu=cpu.silu_mul, cuda=cuda.silu_mul, meta=_half)
 _ROPE = register(

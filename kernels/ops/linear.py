@@ -8,7 +8,7 @@ from ..cpu import linear as cpu
 from ..cuda import dispatch as cuda
 from ..library import register
 from ..packed_weight import PackedWeight
-from .arguments import check
+from .arguments import check, refuse_gradients
 
 
 def linear(
@@ -21,13 +21,19 @@ def linear(
 
     With `batch_invariant` a row's bits do not depend on the number of rows; on CPU they never do.
     """
-    is_packed = isinstance(weight, PackedWeight)
-    columns = weight.in_ if isinstance(weight, PackedWeight) else weight.shape[1]
-    check(x.shape[-1] == columns, f"x has {x.shape[-1]} columns, weight {columns}")
-    y: Tensor = (
-        _PACKED(x, *weight, bias) if is_packed else _LINEAR(x, weight, bias, batch_invariant)
-    )
+    if isinstance(weight, PackedWeight):
+        refuse_gradients(x, weight.data, weight.scales, bias)
+        _check_columns(x, weight.in_)
+        packed_y: Tensor = _PACKED(x, *weight, bias)
+        return packed_y
+    refuse_gradients(x, weight, bias)
+    _check_columns(x, weight.shape[1])
+    y: Tensor = _LINEAR(x, weight, bias, batch_invariant)
     return y
+
+
+def _check_columns(x: Tensor, columns: int) -> None:
+    check(x.shape[-1] == columns, f"x has {x.shape[-1]} columns, weight {columns}")
 
 
 def _product(

@@ -12,14 +12,16 @@ from ..cpu import lora as cpu
 from ..cuda import dispatch as cuda
 from ..library import register
 from ..tiles import Table, Tiles
-from .arguments import check
+from .arguments import check, refuse_gradients
 
 
 def lora_shrink(x: Tensor, a_pages: Tensor, table: Table, tiles: Tiles, split_k: int = 1) -> Tensor:
     """The first stage of `lora_`, into rank space: fp32 [split_k, tokens, slices * max_pages * 8].
 
-    x [tokens, in]; a_pages [pages, slices, 8, in]. Entries beyond a row's own pages are undefined.
+    x [tokens, in]; a_pages [pages, slices, 8, in]. Entries beyond a row's own pages are 0 on a CPU
+    and undefined on a GPU.
     """
+    refuse_gradients(x, a_pages, table.page_weights, table.scale, table.bias)
     check(
         x.dim() == 2 and a_pages.dim() == 4,
         "x must be [tokens, in], a_pages [pages, slices, 8, in]",
@@ -45,6 +47,7 @@ def lora_expand_(
     slice_starts: Sequence[int],
 ) -> None:
     """The second stage of `lora_`: sums the planes in order, adds B times them, rounds once."""
+    refuse_gradients(y, planes, b_pages, table.page_weights, table.scale, table.bias)
     _check_out(y, b_pages, slice_starts)
     _EXPAND(y, planes, b_pages, *table, *tiles, list(slice_starts))
 
@@ -65,6 +68,7 @@ def lora_(
     disagree; on CPU IndexError, with y as it was, for a table or tiles with a number out of range
     and for tiles that overlap or go back.
     """
+    refuse_gradients(y, x, a_pages, b_pages, table.page_weights, table.scale, table.bias)
     _check_out(y, b_pages, slice_starts)
     check(x.dim() == 2 and len(x) == len(y), "x and y must have as many rows")
     check(a_pages.shape[2:3] == (8,), "a_pages must be [pages, slices, 8, in]")
@@ -82,6 +86,7 @@ def lora_embed_(
 
     Of `ids` those are looked at, and on CPU checked, that stand in a tile.
     """
+    refuse_gradients(y, a_pages, b_pages, table.page_weights, table.scale, table.bias)
     _check_out(y, b_pages, (0, y.shape[1]))
     check(a_pages.dim() == 3 and a_pages.shape[2] == 8, "a_pages must be [pages, vocab, 8]")
     check(ids.shape == y.shape[:1], "ids and y must have as many rows")

@@ -8,11 +8,12 @@ from torch import Tensor
 from ..cpu import sampling as cpu
 from ..cuda import dispatch as cuda
 from ..library import register
-from .arguments import check
+from .arguments import check, refuse_gradients
 
 
 def apply_token_mask_(logits: Tensor, mask: Tensor) -> None:
     """Sets logits [rows, vocab] to -inf where mask, int32 [rows, ceil(vocab / 32)], has bit 0."""
+    refuse_gradients(logits)
     check(mask.dtype == torch.int32, "mask must be int32")
     check(
         mask.shape == (len(logits), -(-logits.shape[1] // 32)),
@@ -31,6 +32,7 @@ def top_logprobs(
     A rank is 1 + the number of larger logits; of equal ones the lowest ids come first. `top` is cut
     to the vocabulary. A row's bits are its own. On CPU IndexError for a target outside of it.
     """
+    refuse_gradients(logits)
     check(logits.dim() == 2 and len(targets) == len(logits), "targets must be [rows]")
     check(top >= 0, f"top must not be negative, but is {top}")
     found: tuple[Tensor, Tensor, Tensor] = _TOP(logits, targets, min(top, logits.shape[1]))
@@ -51,6 +53,7 @@ def draw(
     own.
     """
     each = (temperature, top_k, top_p, log_min_p, numbers)
+    refuse_gradients(logits, *each)
     check(logits.dim() == 2 and logits.shape[1] > 0, "logits must be [rows, vocab]")
     check(
         all(t.shape == logits.shape[:1] for t in each),

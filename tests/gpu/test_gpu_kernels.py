@@ -12,7 +12,8 @@ from torch import Tensor
 import multilora_kernels as mk
 from multilora.device.cpu import Device
 from multilora_kernels import reference
-from tests.lora_cases import POPULARITY, Case, make_case, up
+from multilora_kernels.testing.precision import to_float64
+from tests.kernel_calls.lora import POPULARITY, LoraCall, make_lora_call
 from tests.rehearsal import REHEARSED
 
 pytestmark = pytest.mark.gpu
@@ -108,12 +109,12 @@ def test_lora(device: Device, dtype: torch.dtype, popularity: str, tokens: int, 
 def test_lora_with_scales_and_bias(
     device: Device, dtype: torch.dtype, pages: torch.dtype | None
 ) -> None:
-    case = make_case(POPULARITY["zipf"], dtype, dora=True)
+    case = make_lora_call(POPULARITY["zipf"], dtype, dora=True)
     if pages is not None:
         case = case._replace(a_pages=case.a_pages.to(pages), b_pages=case.b_pages.to(pages))
-    wide = Case(*up(*case))
+    wide = LoraCall(*to_float64(*case))
     reference.lora_(*wide)
-    there = Case(*(t.to(device.torch) if isinstance(t, Tensor) else t for t in case))
+    there = LoraCall(*(t.to(device.torch) if isinstance(t, Tensor) else t for t in case))
     table = mk.Table(*(None if t is None else t.to(device.torch) for t in case.table))
     tiles = mk.Tiles(*(t.to(device.torch) for t in case.tiles))
     mk.lora_(*there._replace(table=table, tiles=tiles))

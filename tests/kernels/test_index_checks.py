@@ -15,9 +15,8 @@ pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import multilora_kernels as ops
-from multilora_kernels import Table, Tiles, make_tiles, reference
-from multilora_kernels import index_checks as indices
+import multilora_kernels as mk
+from multilora_kernels import Table, Tiles, index_checks, make_tiles, reference
 from multilora_kernels.cpu import native
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ def run(form: str, call: Callable[[], Any], mistakes: set[int], changed: Sequenc
             return call()
         with pytest.raises(IndexError) as caught:
             call()
-    assert str(caught.value) in {indices.MISTAKES[mistake] for mistake in mistakes}
+    assert str(caught.value) in {index_checks.MISTAKES[mistake] for mistake in mistakes}
     for tensor, old in zip(changed, before, strict=True):
         assert torch.equal(tensor, old)
     return None
@@ -97,21 +96,21 @@ def tables_and_tiles(draw: st.DrawFn) -> tuple[Table, Tiles]:
 def lora_mistakes(table: Table, tiles: Tiles, ids: Sequence[int] | None = None) -> set[int]:
     slots, starts, lens, (count,) = (column.tolist() for column in tiles)
     if not 0 <= count <= len(slots):
-        return {indices.TILES}
+        return {index_checks.TILES}
     found, end = set(), 0
     for slot, start, rows in list(zip(slots, starts, lens, strict=True))[:count]:
         if rows < 0 or not end <= start <= start + rows <= TOKENS or not 0 <= slot < SLOTS:
-            found.add(indices.TILES)
+            found.add(index_checks.TILES)
             continue
         end = start + rows
         pages = int(table.num_pages[slot])
         own = table.page_ids[slot, : max(pages, 0)].tolist()
         if not 0 <= pages <= MAX_PAGES or not all(0 <= page < PAGES for page in own):
-            found.add(indices.PAGES)
+            found.add(index_checks.PAGES)
         if table.scale_row is not None and not -1 <= int(table.scale_row[slot]) < DORA_ROWS:
-            found.add(indices.PAGES)
+            found.add(index_checks.PAGES)
         if ids is not None and any(not 0 <= i < VOCAB for i in ids[start:end]):
-            found.add(indices.IDS)
+            found.add(index_checks.IDS)
     return found
 
 
@@ -123,7 +122,7 @@ def test_lora(form: str, given: tuple[Table, Tiles]) -> None:
     y, x = torch.randn(TOKENS, STARTS[-1]), torch.randn(TOKENS, 10)
     pages = torch.randn(PAGES, 2, 8, 10), torch.randn(PAGES, 8, STARTS[-1])
     expected, mistakes = y.clone(), lora_mistakes(*given)
-    run(form, lambda: ops.lora_(y, x, *pages, *given, STARTS), mistakes, [y])
+    run(form, lambda: mk.lora_(y, x, *pages, *given, STARTS), mistakes, [y])
     if not mistakes:
         reference.lora_(expected, x, *pages, *given, STARTS)
         torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-4)
@@ -135,8 +134,8 @@ def test_the_stages_of_lora(given: tuple[Table, Tiles]) -> None:
     y, x, planes = torch.zeros(TOKENS, 18), torch.ones(TOKENS, 10), torch.ones(1, TOKENS, 32)
     a_pages, b_pages = torch.ones(PAGES, 2, 8, 10), torch.ones(PAGES, 8, 18)
     mistakes = lora_mistakes(*given)
-    run("torch", lambda: ops.lora_shrink(x, a_pages, *given), mistakes, [])
-    run("torch", lambda: ops.lora_expand_(y, planes, b_pages, *given, STARTS), mistakes, [y])
+    run("torch", lambda: mk.lora_shrink(x, a_pages, *given), mistakes, [])
+    run("torch", lambda: mk.lora_expand_(y, planes, b_pages, *given, STARTS), mistakes, [y])
 
 
 @forms
@@ -149,7 +148,7 @@ def test_lora_embed(form: str, given: tuple[Table, Tiles], data: st.DataObject) 
     y, ids_t = torch.randn(TOKENS, 18), torch.tensor(ids)
     pages = torch.randn(PAGES, VOCAB, 8), torch.randn(PAGES, 8, 18)
     expected, mistakes = y.clone(), lora_mistakes(*given, ids)
-    run(form, lambda: ops.lora_embed_(y, ids_t, *pages, *given), mistakes, [y])
+    run(form, lambda: mk.lora_embed_(y, ids_t, *pages, *given), mistakes, [y])
     if not mistakes:
         reference.lora_embed_(expected, ids_t, *pages, *given)
         torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-4)
@@ -179,15 +178,15 @@ def attention_mistakes(
     for i, length in enumerate(lengths):
         first, end = starts[i], starts[i + 1]
         if not 0 <= first <= end <= tokens:
-            found.add(indices.QUERIES)
+            found.add(index_checks.QUERIES)
         if not end - first <= length <= MAX_BLOCKS * BLOCK_SIZE:
-            found.add(indices.LENGTHS)
+            found.add(index_checks.LENGTHS)
         elif end > first and any(
             not 0 <= block < BLOCKS for block in table[i][: -(-length // BLOCK_SIZE)]
         ):
-            found.add(indices.BLOCKS)
+            found.add(index_checks.BLOCKS)
     if not lengths and not 0 <= starts[0] <= tokens:
-        found.add(indices.QUERIES)
+        found.add(index_checks.QUERIES)
     return found
 
 
@@ -204,7 +203,7 @@ def test_attention(form: str, given: tuple[list[list[int]], list[int], list[int]
     mistakes = attention_mistakes(table, lengths, starts, TOKENS)
 
     def call() -> Tensor:
-        return ops.paged_attention(
+        return mk.paged_attention(
             q, k_blocks, v_blocks, *where, scale=0.5, max_query_len=4, max_seq_len=12, out=out
         )
 
@@ -234,10 +233,10 @@ def test_rope_store_kv(form: str, tokens: int, data: st.DataObject) -> None:
     expected = [tensor.clone() for tensor in args]
     mistakes = set()
     if not all(0 <= position < POSITIONS for position in positions):
-        mistakes.add(indices.POSITIONS)
+        mistakes.add(index_checks.POSITIONS)
     if not all(-1 <= slot < size for slot in slots):
-        mistakes.add(indices.SLOTS)
-    run(form, lambda: ops.rope_store_kv_(*args), mistakes, args)
+        mistakes.add(index_checks.SLOTS)
+    run(form, lambda: mk.rope_store_kv_(*args), mistakes, args)
     if not mistakes:
         reference.rope_store_kv_(*expected)
         torch.testing.assert_close(q, expected[0])

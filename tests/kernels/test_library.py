@@ -11,6 +11,7 @@ import torch
 from multilora_kernels import PackedWeight, Table, Tiles, library
 
 OPS = (
+    "add_rms_norm_",
     "apply_token_mask_",
     "draw",
     "linear",

@@ -10,10 +10,10 @@ from torch import Tensor
 
 import multilora_kernels as mk
 from multilora_kernels import reference
-from multilora_kernels.cpu import native, panels
+from multilora_kernels.cpu import panels
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    pass
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2.5e-2}
 KINDS = ["float32", "bfloat16", "float16", "int8", "int8/32", "int4/32", "int4/128", "int4"]
@@ -35,27 +35,6 @@ def packed_of(weight: Tensor, kind: str) -> mk.PackedWeight:
 
 def random_weight(shape: tuple[int, int]) -> Tensor:
     return torch.randn(shape) / shape[1] ** 0.5
-
-
-@pytest.fixture(params=[1, 2])
-def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(params=native.ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set that the C++ library has for this machine."""
-    if not mk.HAS_CPP:
-        pytest.skip("the C++ library is not built")
-    best = native.select_isa(native.ISAS[-1])
-    if native.select_isa(request.param) != request.param:
-        native.select_isa(best)
-        pytest.skip(f"this machine has no {request.param}")
-    yield request.param
-    native.select_isa(best)
 
 
 # Quantising ---------------------------------------------------------------------------------------
@@ -214,7 +193,7 @@ def test_linear_in_parts_changes_no_more_than_rounding(
     torch.testing.assert_close(mk.linear(x, packed), whole, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.usefixtures("_threads")
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("shape", [(47, 34), (64, 320)], ids=str)
 @kinds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
@@ -227,7 +206,7 @@ def test_bits_of_sixteen_rows_are_their_own(
         assert torch.equal(mk.linear(x[rows], packed), whole[rows])
 
 
-@pytest.mark.usefixtures("_threads", "isa")
+@pytest.mark.usefixtures("threads", "isa")
 @kinds
 @dtypes
 def test_every_instruction_set_gives_any_number_of_rows_their_own_bits(

@@ -11,7 +11,7 @@ from torch import Tensor
 from multilora_kernels import Table
 from multilora_kernels.cuda import dispatch, launch_plans, lora
 from multilora_kernels.library import KERNELS
-from tests.lora_cases import make_case
+from tests.kernel_calls.lora import make_lora_call
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,7 @@ def test_lora_splits_are_those_of_the_plan() -> None:
 
 @pytest.mark.parametrize("dora", [False, True], ids=["plain", "dora"])
 def test_lora(dora: bool) -> None:
-    y, x, a, b, table, tiles, starts = make_case([0, 1, -1, 1], torch.float32, dora=dora)
+    y, x, a, b, table, tiles, starts = make_lora_call([0, 1, -1, 1], torch.float32, dora=dora)
     a, b = a.nan_to_num(), b.nan_to_num()
     table = Table(*(None if t is None else t.nan_to_num() for t in table))
     rest = (*table, *tiles)
@@ -67,7 +67,8 @@ def test_lora(dora: bool) -> None:
 
 def test_the_others() -> None:
     x, index = torch.randn(3, 8), torch.arange(3)
-    compare("rms_norm", x, torch.randn(8), 1e-5, torch.randn(3, 8))
+    compare("rms_norm", x, torch.randn(8), 1e-5)
+    compare("add_rms_norm_", torch.randn(3, 8), x, torch.randn(8), 1e-5)
     compare("silu_mul", x)
     mask = torch.tensor([[5], [0], [-1]], dtype=torch.int32)
     compare("apply_token_mask_", x, mask)

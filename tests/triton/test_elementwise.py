@@ -9,6 +9,7 @@ from torch import Tensor
 from multilora_kernels import reference
 from multilora_kernels.cuda import elementwise
 from multilora_kernels.testing.guard import guarded
+from tests.kernel_calls.rope import make_rope_call
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 FP8 = torch.float8_e4m3fn
@@ -56,17 +57,6 @@ def test_silu_mul(dtype: torch.dtype, inter: int, rows: int) -> None:
     assert_close(found, reference.silu_mul(x))
 
 
-def make_rope(
-    dtype: torch.dtype, kv_dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int
-) -> list[Tensor]:
-    qkv = torch.randn(6, heads + 2 * kv_heads, head_dim).to(dtype)
-    q, k, v = qkv.split((heads, kv_heads, kv_heads), 1)
-    angles = torch.randn(20, head_dim // 2)
-    positions, kv_slots = torch.randint(20, (6,)), torch.tensor([3, -1, 0, 23, -1, 8])
-    k_blocks, v_blocks = torch.randn(2, 3, 8, kv_heads, head_dim).to(kv_dtype)
-    return [q, k, v, angles.cos(), angles.sin(), positions, kv_slots, k_blocks, v_blocks]
-
-
 def check_rope(args: list[Tensor], scales: tuple[Tensor, ...] = ()) -> None:
     want = [t.clone() for t in args]
     reference.rope_store_kv_(*want, *scales)
@@ -80,11 +70,16 @@ def check_rope(args: list[Tensor], scales: tuple[Tensor, ...] = ()) -> None:
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 64), (17, 1, 16), (9, 9, 10)])
 @dtypes
 def test_rope_store_kv(dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> None:
-    check_rope([t.contiguous() for t in make_rope(dtype, dtype, heads, kv_heads, head_dim)])
+    check_rope(
+        [
+            t.contiguous()
+            for t in make_rope_call(dtype, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+        ]
+    )
 
 
 def test_rope_store_kv_of_a_fused_projection() -> None:
-    args = make_rope(torch.bfloat16, torch.bfloat16, 4, 2, 16)
+    args = make_rope_call(torch.bfloat16, head_dim=16)
     q = args[0].clone()
     assert not args[0].is_contiguous()
     want = [q, *(t.clone() for t in args[1:])]
@@ -97,7 +92,7 @@ def test_rope_store_kv_of_a_fused_projection() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rope_store_kv_into_e4m3_pages(dtype: torch.dtype) -> None:
-    args = [t.contiguous() for t in make_rope(dtype, FP8, 4, 3, 16)]
+    args = [t.contiguous() for t in make_rope_call(dtype, kv_dtype=FP8, kv_heads=3, head_dim=16)]
     args[1][0] *= 1000  # beyond what e4m3 holds
     check_rope(args, (torch.tensor([0.5, 2.0, 0.01]), torch.tensor([1.5, 0.25, 1.0])))
     assert args[7].float().isfinite().all()

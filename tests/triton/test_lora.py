@@ -12,26 +12,22 @@ from torch import Tensor
 from multilora_kernels import Table, make_tiles, reference
 from multilora_kernels.cuda import launch_plans, lora
 from multilora_kernels.testing.guard import guarded
-from tests.lora_cases import (
+from multilora_kernels.testing.precision import TOLERANCE, assert_close, to_float64
+from tests.kernel_calls.dtypes import by_dtype
+from tests.kernel_calls.lora import (
     POPULARITY,
     RANKS,
-    Case,
-    assert_close,
-    make_case,
+    LoraCall,
+    make_embedding_call,
+    make_lora_call,
     make_table,
-    spaced,
-    up,
 )
 
-DTYPES = [
-    pytest.param(dtype, id=str(dtype)[6:])
-    for dtype in (torch.float32, torch.bfloat16, torch.float16)
-]
-dtypes = pytest.mark.parametrize("dtype", DTYPES)
+DTYPES = tuple(TOLERANCE)
 popularities = pytest.mark.parametrize("popularity", POPULARITY)
 
 
-def device(**changed: int) -> launch_plans.CudaTarget:
+def small_target(**changed: int) -> launch_plans.CudaTarget:
     """Two multiprocessors, so that programs loop; tiles small enough for an interpreter."""
     arithmetic = {
         "lora_shrink": {"block_k": 64, "split_k": 2},
@@ -51,14 +47,14 @@ def device(**changed: int) -> launch_plans.CudaTarget:
     return launch_plans.CudaTarget(90, 2, launch_plans.LaunchPlans(ops))
 
 
-def run(case: Case, where: launch_plans.CudaTarget | None = None, **guard: Any) -> Tensor:
+def run(call: LoraCall, where: launch_plans.CudaTarget | None = None, **guard: Any) -> Tensor:
     with guarded(**guard):
-        lora.lora_(*case, where or device())
-    return case.y
+        lora.lora_(*call, where or small_target())
+    return call.y
 
 
-def expected(case: Case) -> Tensor:
-    wide = Case(*up(*case))
+def expected(call: LoraCall) -> Tensor:
+    wide = LoraCall(*to_float64(*call))
     reference.lora_(*wide)
     return wide.y
 
@@ -71,17 +67,17 @@ def base_rows(popularity: str) -> Tensor:
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["plain", "dora"])
-@dtypes
+@by_dtype
 @popularities
 def test_lora_adds_each_rows_delta(popularity: str, dtype: torch.dtype, dora: bool) -> None:
     """Mixed ranks 8 to 128, weighted pages, more capacity than tiles."""
     slots = POPULARITY[popularity]
-    case = make_case(slots, dtype, dora=dora, tile=64, size=len(slots) + 3)
-    before, wanted = case.y.clone(), expected(case)
-    assert_close(run(case, order=1), wanted)
+    call = make_lora_call(slots, dtype, dora=dora, tile=64, size=len(slots) + 3)
+    before, wanted = call.y.clone(), expected(call)
+    assert_close(run(call, order=1), wanted)
     base = base_rows(popularity)
-    assert torch.equal(case.y[base], before[base])
-    assert base.all() or not torch.equal(case.y, before)
+    assert torch.equal(call.y[base], before[base])
+    assert base.all() or not torch.equal(call.y, before)
 
 
 @pytest.mark.parametrize(
@@ -97,25 +93,25 @@ def test_lora_adds_each_rows_delta(popularity: str, dtype: torch.dtype, dora: bo
 )
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 def test_odd_widths(dtype: torch.dtype, in_: int, starts: tuple[int, ...]) -> None:
-    case = make_case([0, 2, 2, -1, 4], dtype, in_=in_, starts=starts)
-    wanted = expected(case)
-    assert_close(run(case, order=2), wanted)
+    call = make_lora_call([0, 2, 2, -1, 4], dtype, in_=in_, starts=starts)
+    wanted = expected(call)
+    assert_close(run(call, order=2), wanted)
 
 
 def test_rank_512_beside_rank_8() -> None:
-    case = make_case([0, 1, 1], torch.bfloat16, ranks=(8, 512), in_=64, starts=(0, 32))
-    wanted = expected(case)
-    assert_close(run(case), wanted)
+    call = make_lora_call([0, 1, 1], torch.bfloat16, ranks=(8, 512), in_=64, starts=(0, 32))
+    wanted = expected(call)
+    assert_close(run(call), wanted)
 
 
-@dtypes
+@by_dtype
 def test_strided_rows(dtype: torch.dtype) -> None:
     """Columns of a wider tensor, as the q, k, v part of a fused output."""
-    case = make_case([0, 3, 3, -1], dtype)
+    call = make_lora_call([0, 3, 3, -1], dtype)
     wide_x, wide_y = torch.full((2, 4, 300), torch.nan, dtype=dtype)
-    case = case._replace(x=wide_x[:, 20:180].copy_(case.x), y=wide_y[:, 40:168].copy_(case.y))
-    wanted = expected(case)
-    assert_close(run(case), wanted)
+    call = call._replace(x=wide_x[:, 20:180].copy_(call.x), y=wide_y[:, 40:168].copy_(call.y))
+    wanted = expected(call)
+    assert_close(run(call), wanted)
     assert wide_y[:, :40].isnan().all()
     assert wide_y[:, 168:].isnan().all()
 
@@ -123,109 +119,107 @@ def test_strided_rows(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("page_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pages_of_another_type(dtype: torch.dtype, page_dtype: torch.dtype) -> None:
-    case = make_case([0, 3, 3, -1], dtype, starts=(0, 64))
-    case = case._replace(a_pages=case.a_pages.to(page_dtype), b_pages=case.b_pages.to(page_dtype))
-    wanted = expected(case)
+    call = make_lora_call([0, 3, 3, -1], dtype, starts=(0, 64))
+    call = call._replace(a_pages=call.a_pages.to(page_dtype), b_pages=call.b_pages.to(page_dtype))
+    wanted = expected(call)
     # u is rounded to the pages' type, which the reference in float64 does not do.
     narrowest = min(dtype, page_dtype, key=lambda d: d.itemsize)
-    assert_close(run(case).to(narrowest), wanted)
+    assert_close(run(call).to(narrowest), wanted)
 
 
 def test_a_table_that_is_a_view_of_all_sites() -> None:
-    case = make_case([0, 3, 3, -1], torch.bfloat16)
-    wanted = expected(case)
+    call = make_lora_call([0, 3, 3, -1], torch.bfloat16)
+    wanted = expected(call)
     ids, weights = (
         torch.stack([torch.full_like(t, 99), t], 1)[:, 1]
-        for t in (case.table.page_ids, case.table.page_weights)
+        for t in (call.table.page_ids, call.table.page_weights)
     )
     assert not ids.is_contiguous()
-    case = case._replace(table=case.table._replace(page_ids=ids, page_weights=weights))
-    assert_close(run(case), wanted)
+    call = call._replace(table=call.table._replace(page_ids=ids, page_weights=weights))
+    assert_close(run(call), wanted)
 
 
-@dtypes
+@by_dtype
 def test_a_narrower_view_of_the_table_gives_the_same_bits(dtype: torch.dtype) -> None:
     """As a step takes whose slots have no more pages; slot 4, which none names, has 16."""
-    case = make_case([0, 3, 3, -1, 2, 5], dtype, dora=True, tile=64)
-    few = case.table._replace(
-        page_ids=case.table.page_ids[:, :8], page_weights=case.table.page_weights[:, :8]
+    call = make_lora_call([0, 3, 3, -1, 2, 5], dtype, dora=True, tile=64)
+    few = call.table._replace(
+        page_ids=call.table.page_ids[:, :8], page_weights=call.table.page_weights[:, :8]
     )
-    narrow = case.copy(table=few)
-    assert torch.equal(run(narrow), run(case))
+    narrow = call.copy(table=few)
+    assert torch.equal(run(narrow), run(call))
     with guarded():
-        planes = lora.lora_shrink(*case[1:3], few, case.tiles, 2, device())
+        planes = lora.lora_shrink(*call[1:3], few, call.tiles, 2, small_target())
     assert planes.shape[2] == 3 * 8 * 8
 
 
 def test_a_slot_without_pages_at_this_site_leaves_its_rows() -> None:
-    case = make_case([0, 1, 2], torch.bfloat16)
-    case.table.num_pages[1] = 0
-    case.y[1, 0] = -0.0
-    before, wanted = case.y.clone(), expected(case)
-    assert_close(run(case), wanted)
-    assert torch.equal(case.y[1].view(torch.int16), before[1].view(torch.int16))
+    call = make_lora_call([0, 1, 2], torch.bfloat16)
+    call.table.num_pages[1] = 0
+    call.y[1, 0] = -0.0
+    before, wanted = call.y.clone(), expected(call)
+    assert_close(run(call), wanted)
+    assert torch.equal(call.y[1].view(torch.int16), before[1].view(torch.int16))
 
 
 @pytest.mark.parametrize("split_k", [1, 3])
-@dtypes
+@by_dtype
 def test_shrink_then_expand_ignores_what_lies_beyond_a_rows_pages(
     dtype: torch.dtype, split_k: int
 ) -> None:
     slots = POPULARITY["skewed"]
-    case = make_case(slots, dtype, dora=True, tile=64)
-    wanted = expected(case)
+    call = make_lora_call(slots, dtype, dora=True, tile=64)
+    wanted = expected(call)
     with guarded(order=3):
-        planes = lora.lora_shrink(*case[1:3], *case[4:6], split_k, device())
-    max_pages = case.table.page_ids.shape[1]
+        planes = lora.lora_shrink(*call[1:3], *call[4:6], split_k, small_target())
+    max_pages = call.table.page_ids.shape[1]
     assert planes.shape == (split_k, len(slots), 3 * max_pages * 8)
     assert planes.dtype == torch.float32
     by_page = planes.view(split_k, len(slots), 3, max_pages, 8)
     for row, slot in enumerate(slots):
         by_page[:, row, :, RANKS[slot] // 8 if slot >= 0 else 0 :] = torch.nan
     with guarded(order=3):
-        lora.lora_expand_(case.y, planes, *case[3:], device())
-    assert_close(case.y, wanted)
+        lora.lora_expand_(call.y, planes, *call[3:], small_target())
+    assert_close(call.y, wanted)
 
 
-@dtypes
+@by_dtype
 def test_planes_are_the_references(dtype: torch.dtype) -> None:
-    case = make_case([0, 2, 2], dtype, ranks=(24, 24, 24))
-    planes = lora.lora_shrink(*case[1:3], *case[4:6], 3, device())
-    wanted = reference.lora_shrink(*up(*case[1:3]), *case[4:6], 3)
+    call = make_lora_call([0, 2, 2], dtype, ranks=(24, 24, 24))
+    planes = lora.lora_shrink(*call[1:3], *call[4:6], 3, small_target())
+    wanted = reference.lora_shrink(*to_float64(*call[1:3]), *call[4:6], 3)
     by_page, wanted = (p.sum(0).view(3, 3, -1, 8)[:, :, :3] for p in (planes, wanted))
     torch.testing.assert_close(by_page.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
-@dtypes
+@by_dtype
 @popularities
 def test_lora_embed_takes_the_tokens_column(popularity: str, dtype: torch.dtype) -> None:
     slots = POPULARITY[popularity]
-    case = make_case(slots, dtype, dora=True, starts=(0, 96), size=len(slots) + 1)
-    a_pages = spaced(len(case.a_pages), 19, 8, dtype=dtype)
-    a_pages[1:-1] = torch.randn(len(a_pages) - 2, 19, 8).to(dtype)
-    ids = torch.randint(19, (len(slots),))
-    args = [case.y, ids, a_pages, *case[3:6]]
-    before, wide = case.y.clone(), up(*args)
+    call = make_embedding_call(slots, dtype, dora=True, starts=(0, 96), size=len(slots) + 1)
+    before, wide = call.y.clone(), to_float64(*call)
     with guarded(order=1):
-        lora.lora_embed_(*args, device())
+        lora.lora_embed_(*call, small_target())
     reference.lora_embed_(*wide)
-    assert_close(case.y, wide[0])
-    assert torch.equal(case.y[base_rows(popularity)], before[base_rows(popularity)])
+    assert_close(call.y, wide[0])
+    assert torch.equal(call.y[base_rows(popularity)], before[base_rows(popularity)])
 
 
 @pytest.mark.slow
 def test_a_site_of_llama_8b_with_its_own_plan() -> None:
-    case = make_case([0, 1, 1, 3], torch.bfloat16, in_=4096, starts=(0, 4096, 5120, 6144))
-    wanted = expected(case)
-    assert_close(run(case, launch_plans.target(90, 132)), wanted)
+    call = make_lora_call([0, 1, 1, 3], torch.bfloat16, in_=4096, starts=(0, 4096, 5120, 6144))
+    wanted = expected(call)
+    assert_close(run(call, launch_plans.target(90, 132)), wanted)
 
 
 def test_the_plan_tables_give_right_results() -> None:
     for sm in launch_plans.ARCHITECTURES:
         for tile in (16, 64):
-            case = make_case([2] * 20 + [3], torch.bfloat16, in_=320, starts=(0, 256), tile=tile)
-            wanted = expected(case)
-            assert_close(run(case, launch_plans.target(sm, 2)), wanted)
+            call = make_lora_call(
+                [2] * 20 + [3], torch.bfloat16, in_=320, starts=(0, 256), tile=tile
+            )
+            wanted = expected(call)
+            assert_close(run(call, launch_plans.target(sm, 2)), wanted)
 
 
 # The same bits ----------------------------------------------------------------------------------
@@ -233,22 +227,22 @@ def test_the_plan_tables_give_right_results() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 def test_the_order_of_programs_changes_no_bit(dtype: torch.dtype) -> None:
-    case = make_case(POPULARITY["zipf"], dtype, dora=True, starts=(0, 64, 128))
-    first = run(case.copy())
+    call = make_lora_call(POPULARITY["zipf"], dtype, dora=True, starts=(0, 64, 128))
+    first = run(call.copy())
     for order in range(3):
-        assert torch.equal(run(case.copy(), order=order), first)
+        assert torch.equal(run(call.copy(), order=order), first)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 def test_a_rows_bits_are_its_own(dtype: torch.dtype) -> None:
     """Rows alone, and in another order with other neighbours, under other tile heights."""
     slots = POPULARITY["uniform"]
-    case = make_case(slots, dtype, dora=True, starts=(0, 64, 128))
-    whole = run(case.copy())
+    call = make_lora_call(slots, dtype, dora=True, starts=(0, 64, 128))
+    whole = run(call.copy())
     shuffled = random.Random(0).sample(range(len(slots)), len(slots))
     for rows, tile in ((shuffled, 16), (shuffled[:5], 64), ([0], 16), ([len(slots) - 1], 64)):
         tiles = make_tiles([slots[row] for row in rows], tile)
-        part = run(case.copy(y=case.y[rows], x=case.x[rows], tiles=tiles))
+        part = run(call.copy(y=call.y[rows], x=call.x[rows], tiles=tiles))
         assert torch.equal(part, whole[rows])
 
 
@@ -265,19 +259,19 @@ def test_a_rows_bits_are_its_own(dtype: torch.dtype) -> None:
 def test_the_schedule_changes_no_bit(dtype: torch.dtype, changed: dict[str, int]) -> None:
     """BGMV's tiles of 16 rows and SGMV's of 64 are one arithmetic."""
     slots = [3] * 64 + [1] * 17 + [4]
-    case = make_case(slots, dtype, starts=(0, 64, 128))
-    low = run(case.copy())
-    high = run(case.copy(tiles=make_tiles(slots, 64)), device(**changed))
+    call = make_lora_call(slots, dtype, starts=(0, 64, 128))
+    low = run(call.copy())
+    high = run(call.copy(tiles=make_tiles(slots, 64)), small_target(**changed))
     assert torch.equal(low, high)
 
 
-def test_counts_are_read_on_the_device() -> None:
+def test_counts_are_read_on_the_small_target() -> None:
     """What a CUDA graph replays: the same tensors with other contents."""
-    case = make_case([1] * 20, torch.bfloat16, size=12)
+    call = make_lora_call([1] * 20, torch.bfloat16, size=12)
     for slots in ([-1] * 20, [4] * 3 + [-1] * 16 + [0], list(range(8)) + [2] * 12):
-        for kept, new in zip(case.tiles, make_tiles(slots, 16, 12), strict=True):
+        for kept, new in zip(call.tiles, make_tiles(slots, 16, 12), strict=True):
             kept.copy_(new)
-        again = case.copy()
+        again = call.copy()
         wanted = expected(again)
         assert_close(run(again), wanted)
 
@@ -286,30 +280,30 @@ def test_counts_are_read_on_the_device() -> None:
 
 
 def test_what_the_kernels_cannot_address_is_refused() -> None:
-    case = make_case([0, 1], torch.float32)
+    call = make_lora_call([0, 1], torch.float32)
     wrong: list[tuple[str, dict[str, Any]]] = [
-        ("x is torch.float64", {"x": case.x.double()}),
-        ("x must be contiguous", {"x": case.x.repeat_interleave(2, 1)[:, ::2]}),
-        ("b_pages must be contiguous", {"b_pages": case.b_pages.mT.contiguous().mT}),
-        ("num_pages", {"table": case.table._replace(num_pages=torch.zeros(18).int()[::2])}),
-        ("rows", {"table": case.table._replace(page_ids=case.table.page_ids.T.contiguous().T)}),
+        ("x is torch.float64", {"x": call.x.double()}),
+        ("x must be contiguous", {"x": call.x.repeat_interleave(2, 1)[:, ::2]}),
+        ("b_pages must be contiguous", {"b_pages": call.b_pages.mT.contiguous().mT}),
+        ("num_pages", {"table": call.table._replace(num_pages=torch.zeros(18).int()[::2])}),
+        ("rows", {"table": call.table._replace(page_ids=call.table.page_ids.T.contiguous().T)}),
     ]
     for message, changed in wrong:
         with pytest.raises(ValueError, match=message):
-            lora.lora_(*case._replace(**changed), device())
+            lora.lora_(*call._replace(**changed), small_target())
 
 
 def test_planes_must_be_what_shrink_makes() -> None:
-    case = make_case([0, 1], torch.float32)
-    planes = lora.lora_shrink(*case[1:3], *case[4:6], 2, device())
+    call = make_lora_call([0, 1], torch.float32)
+    planes = lora.lora_shrink(*call[1:3], *call[4:6], 2, small_target())
     with pytest.raises(ValueError, match="contiguous float32"):
-        lora.lora_expand_(case.y, planes[..., ::2], *case[3:], device())
+        lora.lora_expand_(call.y, planes[..., ::2], *call[3:], small_target())
 
 
 def test_no_rows_no_tiles_and_no_pages_launch_nothing() -> None:
-    case = make_case([-1, -1], torch.float32)
-    before = case.y.clone()
-    assert torch.equal(run(case), before)
+    call = make_lora_call([-1, -1], torch.float32)
+    before = call.y.clone()
+    assert torch.equal(run(call), before)
     table, _ = make_table(128, torch.float32)
     none = Table(table.page_ids[:, :0], table.page_weights[:, :0], table.num_pages * 0)
-    assert torch.equal(run(case._replace(table=none, tiles=make_tiles([0, 0], 16))), before)
+    assert torch.equal(run(call._replace(table=none, tiles=make_tiles([0, 0], 16))), before)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-import multilora_kernels as mk
 from multilora_kernels import index_checks
 from multilora_kernels.cpu import graph, native
 
@@ -175,32 +174,3 @@ mk.lora_(rows, rows, *pages, table, tiles, (0, 8))
 """
     with pytest.raises(AssertionError, match=r"no memory for 2147483\d* bytes in a C\+\+ kernel"):
         run_python(code)
-
-
-# apply_token_mask ---------------------------------------------------------------------------------
-
-
-@needs_cpp
-@pytest.mark.parametrize("dtype", native.DTYPE_CODES, ids=str)
-@pytest.mark.parametrize("vocab", [1, 31, 32, 33, 1000])
-@pytest.mark.parametrize("rows", [0, 1, 7])
-def test_token_mask_sets_minus_infinity_exactly_where_the_bit_is_0(
-    rows: int, vocab: int, dtype: torch.dtype
-) -> None:
-    words = (vocab + 31) // 32
-    logits = torch.randn(rows, vocab + 5).to(dtype)[:, :vocab]  # rows are not contiguous
-    bitmask = torch.randint(-(2**31), 2**31, (rows, words + 2), dtype=torch.int32)[:, 1 : words + 1]
-    bitmask[:, ::3] = -1  # whole words allowed
-    bits = torch.arange(vocab)
-    allowed = (bitmask[:, bits // 32] >> (bits % 32) & 1).bool()
-    want = logits.masked_fill(~allowed, float("-inf"))
-    mk.apply_token_mask_(logits, bitmask)
-    assert torch.equal(logits, want)
-
-
-@needs_cpp
-def test_token_mask_writes_nothing_outside_the_vocabulary() -> None:
-    whole = torch.zeros(3, 40)
-    mk.apply_token_mask_(whole[:, :33], torch.zeros(3, 2, dtype=torch.int32))
-    assert whole[:, :33].eq(float("-inf")).all()
-    assert whole[:, 33:].eq(0).all()

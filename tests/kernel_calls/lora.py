@@ -1,4 +1,4 @@
-"""LoRA calls of every kind for the tests of kernels: what nobody may read is NaN."""
+"""Arguments of the LoRA ops, of every kind: what nobody may read is NaN."""
 
 from __future__ import annotations
 
@@ -24,11 +24,9 @@ POPULARITY = {
     "all base": [-1] * 5,
     "empty": [],
 }
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2.5e-2}
-"""|found - expected| <= tolerance * (1 + |expected|), for values of order one."""
 
 
-class Case(NamedTuple):
+class LoraCall(NamedTuple):
     """The arguments of `lora_`, in its order."""
 
     y: Tensor
@@ -39,33 +37,19 @@ class Case(NamedTuple):
     tiles: Tiles
     slice_starts: tuple[int, ...]
 
-    def copy(self, **changed: Any) -> Case:
+    def copy(self, **changed: Any) -> LoraCall:
         """The same with a `y` of its own."""
         return self._replace(y=self.y.clone())._replace(**changed)
 
 
-def up(*values: Any) -> list[Any]:
-    """The values with floating tensors cast to float64, those inside a table included."""
-    wide: list[Any] = []
-    for value in values:
-        if isinstance(value, Table):
-            value = Table(*up(*value))
-        elif isinstance(value, Tensor) and value.is_floating_point():
-            value = value.double()
-        wide.append(value)
-    return wide
+def nan_pages(count: int, *shape: int, dtype: torch.dtype, aligned: bool = True) -> Tensor:
+    """`count` pages of NaN with a gap between them and one before the first.
 
-
-def assert_close(found: Tensor, expected: Tensor) -> None:
-    tolerance = TOLERANCE[found.dtype]
-    torch.testing.assert_close(found.double(), expected.double(), rtol=tolerance, atol=tolerance)
-
-
-def spaced(count: int, *shape: int, dtype: torch.dtype) -> Tensor:
-    """`count` pages of NaN, 16-byte aligned, with a gap between them and one before the first."""
+    Aligned ones begin at multiples of 16 bytes, as a GPU wants them.
+    """
     numel = torch.Size(shape).numel()
-    gap = -numel % 16 + 16
-    pages = torch.full((count, numel + gap), torch.nan, dtype=dtype)[:, 16 : 16 + numel]
+    first, gap = (16, -numel % 16 + 16) if aligned else (7, 23)
+    pages = torch.full((count, numel + gap), torch.nan, dtype=dtype)[:, first : first + numel]
     return pages.unflatten(1, shape)
 
 
@@ -90,7 +74,7 @@ def make_table(
     return table, torch.arange(1, sum(counts) + 1)
 
 
-def make_case(
+def make_lora_call(
     slots: list[int],
     dtype: torch.dtype,
     *,
@@ -100,12 +84,34 @@ def make_case(
     dora: bool = False,
     tile: int = 16,
     size: int | None = None,
-) -> Case:
+    aligned: bool = True,
+) -> LoraCall:
     out, slices = starts[-1], len(starts) - 1
     table, owned = make_table(out, dtype, ranks, dora)
-    a_pages = spaced(len(owned) + 2, slices, 8, in_, dtype=dtype)
-    b_pages = spaced(len(owned) + 2, 8, out, dtype=dtype)
+    a_pages = nan_pages(len(owned) + 2, slices, 8, in_, dtype=dtype, aligned=aligned)
+    b_pages = nan_pages(len(owned) + 2, 8, out, dtype=dtype, aligned=aligned)
     a_pages[owned] = (torch.randn(len(owned), slices, 8, in_) / in_**0.5).to(dtype)
     b_pages[owned] = (torch.randn(len(owned), 8, out) / 8).to(dtype)
     y, x = torch.randn(len(slots), out).to(dtype), torch.randn(len(slots), in_).to(dtype)
-    return Case(y, x, a_pages, b_pages, table, make_tiles(slots, tile, size), starts)
+    return LoraCall(y, x, a_pages, b_pages, table, make_tiles(slots, tile, size), starts)
+
+
+class EmbeddingCall(NamedTuple):
+    """The arguments of `lora_embed_`, in its order."""
+
+    y: Tensor
+    ids: Tensor
+    a_pages: Tensor
+    b_pages: Tensor
+    table: Table
+    tiles: Tiles
+
+
+def make_embedding_call(slots: list[int], dtype: torch.dtype, **options: Any) -> EmbeddingCall:
+    """Of a vocabulary of 19 tokens; with the options of `make_lora_call`."""
+    call = make_lora_call(slots, dtype, **options)
+    aligned = options.get("aligned", True)
+    a_pages = nan_pages(len(call.a_pages), 19, 8, dtype=dtype, aligned=aligned)
+    a_pages[1:-1] = torch.randn(len(a_pages) - 2, 19, 8).to(dtype)
+    ids = torch.randint(19, (len(slots),))
+    return EmbeddingCall(call.y, ids, a_pages, call.b_pages, call.table, call.tiles)

@@ -1,46 +1,28 @@
-"""`top_logprobs` against a sort in plain Python and a log-softmax in float64."""
+"""Token masks bit by bit; `top_logprobs` against a sort in Python and a log-softmax in float64."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING
-from unittest.mock import patch
 
 import pytest
 import torch
 
-import multilora_kernels as ops
+import multilora_kernels as mk
 from multilora_kernels import reference
-from multilora_kernels.cpu import native
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import Tensor
 
 NAN, INF = math.nan, math.inf
+pytestmark = pytest.mark.usefixtures("form")  # each instruction set, and torch
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 
 
-@pytest.fixture(params=[*native.ISAS, "torch"], autouse=True)
-def _form(request: pytest.FixtureRequest) -> Iterator[None]:
-    if request.param == "torch":
-        with patch.object(native, "LIB", None):
-            yield
-        return
-    if native.LIB is None:
-        pytest.skip("the C++ library is not built")
-    best = native.select_isa(native.ISAS[-1])
-    if native.select_isa(request.param) != request.param:
-        native.select_isa(best)
-        pytest.skip(f"this machine has no {request.param}")
-    yield
-    native.select_isa(best)
-
-
 def assert_right(logits: Tensor, targets: list[int], top: int) -> None:
-    ids, logprobs, ranks = ops.top_logprobs(logits, torch.tensor(targets).long(), top)
+    ids, logprobs, ranks = mk.top_logprobs(logits, torch.tensor(targets).long(), top)
     assert (ids.dtype, logprobs.dtype, ranks.dtype) == (torch.int64, torch.float32, torch.int64)
     for i, (row, target) in enumerate(zip(logits.double(), targets, strict=True)):
         values = row.tolist()
@@ -60,7 +42,7 @@ def test_ids_logprobs_and_ranks(dtype: torch.dtype, vocab: int) -> None:
 
 
 def test_top_is_cut_to_the_vocabulary() -> None:
-    ids, logprobs, ranks = ops.top_logprobs(torch.zeros(2, 3), torch.tensor([2, 0]), 9)
+    ids, logprobs, ranks = mk.top_logprobs(torch.zeros(2, 3), torch.tensor([2, 0]), 9)
     assert ids.tolist() == [[2, 0, 1, 2], [0, 0, 1, 2]]
     assert ranks.eq(1).all()
     torch.testing.assert_close(logprobs, torch.full((2, 4), -math.log(3)))
@@ -83,7 +65,7 @@ def test_infinite_and_masked_logits() -> None:
     for value in (INF, -INF):
         row = torch.full((1, 300), -INF)
         row[0, 40] = value
-        ids, logprobs, _ = ops.top_logprobs(row, torch.tensor([3]), 2)
+        ids, logprobs, _ = mk.top_logprobs(row, torch.tensor([3]), 2)
         assert ids[0, 1] == (40 if value > 0 else 0)
         assert logprobs.isnan().all()
 
@@ -92,7 +74,7 @@ def test_infinite_and_masked_logits() -> None:
 def test_nan_is_the_likeliest_and_every_logprob_is_nan(where: int) -> None:
     logits = torch.randn(2, 300)
     logits[1, where] = NAN
-    ids, logprobs, ranks = ops.top_logprobs(logits, torch.tensor([7, 7]), 3)
+    ids, logprobs, ranks = mk.top_logprobs(logits, torch.tensor([7, 7]), 3)
     assert ids[1, 1] == where
     assert logprobs[1].isnan().all()
     assert not logprobs[0].isnan().any()
@@ -103,9 +85,9 @@ def test_nan_is_the_likeliest_and_every_logprob_is_nan(where: int) -> None:
 def test_a_rows_bits_are_its_own(dtype: torch.dtype) -> None:
     wide = torch.randn(33, 1500).to(dtype)
     logits, targets = wide[:, 3:1004], torch.randint(1001, (33,))
-    whole = ops.top_logprobs(logits, targets, 4)
+    whole = mk.top_logprobs(logits, targets, 4)
     for rows in [torch.tensor([32]), torch.arange(5, 21), torch.arange(33).flip(0)]:
-        part = ops.top_logprobs(logits[rows], targets[rows], 4)
+        part = mk.top_logprobs(logits[rows], targets[rows], 4)
         for found, expected in zip(part, whole, strict=True):
             assert torch.equal(found, expected[rows])
 
@@ -113,15 +95,50 @@ def test_a_rows_bits_are_its_own(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("target", [-1, -(2**63), 300, 2**32, 2**63 - 1])
 def test_a_target_outside_of_the_vocabulary_is_refused(target: int) -> None:
     with pytest.raises(IndexError, match="vocabulary"):
-        ops.top_logprobs(torch.zeros(2, 300), torch.tensor([0, target]), 2)
+        mk.top_logprobs(torch.zeros(2, 300), torch.tensor([0, target]), 2)
 
 
 def test_nothing_gives_nothing() -> None:
-    for found in ops.top_logprobs(torch.zeros(0, 5), torch.zeros(0).long(), 2):
+    for found in mk.top_logprobs(torch.zeros(0, 5), torch.zeros(0).long(), 2):
         assert found.shape == (0, 3)
 
 
 @pytest.mark.parametrize(("rows", "top"), [(1, 2), (2, -1)])
 def test_mistakes_raise(rows: int, top: int) -> None:
     with pytest.raises(ValueError, match=r"targets|negative"):
-        ops.top_logprobs(torch.zeros(2, 5), torch.zeros(rows).long(), top)
+        mk.top_logprobs(torch.zeros(2, 5), torch.zeros(rows).long(), top)
+
+
+# Token masks --------------------------------------------------------------------------------------
+
+
+@dtypes
+@pytest.mark.parametrize("vocab", [1, 31, 32, 33, 1000])
+@pytest.mark.parametrize("rows", [0, 1, 7])
+def test_a_mask_sets_minus_infinity_exactly_where_the_bit_is_0(
+    rows: int, vocab: int, dtype: torch.dtype
+) -> None:
+    words = (vocab + 31) // 32
+    logits = torch.randn(rows, vocab + 5).to(dtype)[:, :vocab]  # rows are not contiguous
+    mask = torch.randint(-(2**31), 2**31, (rows, words + 2), dtype=torch.int32)[:, 1 : words + 1]
+    mask[:, ::3] = -1  # whole words allowed
+    bits = torch.arange(vocab)
+    allowed = (mask[:, bits // 32] >> (bits % 32) & 1).bool()
+    want = logits.masked_fill(~allowed, -INF)
+    mk.apply_token_mask_(logits, mask)
+    assert torch.equal(logits, want)
+
+
+def test_a_mask_writes_nothing_outside_of_the_vocabulary() -> None:
+    whole = torch.zeros(3, 40)
+    mk.apply_token_mask_(whole[:, :33], torch.zeros(3, 2, dtype=torch.int32))
+    assert whole[:, :33].eq(-INF).all()
+    assert whole[:, 33:].eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("mask", "match"), [(torch.zeros(2, 2), "int32"), (torch.zeros(2, 1).int(), "vocab")]
+)
+def test_a_mask_of_another_type_or_shape_raises(mask: Tensor, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        mk.apply_token_mask_(torch.zeros(2, 33), mask)

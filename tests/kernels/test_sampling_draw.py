@@ -5,40 +5,22 @@ from __future__ import annotations
 import math
 import random
 from typing import TYPE_CHECKING
-from unittest.mock import patch
 
 import pytest
 import torch
 
-import multilora_kernels as ops
+import multilora_kernels as mk
 from multilora_kernels import reference
-from multilora_kernels.cpu import native
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import Tensor
 
 NAN, INF = math.nan, math.inf
+pytestmark = pytest.mark.usefixtures("form")  # each instruction set, and torch
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 ALL = 2**40  # of top_k
 LARGEST = 2**53 - 1
-
-
-@pytest.fixture(params=[*native.ISAS, "torch"], autouse=True)
-def _form(request: pytest.FixtureRequest) -> Iterator[None]:
-    if request.param == "torch":
-        with patch.object(native, "LIB", None):
-            yield
-        return
-    if native.LIB is None:
-        pytest.skip("the C++ library is not built")
-    best = native.select_isa(native.ISAS[-1])
-    if native.select_isa(request.param) != request.param:
-        native.select_isa(best)
-        pytest.skip(f"this machine has no {request.param}")
-    yield
-    native.select_isa(best)
 
 
 def settings(
@@ -99,7 +81,7 @@ def test_it_draws_what_the_definition_draws(dtype: torch.dtype, kind: str, vocab
     torch.manual_seed(vocab)
     logits = some_logits(kind, (12, vocab)).to(dtype)
     each = random_settings(12, vocab, random.Random(vocab))
-    tokens, failed = ops.draw(logits, *each)
+    tokens, failed = mk.draw(logits, *each)
     assert (tokens.dtype, failed.dtype) == (torch.int64, torch.bool)
     expected = reference.draw(logits, *each)
     assert torch.equal(failed, expected[1])
@@ -116,7 +98,7 @@ def test_it_inverts_the_cumulative_probability(kind: str, top_p: float) -> None:
     cumulative = row[order].double().softmax(-1).cumsum(-1)
     kept = float(cumulative[min(int((cumulative < top_p).sum()), vocab - 1)])
     numbers = [0, LARGEST, *(draw.getrandbits(53) for _ in range(200))]
-    tokens, failed = ops.draw(row.expand(len(numbers), -1), *settings(numbers, top_p=top_p))
+    tokens, failed = mk.draw(row.expand(len(numbers), -1), *settings(numbers, top_p=top_p))
     assert not failed.any()
     for number, token in zip(numbers, tokens.tolist(), strict=True):
         target = number / 2**53 * kept
@@ -127,9 +109,9 @@ def test_it_inverts_the_cumulative_probability(kind: str, top_p: float) -> None:
 def test_top_k_keeps_what_equals_the_last() -> None:
     logits = torch.tensor([[1.0, 2.0, 1.0, 0.0]]).expand(300, -1)
     numbers = [i * 2**53 // 300 for i in range(300)]
-    assert set(ops.draw(logits, *settings(numbers, top_k=2))[0].tolist()) == {0, 1, 2}
-    assert set(ops.draw(logits, *settings(numbers, top_k=1))[0].tolist()) == {1}
-    assert set(ops.draw(logits, *settings(numbers, top_k=4))[0].tolist()) == {0, 1, 2, 3}
+    assert set(mk.draw(logits, *settings(numbers, top_k=2))[0].tolist()) == {0, 1, 2}
+    assert set(mk.draw(logits, *settings(numbers, top_k=1))[0].tolist()) == {1}
+    assert set(mk.draw(logits, *settings(numbers, top_k=4))[0].tolist()) == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize("bad", [NAN, -NAN, INF, -INF])
@@ -137,10 +119,10 @@ def test_top_k_keeps_what_equals_the_last() -> None:
 def test_a_broken_row_fails_alone(bad: float, where: int) -> None:
     logits = torch.randn(3, 300)
     logits[1, slice(None) if bad == -INF else where] = bad
-    tokens, failed = ops.draw(logits, *settings([2**52] * 3, top_k=50, top_p=0.9))
+    tokens, failed = mk.draw(logits, *settings([2**52] * 3, top_k=50, top_p=0.9))
     assert failed.tolist() == [False, True, False]
     assert tokens[1] == 0
-    tokens, failed = ops.draw(torch.full((1, 300), 3e38), *settings([0], temperature=0.5))
+    tokens, failed = mk.draw(torch.full((1, 300), 3e38), *settings([0], temperature=0.5))
     assert failed.tolist() == [True]
 
 
@@ -148,27 +130,27 @@ def test_a_broken_row_fails_alone(bad: float, where: int) -> None:
 def test_a_rows_token_is_its_own(dtype: torch.dtype) -> None:
     wide = torch.randn(33, 1500).to(dtype)
     logits, each = wide[:, 3:1004], random_settings(33, 1001, random.Random(7))
-    whole = ops.draw(logits, *each)[0]
+    whole = mk.draw(logits, *each)[0]
     for rows in [torch.tensor([32]), torch.arange(5, 21), torch.arange(33).flip(0)]:
-        assert torch.equal(ops.draw(logits[rows], *(t[rows] for t in each))[0], whole[rows])
+        assert torch.equal(mk.draw(logits[rows], *(t[rows] for t in each))[0], whole[rows])
 
 
 @pytest.mark.parametrize("number", [-1, -(2**63), 2**53, 2**63 - 1])
 def test_no_number_leaves_the_vocabulary(number: int) -> None:
-    tokens, _ = ops.draw(torch.randn(4, 100), *settings([number] * 4, top_p=0.9))
+    tokens, _ = mk.draw(torch.randn(4, 100), *settings([number] * 4, top_p=0.9))
     assert all(0 <= token < 100 for token in tokens.tolist())
 
 
 def test_nothing_gives_nothing() -> None:
-    tokens, failed = ops.draw(torch.zeros(0, 5), *settings([]))
+    tokens, failed = mk.draw(torch.zeros(0, 5), *settings([]))
     assert tokens.shape == failed.shape == (0,)
 
 
 def test_mistakes_raise() -> None:
     with pytest.raises(ValueError, match="must be"):
-        ops.draw(torch.zeros(2, 5), *settings([1]))
+        mk.draw(torch.zeros(2, 5), *settings([1]))
     with pytest.raises(ValueError, match="vocab"):
-        ops.draw(torch.zeros(2, 0), *settings([1, 2]))
+        mk.draw(torch.zeros(2, 0), *settings([1, 2]))
 
 
 def test_products_of_53_bit_numbers_are_exact() -> None:
