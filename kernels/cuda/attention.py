@@ -110,7 +110,13 @@ def _split_kernel(
     BLOCK_SEQS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Each program takes every num_programs(0)-th of all segments of one KV head."""
+    """acc, m and l of each segment of KV alone, for sequences of at most SHORT query rows.
+
+    Grid: (programs, KV heads); a program takes every num_programs(0)-th of all segments. q [tokens,
+    HEADS, HEAD_DIM] with its strides, k and v [blocks, BLOCK_SIZE, KV heads, HEAD_DIM], table int32
+    [seqs, max_blocks], lens int32 [seqs], starts int32 [seqs + 1], k_scale fp32 [KV heads] or None.
+    log2_scale: of the scores, times log2(e).
+    """
     k_blocks, k_tokens, k_heads, v_blocks, v_tokens, v_heads = strides
     pid_head = tl.program_id(1).to(tl.int64)
     offs_seq = tl.arange(0, BLOCK_SEQS)
@@ -181,7 +187,12 @@ def _chunk_kernel(
     BLOCK_SEQS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A program for a tile of query rows and a KV head: all KV that its last row sees."""
+    """out = softmax(scale * q k^T) v of sequences of more than SHORT query rows.
+
+    Grid: (tiles of query rows, KV heads); a program walks all KV that its last row sees. out like
+    q, v_scale like k_scale, the rest as in `_split_kernel`. SEGMENTED: by segments, joined as
+    `merge_kernel` joins them.
+    """
     TILE: tl.constexpr = BLOCK_ROWS // GROUP  # queries
     k_blocks, k_tokens, k_heads, v_blocks, v_tokens, v_heads = strides
     pid_head = tl.program_id(1).to(tl.int64)

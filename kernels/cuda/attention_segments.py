@@ -60,7 +60,12 @@ def _walk(
     BLOCK_KV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Online softmax over the KV tiles of [first, last); logarithms are of base 2."""
+    """Online softmax over the KV tiles of [first, last); logarithms are of base 2.
+
+    For each tile: m' = max(m, max(s)), l = l 2^(m - m') + sum 2^(s - m'), acc = acc 2^(m - m') +
+    2^(s - m') v, where s = log2_scale q k^T. cache: pointers of one KV head's k and v and of the
+    sequence's row of the block table, then strides of k and v from block to block, token to token.
+    """
     m, l, acc = state
     k_ptr, v_ptr, table_ptr, stride_k_blocks, stride_k_tokens, stride_v_blocks, stride_v_tokens = (
         cache
@@ -116,7 +121,10 @@ def attend(
     BLOCK_KV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Attention over [first, last) alone: m [rows], l [rows], acc [rows, head_dim]."""
+    """Attention over positions [first, last) alone: m [rows], l [rows], acc [rows, head_dim].
+
+    q [rows, head_dim], positions [rows] the last position that each row sees, cache as `_walk`.
+    """
     state = (
         tl.full([q.shape[0]], float("-inf"), tl.float32),
         tl.zeros([q.shape[0]], tl.float32),
@@ -145,6 +153,7 @@ def join(m, l, acc, m_next, l_next, acc_next):
 
 @triton.jit
 def divide(acc, l, v_scale):
+    """acc / l * v_scale [rows, head_dim]; rows that have seen nothing become 0."""
     return acc / tl.where(l == 0.0, 1.0, l)[:, None] * v_scale
 
 
@@ -167,7 +176,11 @@ def merge_kernel(
     BLOCK_GROUP: tl.constexpr,
     BLOCK_SEQS: tl.constexpr,
 ):
-    """Joins the segments of one token in order; tokens of no sequence become 0."""
+    """out = the segments of one token, joined in order; tokens of no sequence become 0.
+
+    Grid: (tokens, KV heads). partial and stats are what `_split_kernel` wrote, lens int32 [seqs],
+    starts int32 [seqs + 1], v_scale fp32 [KV heads] or None.
+    """
     pid_token = tl.program_id(0)
     pid_head = tl.program_id(1).to(tl.int64)
     offs_seq = tl.arange(0, BLOCK_SEQS)

@@ -31,6 +31,11 @@ def _rms_norm_kernel(
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """out = weight * round(h / sqrt(mean(h^2) + eps)), h = x or residual = round(residual + x).
+
+    Grid: (tokens,). out, x and residual (or None) [tokens, HIDDEN], weight [HIDDEN]; BLOCK is the
+    power of two that holds HIDDEN.
+    """
     pid_token = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK)
     mask = offs < HIDDEN
@@ -57,6 +62,10 @@ def _silu_mul_kernel(
     INTER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """out = round(silu(gate)) * up of x = [gate | up].
+
+    Grid: (tokens, blocks of BLOCK columns). out [tokens, INTER], x [tokens, 2 * INTER].
+    """
     pid_token = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < INTER
@@ -72,7 +81,7 @@ def _silu_mul_kernel(
 
 @triton.jit
 def _store_kv(page_ptrs, x, scale_ptr, head, mask, mask_head):
-    """`x` into a page, divided by its head's scale and cut to e4m3's range where it has one."""
+    """`x` [heads, HALF] into a page, divided by its head's scale and cut to e4m3's range."""
     if scale_ptr is not None:
         scale = tl.load(scale_ptr + head, mask=mask_head, other=1.0)
         x = tl.div_rn(x.to(tl.float32), tl.broadcast_to(scale[:, None], x.shape))
@@ -114,7 +123,13 @@ def _rope_store_kv_kernel(
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
 ):
-    """A program for BLOCK_HEADS heads of one token: those of q first, then those of k and v."""
+    """(a, b) -> (a cos - b sin, b cos + a sin) of the halves of q and k; k and v into their pages.
+
+    Grid: (tokens, parts); a program has BLOCK_HEADS heads of one token, those of q first, then
+    those of k and v. q [tokens, HEADS, 2 * HALF], k and v [tokens, KV_HEADS, 2 * HALF], cos and sin
+    fp32 [positions, HALF], positions and kv_slots int64 [tokens], k_blocks and v_blocks [blocks,
+    BLOCK_SIZE, KV_HEADS, 2 * HALF], k_scale and v_scale fp32 [KV_HEADS] or None.
+    """
     PARTS: tl.constexpr = (HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
     pid_token = tl.program_id(0).to(tl.int64)
     pid_part = tl.program_id(1)

@@ -48,6 +48,11 @@ def _matmul_kernel(
     EVEN_K: tl.constexpr,  # inner is a multiple of BLOCK_K
     PRECISION: tl.constexpr,
 ):
+    """y[m, n] = round(sum over k from 0 up of x[m, k] * weight[n, k]), summed in fp32.
+
+    Grid: (row tiles of BLOCK_M, column tiles of BLOCK_N). y [tokens, columns], x [tokens, inner],
+    weight [columns, inner].
+    """
     # Row tiles are neighbours, so that a tile of the weight is read from memory once.
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -49,6 +49,10 @@ def _shrink_kernel(
     Grid: (tile, column program, split). The columns of all slices form one list of num_slices *
     num_pages pages, so one pass over x serves them; a column program takes every num_programs(1)-th
     group of BLOCK_PAGES pages of it, as many as the slot's rank has.
+
+    x [num_tokens, K], a [pages, num_slices, 8, K], planes fp32 [splits, num_tokens, num_slices *
+    max_pages * 8], page_ids [slots, max_pages], num_pages [slots], tile_slots, tile_starts and
+    tile_lens [capacity], num_tiles [1], all int32. Strides are in elements, from row to row.
     """
     pid_tile = tl.program_id(0)
     pid_n = tl.program_id(1)
@@ -122,6 +126,10 @@ def _expand_kernel(
     Grid: (programs,), each taking every num_programs-th (tile, column block), of NUM_BLOCKS column
     blocks, none of which crosses a slice. u are planes [SPLIT_K, tokens, (slice, page, r)], or with
     GATHER embedding pages [pages, vocab, 8] of which ids choose the rows.
+
+    y [tokens, out], b [pages, 8, out], ids int64 [tokens] or None, page_ids int32 and page_weights
+    fp32 [slots, max_pages], num_pages and scale_row int32 [slots], scale and bias [rows, out] or
+    None, tiles as above. STARTS are the first columns of the slices, and out; ALIGN divides them.
     """
     stride_u = pages_u * 8  # in whole pages: this is how the compiler knows that loads can be wide
     stride_planes = pages_planes * 8

@@ -20,6 +20,10 @@ def _apply_token_mask_kernel(
     vocab,
     BLOCK: tl.constexpr,
 ):
+    """logits[row, token] = -inf where bit token % 32 of mask[row, token // 32] is 0.
+
+    Grid: (rows, blocks of BLOCK tokens). logits [rows, vocab], mask int32 [rows, ceil(vocab / 32)].
+    """
     pid_row = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask_vocab = offs < vocab
