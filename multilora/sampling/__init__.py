@@ -1,1 +1,1 @@
-"""Chooses tokens from logits."""
+"""Samples tokens from logits."""

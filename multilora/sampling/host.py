@@ -110,6 +110,6 @@ def _sample_at_random(
 ) -> None:
     """Puts a random token into `found` at each of the places."""
     each = rows.random(places, logits.shape[1])[1:]
-    drawn = torch.stack(mk.draw(logits, *(part.to(logits.device) for part in each)))
-    for i, token, failed in zip(places, *drawn.tolist(), strict=True):
+    sampled = torch.stack(mk.draw(logits, *(part.to(logits.device) for part in each)))
+    for i, token, failed in zip(places, *sampled.tolist(), strict=True):
         found[i] = (0, SampleError.OVERFLOW) if failed else (token, SampleError.NONE)
