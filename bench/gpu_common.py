@@ -53,8 +53,10 @@ class Report:
         self.case = ""  # that is being done, for a later run to know it by
         before = gpu_files.read(path)
         self._earlier: list[dict[str, Any]] = []
+        self._earlier_slow: list[dict[str, Any]] = []
         if before.get("state") == state and not before.get("complete"):
             self._earlier = before["results"] + before["earlier"]
+            self._earlier_slow = before.get("slow", []) + before.get("earlier_slow", [])
         self.content: dict[str, Any] = {
             "state": state,
             "machine": machine(device),
@@ -63,6 +65,7 @@ class Report:
             "left_out_cases": [],
             "clocks": [],  # [seconds since 1970, what the driver says]; "at" of a result likewise
             "earlier": self._earlier,  # of the run before this one, not asked for yet
+            "earlier_slow": self._earlier_slow,
         }
         if clocks():
             threading.Thread(target=self._watch_clocks, daemon=True).start()
@@ -81,6 +84,17 @@ class Report:
                 self.content["results"].append(self._earlier.pop(i))
                 return result
         return None
+
+    def knows_case(self, name: str) -> bool:
+        """Whether an earlier run has done a case; its results and what was slow are then ours."""
+        if not self.known(case_name=name):
+            return False
+        while self.known(case_name=name):  # a case may have more than one result
+            pass
+        for slow in [slow for slow in self._earlier_slow if slow.get("case_name") == name]:
+            self._earlier_slow.remove(slow)
+            self.content.setdefault("slow", []).append(slow)
+        return True
 
     def add(self, **result: Any) -> None:
         """Adds a case."""

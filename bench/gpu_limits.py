@@ -31,6 +31,7 @@ class Judge:
 
     def __init__(self, content: dict[str, Any], *, compares: bool = True) -> None:
         self._slow: list[dict[str, Any]] = content.setdefault("slow", [])
+        self.case_name = ""  # that is being measured, for a later run to know its lines by
         # Beside torch on the same CPU an interpreted kernel says nothing.
         self._comparator = COMPARATOR if compares else math.inf
 
@@ -55,7 +56,8 @@ class Judge:
 
     def _check(self, case: str, times: float, of: str, limit: float) -> None:
         if times > limit:
-            slow = {"case": case, "times": round(times, 2), "of": of, "limit": limit}
+            named = {"case_name": self.case_name} if self.case_name else {}
+            slow = {"case": case, "times": round(times, 2), "of": of, "limit": limit, **named}
             self._slow.append(slow)
 
     def closing(self, most: int = 5) -> str:

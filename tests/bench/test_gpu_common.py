@@ -11,6 +11,7 @@ import gpu_common
 import gpu_files
 import pytest
 from gpu_common import Report
+from gpu_limits import Judge
 from gpu_timing import Bench
 
 from multilora.device.cpu import Device
@@ -53,21 +54,27 @@ def test_a_run_goes_on_where_the_last_one_was_cut_short(tmp_path: Path) -> None:
 def test_a_case_that_an_earlier_run_measured_is_not_measured_again(tmp_path: Path) -> None:
     def run(cases: list[str]) -> list[str]:
         report, done = make(tmp_path / "x.json"), []
+        judge = Judge(report.content)
 
         def work(case: str) -> None:
             done.append(case)
             for part in (1, 2):
-                report.add(kind="lora", part=part)
+                report.add(kind="lora", part=part, **judge.beside(f"{case} {part}", 40 / part, 10))
 
-        bench: Any = Bench(None, report, None, None, None, 1e10, None)  # type: ignore[arg-type]
+        bench: Any = Bench(None, report, None, None, judge, 1e10, None)  # type: ignore[arg-type]
         for case in cases:
             bench.run(case, partial(work, case))
+        report.write()
         return done
 
     assert run(["a", "b"]) == ["a", "b"]
-    assert run(["a", "b", "c"]) == ["c"]
-    results = gpu_files.read(tmp_path / "x.json")["results"]
-    assert sorted(result["case_name"] for result in results) == ["a", "a", "b", "b", "c", "c"]
+    assert run(["b", "c"]) == ["c"]
+    assert run(["a", "b", "c"]) == []
+    found = gpu_files.read(tmp_path / "x.json")
+    names = sorted(result["case_name"] for result in found["results"])
+    assert names == ["a", "a", "b", "b", "c", "c"]
+    assert sorted(slow["case"] for slow in found["slow"]) == ["a 1", "b 1", "c 1"]
+    assert found["earlier_slow"] == []
 
 
 @pytest.mark.parametrize("other", ["complete", "source", "gpu"])
