@@ -1,72 +1,128 @@
-"""What a user asks for and what comes back: sampling parameters, a request's life, its outputs."""
+"""How the tokens of a request are sampled, and how its answers are given."""
 
 from __future__ import annotations
 
+import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Ids
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import wraps
 from typing import Any
 
 from .errors import RequestError
+from .shown import shown
 
 # Caps on what one request may ask for: each is a denial of service when unbounded.
-MAX_N, MAX_LOGPROBS, MAX_STOPS, MAX_STOP_CHARS, MAX_BIASED = 128, 20, 16, 1024, 1024
+MAX_N, MAX_STOPS, MAX_STOP_CHARS, MAX_BIASED = 128, 16, 1024, 1024
+MAX_BAD_WORDS, MAX_BAD_CHARS, MAX_IDS = 256, 256, 1 << 20
+
+LogitsProcessorLike = Callable[..., Any]
+"""(output ids, logits) or (prompt ids, output ids, logits) -> logits, fp32 [vocab]."""
+
+
+class RequestOutputKind(enum.Enum):
+    """What the outputs of a request tell while it runs; the names and values are vLLM's."""
+
+    CUMULATIVE = 0  # everything so far
+    DELTA = 1  # what has come since the output before
+    FINAL_ONLY = 2  # nothing before all answers have ended
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How tokens are chosen. Names, meanings and defaults are vLLM's."""
+    """How the tokens of a request are sampled. Names, meanings and defaults are vLLM's.
+
+    Immutable: `clone(temperature=0)` makes a changed copy. Numpy's numbers count as Python's.
+    Raises RequestError for a value out of range, and for a name that is not a parameter.
+    """
 
     n: int = 1
-    temperature: float = 1.0  # 0 = greedy
-    top_k: int = 0  # 0 or -1 = all
+    """Answers to the prompt, at most 128; the i-th samples with seed + i."""
+    temperature: float = 1.0
+    """Divides the logits: below 1 likely tokens are likelier still. 0 = greedy."""
+    top_k: int = 0
+    """Samples from so many of the likeliest tokens only. 0 or -1 = from all."""
     top_p: float = 1.0
+    """Samples from the likeliest tokens that together have this probability, in (0, 1]."""
     min_p: float = 0.0
-    repetition_penalty: float = 1.0  # over prompt and output; > 1 discourages
-    presence_penalty: float = 0.0  # over the output
-    frequency_penalty: float = 0.0  # over the output, for each occurrence
+    """Least probability of a token, as a share of the likeliest one's, in [0, 1]."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits of tokens in prompt and output, multiplies negative ones."""
+    presence_penalty: float = 0.0
+    """Taken off the logits of tokens in the output, -2 to 2."""
+    frequency_penalty: float = 0.0
+    """Taken off the logits of tokens in the output for each occurrence, -2 to 2."""
     logit_bias: Mapping[int, float] | None = None
+    """Token id -> number that is added to its logit, -100 to 100. Ids may be strings of digits."""
     allowed_token_ids: Ids[int] | None = None
+    """The only tokens that may be generated. None = all."""
+    bad_words: Ids[str] | None = None
+    """Texts that are not generated: the token that would complete one is impossible."""
+    logits_processors: Ids[LogitsProcessorLike] | None = None
+    """Called, in order, with (output ids, logits) or (prompt ids, output ids, logits); they return
+    the logits, fp32 [vocab], which they may change in place. On a CPU only."""
     seed: int | None = None
-    max_tokens: int | None = 16  # None = up to max_model_len
-    min_tokens: int = 0  # no end of sequence or stop before so many
-    stop: str | Ids[str] = ()
-    stop_token_ids: Ids[int] = ()
+    """Of the random numbers, which depend on it and the position alone. None = one of its own."""
+    max_tokens: int | None = 16
+    """Most tokens of an answer. None = up to `max_model_len`."""
+    min_tokens: int = 0
+    """No end of sequence, stop token or stop string before so many tokens."""
+    stop: str | Ids[str] | None = None
+    """Texts that end an answer where they first occur. They are not part of its text."""
+    stop_token_ids: Ids[int] | None = None
+    """Tokens that end an answer. They are not part of its text."""
     include_stop_str_in_output: bool = False
+    """Whether what ended an answer, a stop text or token, is part of its text."""
     ignore_eos: bool = False
-    logprobs: int | None = None  # top logprobs of each new token, of the model's own distribution
+    """Whether the model's own end tokens do not end an answer."""
+    logprobs: int | None = None
+    """Log probabilities of so many of the likeliest tokens at each place, and of the one that was
+    sampled: of the model's own distribution. 0 = of that one alone, -1 = of all, None = none."""
     prompt_logprobs: int | None = None
-    skip_special_tokens: bool = True
+    """The same for the tokens of the prompt, from its second on."""
     detokenize: bool = True
+    """Whether answers have text. Stop texts need it."""
+    skip_special_tokens: bool = True
+    """Whether special tokens are left out of the text."""
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    """What each output of `Engine.step` tells."""
+    stream_interval: int | None = None
+    """Tokens of an answer from one output to the next, but for its first and its last. None = 1."""
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
+        for field in fields(self):
+            value = _plain(getattr(self, field.name))
+            if isinstance(field.default, bool) and not isinstance(value, bool):
+                raise RequestError(f"{field.name} must be True or False, not {shown(value)}")
+            object.__setattr__(self, field.name, value)
         self._check_counts()
         self._check_numbers()
-        if len(stop) > MAX_STOPS or any(not isinstance(s, str) or not s for s in stop):
+        self._check_stops()
+        self._check_ids()
+        self._check_bias()
+        self._check_words()
+        if not isinstance(self.output_kind, RequestOutputKind):
             raise RequestError(
-                f"stop must be at most {MAX_STOPS} non-empty strings, not {self.stop!r}"
+                f"output_kind must be a RequestOutputKind, not {shown(self.output_kind)}"
             )
-        if any(len(s) > MAX_STOP_CHARS for s in stop):
-            raise RequestError(f"a stop string may have at most {MAX_STOP_CHARS} characters")
-        if stop and not self.detokenize:
-            raise RequestError("stop strings need detokenize=True; use stop_token_ids instead")
-        for name in ("stop_token_ids", "allowed_token_ids"):
-            ids = getattr(self, name)
-            if ids is not None and any(not _is_int(i) or i < 0 for i in ids):
-                raise RequestError(f"{name} must be token ids, not {ids!r}")
-        if self.allowed_token_ids is not None and not self.allowed_token_ids:
-            raise RequestError(
-                "allowed_token_ids is empty: no token could be chosen; give None for all"
-            )
-        bias = self.logit_bias or {}
-        if len(bias) > MAX_BIASED:
-            raise RequestError(f"logit_bias may name at most {MAX_BIASED} tokens, not {len(bias)}")
-        for token, value in bias.items():
-            if not _is_int(token) or token < 0 or not _finite(value) or not -100 <= value <= 100:
-                raise RequestError(f"logit_bias {{{token!r}: {value!r}}}: ids map to -100..100")
+
+    def clone(self, **changes: Any) -> SamplingParams:
+        """A copy, with other values for the fields that are named."""
+        return replace(self, **changes)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """`logprobs`, with a number that no vocabulary has for -1."""
+        return MAX_IDS if self.logprobs == -1 else self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """`prompt_logprobs`, likewise."""
+        return MAX_IDS if self.prompt_logprobs == -1 else self.prompt_logprobs
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
     def _check_counts(self) -> None:
         for name, low, high in (
@@ -74,16 +130,17 @@ class SamplingParams:
             ("top_k", -1, None),
             ("min_tokens", 0, None),
             ("max_tokens", 1, None),
-            ("logprobs", 0, MAX_LOGPROBS),
-            ("prompt_logprobs", 0, MAX_LOGPROBS),
+            ("logprobs", -1, None),
+            ("prompt_logprobs", -1, None),
+            ("stream_interval", 1, None),
             ("seed", -(2**63), 2**63 - 1),
         ):
             value = getattr(self, name)
-            if value is None and name in ("max_tokens", "logprobs", "prompt_logprobs", "seed"):
+            if value is None and name not in ("n", "top_k", "min_tokens"):
                 continue
-            if not _is_int(value) or value < low or (high is not None and value > high):
+            if not _is_int(value) or value < low or value > (high or 2**63 - 1):
                 limit = f"from {low} to {high}" if high is not None else f">= {low}"
-                raise RequestError(f"{name} must be an integer {limit}, not {value!r}")
+                raise RequestError(f"{name} must be an integer {limit}, not {shown(value)}")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(
                 f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}"
@@ -99,26 +156,159 @@ class SamplingParams:
             ("frequency_penalty", -2.0, 2.0),
         ):
             value = getattr(self, name)
-            if not _finite(value) or not low <= value <= high:
-                raise RequestError(f"{name} must be a number from {low} to {high}, not {value!r}")
+            if not _is_number(value) or not low <= value <= high:
+                raise RequestError(
+                    f"{name} must be a number from {low} to {high}, not {shown(value)}"
+                )
         if self.top_p == 0 or self.repetition_penalty == 0:
             raise RequestError("top_p and repetition_penalty must be above 0")
 
-    @classmethod
-    def from_kwargs(cls, **kwargs: Any) -> SamplingParams:
-        """Like the constructor, but an unknown name is a RequestError that lists the known ones."""
-        known = [f.name for f in fields(cls)]
-        for name in kwargs:
-            if name not in known:
+    def _check_stops(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else _items(self.stop, "stop", MAX_STOPS)
+        if any(not isinstance(s, str) or not s for s in stop):
+            raise RequestError(f"stop must be non-empty strings, not {shown(self.stop)}")
+        if any(len(s) > MAX_STOP_CHARS for s in stop):
+            raise RequestError(f"a stop string may have at most {MAX_STOP_CHARS} characters")
+        if stop and not self.detokenize:
+            raise RequestError("stop strings need detokenize=True; use stop_token_ids instead")
+        self._set("stop", stop)
+
+    def _check_ids(self) -> None:
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            value = getattr(self, name)
+            ids = tuple(dict.fromkeys(_plain(i) for i in _items(value, name, MAX_IDS)))
+            for token in ids:
+                if not _is_token(token):
+                    raise RequestError(f"{name} must be token ids, not {shown(token)}")
+            self._set(name, None if value is None and name == "allowed_token_ids" else ids)
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise RequestError(
+                "allowed_token_ids is empty: no token could be chosen; give None for all"
+            )
+
+    def _check_bias(self) -> None:
+        if self.logit_bias is None:
+            return
+        if not isinstance(self.logit_bias, Mapping):
+            raise RequestError(
+                f"logit_bias must map token ids to numbers, not {shown(self.logit_bias)}"
+            )
+        if len(self.logit_bias) > MAX_BIASED:
+            raise RequestError(
+                f"logit_bias may name at most {MAX_BIASED} tokens, not {len(self.logit_bias)}"
+            )
+        bias = {}
+        for key, value in self.logit_bias.items():
+            token, value = _plain(key), _plain(value)
+            if isinstance(token, str) and token.isascii() and token.isdigit() and len(token) < 20:
+                token = int(token)
+            if not _is_token(token) or not _is_number(value) or abs(value) > 100:
+                entry = f"{{{shown(key)}: {shown(value)}}}"
+                raise RequestError(f"logit_bias {entry}: ids map to -100..100")
+            bias[token] = float(value)
+        self._set("logit_bias", bias)  # a copy: the caller's may change
+
+    def _check_words(self) -> None:
+        words = (self.bad_words,) if isinstance(self.bad_words, str) else self.bad_words
+        words = _items(words, "bad_words", MAX_BAD_WORDS)
+        if any(not isinstance(w, str) or not w.strip() or len(w) > MAX_BAD_CHARS for w in words):
+            raise RequestError(
+                f"bad_words must be words of at most {MAX_BAD_CHARS} characters, not "
+                f"{shown(self.bad_words)}"
+            )
+        processors = _items(self.logits_processors, "logits_processors", MAX_STOPS)
+        if not all(callable(processor) for processor in processors):
+            raise RequestError(f"logits_processors must be callables, not {shown(processors)}")
+        self._set("bad_words", words)
+        self._set("logits_processors", processors)
+
+
+# What vLLM's users may name that we do not have: the values that ask for nothing, and why not more.
+# `docs/vllm.md` has the table, which a test holds to a list of vLLM's fields.
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "structured_outputs": (
+        (None,),
+        "grammars come with the server; until then use allowed_token_ids or logits_processors",
+    ),
+    "spaces_between_special_tokens": (
+        (True, False),
+        "no tokenizer of a Llama makes a difference of it",
+    ),
+    "flat_logprobs": ((False,), "logprobs are a list of dicts"),
+    "logprob_token_ids": ((None,), "ask for logprobs=-1 and take those tokens"),
+    "prompt_logprob_token_ids": ((None,), "ask for prompt_logprobs=-1 and take those tokens"),
+    "prompt_logprob_start": ((None, 0), "all tokens of the prompt are scored"),
+    "skip_reading_prefix_cache": (
+        (None, False),
+        "answers are the same with and without it; enable_prefix_caching=False switches it off",
+    ),
+    "thinking_token_budget": ((None, -1), "there is no model here whose thinking is marked"),
+    "repetition_detection": ((None,), "use frequency_penalty or a logits processor"),
+    "extra_args": ((None,), "no sampler here reads them"),
+    "routed_experts_prompt_start": ((0,), "a Llama has no experts to route to"),
+    "trace_decode_token_ids": ((None,), "score a given answer by prompt_logprobs"),
+    "skip_clone": ((True, False), "parameters are immutable and never cloned"),
+    "output_text_buffer_length": ((0,), "it follows from stop"),
+    "best_of": ((None, 1), "ask for n answers and compare cumulative_logprob"),
+    "use_beam_search": ((False,), "there is no beam search"),
+    "length_penalty": ((1.0,), "there is no beam search"),
+    "early_stopping": ((False,), "there is no beam search"),
+    "truncate_prompt_tokens": ((None,), "cut the prompt's token ids before the call"),
+    "guided_decoding": ((None,), "see structured_outputs"),
+}
+
+
+def _accepting(init: Callable[..., None]) -> Callable[..., None]:
+    """The constructor, with an error that names the parameters for what is none of them."""
+    known = [field.name for field in fields(SamplingParams)]
+
+    @wraps(init)
+    def __init__(self: SamplingParams, *args: Any, **kwargs: Any) -> None:
+        if args:
+            raise RequestError("SamplingParams takes its values by name, as in temperature=0")
+        for name in [name for name in kwargs if name not in known]:
+            value = kwargs.pop(name)
+            if name not in REFUSED:
                 raise RequestError(
-                    f"unknown sampling parameter {name!r}; known: {', '.join(known)}"
+                    f"unknown sampling parameter {shown(name)}; known: {', '.join(known)}"
                 )
-        return cls(**kwargs)
+            inert, why = REFUSED[name]
+            if not any(value is one or (_is_number(value) and value == one) for one in inert):
+                raise RequestError(f"{name}={shown(value)} is not supported: {why}")
+        init(self, **kwargs)
+
+    return __init__
+
+
+SamplingParams.__init__ = _accepting(SamplingParams.__init__)  # type: ignore[method-assign]
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of numpy and torch as Python's; anything else as it is."""
+    is_number = getattr(value, "shape", None) == () and callable(getattr(value, "item", None))
+    return value.item() if is_number else value
 
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _is_token(value: object) -> bool:
+    return _is_int(value) and 0 <= value < 2**31  # type: ignore[operator]
+
+
+def _is_number(value: object) -> bool:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return isinstance(value, int) or math.isfinite(value)
+
+
+def _items(value: Any, name: str, most: int) -> tuple[Any, ...]:
+    """A list, tuple, set or array as a tuple; None is empty."""
+    if value is None:
+        return ()
+    if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__len__"):
+        raise RequestError(f"{name} must be a list, not {shown(value)}")
+    if len(value) > most:
+        raise RequestError(f"{name} may have at most {most} entries, not {len(value)}")
+    return tuple(value)

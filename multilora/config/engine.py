@@ -29,6 +29,7 @@ class EngineConfig:
     quantization: str | None = None  # of the base's linears, when loaded: "int8" or "int4"
     quantization_group_size: int | None = None  # columns that share a scale; None: all, int4: 32
     seed: int = 0  # of requests that set none
+    max_logprobs: int = 20  # most that a request may ask for; -1 = all of the vocabulary
 
     max_model_len: int | None = None  # prompt + output tokens; None = the model's own limit
     block_size: int = 16  # tokens in a KV block

@@ -8,6 +8,7 @@ changes the core is torn; `recover` throws all of it away and makes it anew.
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
@@ -48,7 +49,8 @@ class EngineCore:
         self._handles: deque[StepHandle] = deque()
         self._by_seq: dict[int, RequestState] = {}  # the sequences that have not ended
         self.news: dict[str, RequestState] = {}  # what the next step tells
-        self.telling: dict[str, RequestState] | None = None  # what this call has told
+        self._due: dict[str, RequestState] = {}  # of the news, those whose callers want them now
+        self.telling: dict[str, RequestState] | None = None  # what the last call has told
         self.told: tuple[str, ...] = ()  # requests that finished, and were returned
         self._isolation = FailureIsolation()
         self._num_unexplained = 0
@@ -87,17 +89,24 @@ class EngineCore:
             return []
         # From here on it counts as told: nothing is called any more before it is returned.
         outputs, self.told = found
-        self.telling, self.news, self.is_torn = self.news, {}, False
+        self.telling, self.news, self.is_torn = self._due, {}, False
         return outputs
 
     def _compute(self) -> tuple[list[RequestOutput], tuple[str, ...]]:
         """Makes a step; what there is to tell, and which requests that ends."""
         self._advance()
-        outputs = [state.output() for state in self.news.values()]
+        self._due = {i: state for i, state in self.news.items() if state.is_due()}
+        outputs = [state.tell() for state in self._due.values()]
         return outputs, tuple(output.request_id for output in outputs if output.finished)
 
+    def was_told(self) -> None:
+        """What the last call told has reached its caller."""
+        for state in (self.telling or {}).values():
+            state.was_told()
+        self.telling = None
+
     def forget_told(self) -> None:
-        """Drops the requests that were returned finished."""
+        """Drops the requests that were returned finished: the caller knows of them."""
         for request_id in self.told:
             self.requests.pop(request_id, None)
         self.told = ()
@@ -135,12 +144,20 @@ class EngineCore:
             self._isolation.release()  # those that failed cannot run alone: all go on
             output = self.scheduler.schedule()
         if output is not None:
+            if output.new_rows:
+                self._mark_scheduled()
             self._handles.append(self.runner.submit(output))
         depth = self._depth if members is None else 1  # what fails must be one step
         if self._handles and (output is None or len(self._handles) >= depth):
             self._finish_step()
             self._drain_idle()
         self._num_unexplained = 0
+
+    def _mark_scheduled(self) -> None:
+        now = time.monotonic()
+        for seq in self.scheduler.running:
+            if (state := self._by_seq.get(seq.seq_id)) is not None:
+                state.mark(now, was_scheduled=True)
 
     def _finish_step(self) -> None:
         """Waits for the oldest step in flight, and takes in its result."""
@@ -161,6 +178,7 @@ class EngineCore:
         """Takes in what is new of an answer, to be told by this step."""
         answer, seq = state.answers[index], state.answers[index].seq
         self.news[state.request_id] = state
+        state.mark(time.monotonic())
         answer.advance()
         if answer.stop is not None and seq.finish_reason in (None, FinishReason.LENGTH):
             self.scheduler.finish(seq, FinishReason.STOP, answer.stop)

@@ -62,6 +62,7 @@ class Engine:
             self.model_config.vocab_size,
             self.max_model_len,
             parts.end_ids,
+            is_gpu=parts.device.is_cuda,
         )
         depth = 2 if config.is_async(parts.device.is_cuda) else 1
         self._core = EngineCore(self.scheduler, self.pool, self.store, self.runner, depth)
@@ -91,11 +92,13 @@ class Engine:
         request_id = request_id if request_id is not None else f"request-{number}"
         if request_id in self._core.requests:
             raise RequestError(f"request id {request_id!r} is in use; give another or none")
-        ids = self._inputs.prompt_ids(prompt, params)
+        ids, bad_words = self._inputs.prompt_ids(prompt, params), self._inputs.bad_words(params)
         text = prompt if isinstance(prompt, str) else None
         with Change(self._core):
             mix, identity = self.store.acquire(adapter)
-            state = RequestState(request_id, text, ids, params, adapter, mix)
+            state = RequestState(
+                request_id, text, ids, params, adapter, mix, bad_words, self.tokenizer
+            )
             try:
                 self._core.add(state, self._inputs.start(state, identity, number))
             except CapacityError:

@@ -45,6 +45,7 @@ def exclusive(method: _Method) -> _Method:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         gate: Gate = self._gate
         core = gate.core
+        entered = False
         try:
             with gate.lock:
                 if not gate.is_open:
@@ -52,8 +53,10 @@ def exclusive(method: _Method) -> _Method:
                         f"Engine.{method.__name__} was called from within another call of the "
                         "engine, such as by a policy or a signal handler; call it later"
                     )
-                gate.is_open, core.telling = False, None
+                gate.is_open = False
                 try:
+                    core.was_told()
+                    entered = True
                     if core.dead is not None:
                         raise EngineDeadError(core.dead)
                     if core.is_torn:
@@ -62,7 +65,8 @@ def exclusive(method: _Method) -> _Method:
                 finally:
                     gate.is_open = True
         except BaseException:
-            if core.telling is not None:  # an interrupt came after the step, before the caller
+            # An interrupt came after the step, before its caller.
+            if entered and core.telling is not None:
                 core.news, core.told, core.telling = core.telling, (), None
             raise
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import itertools
 from collections.abc import Sequence as Ids
 
@@ -10,6 +11,7 @@ from ..config.engine import EngineConfig
 from ..errors import RequestError
 from ..sampling_params import SamplingParams
 from ..scheduling.sequence import Sequence
+from ..shown import shown
 from ..tokenization.tokenizer import Tokenizer
 from .output_processor import CompletionState, RequestState
 
@@ -24,8 +26,11 @@ class InputProcessor:
         vocab_size: int,
         max_model_len: int,
         end_ids: frozenset[int],
+        *,
+        is_gpu: bool = False,
     ) -> None:
-        self._seed, self._tokenizer = config.seed, tokenizer
+        self._seed, self._tokenizer, self._is_gpu = config.seed, tokenizer, is_gpu
+        self._max_logprobs = config.max_logprobs
         self._vocab_size, self._max_len, self._end_ids = vocab_size, max_model_len, end_ids
         self._seq_ids = itertools.count()
 
@@ -39,6 +44,21 @@ class InputProcessor:
             ids = self._tokenizer.encode(prompt)
         self._check_ids(ids, params)
         return ids
+
+    def bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """The ids of each bad word, at the start of a text and after a space."""
+        found: dict[tuple[int, ...], None] = {}
+        for word in params.bad_words or ():
+            assert self._tokenizer is not None
+            word = word.strip()
+            first, inner = (
+                tuple(self._tokenizer.encode(text, add_special_tokens=False))
+                for text in (word, f" {word}")
+            )
+            found[first] = None
+            if len(inner) == len(first) and inner[0] != first[0]:
+                found[inner] = None
+        return tuple(found)
 
     def start(self, state: RequestState, identity: bytes, arrival: int) -> list[Sequence]:
         """The answers of a request: its sequences, as yet unknown to the scheduler."""
@@ -62,6 +82,7 @@ class InputProcessor:
             arrival=arrival,
             max_total=total,
             stop_ids=self._stop_ids(params),
+            bad_words=state.bad_words,
         )
 
     def _check_ids(self, ids: list[int], params: SamplingParams) -> None:
@@ -70,7 +91,7 @@ class InputProcessor:
             raise RequestError("the prompt is empty; give at least one token")
         named = {
             "prompt": ids,
-            "stop_token_ids": params.stop_token_ids,
+            "stop_token_ids": params.stop_token_ids or (),
             "allowed_token_ids": params.allowed_token_ids or (),
             "logit_bias": list(params.logit_bias or ()),
         }
@@ -80,12 +101,40 @@ class InputProcessor:
                     raise RequestError(
                         f"{name}: {token!r} is not a token id of this model (0..{vocab - 1})"
                     )
-        if params.stop and self._tokenizer is None:
+        self._check_params(params)
+
+    def _check_params(self, params: SamplingParams) -> None:
+        if self._tokenizer is None and params.stop:
             raise RequestError("stop strings need a tokenizer; use stop_token_ids")
+        if self._tokenizer is None and params.bad_words:
+            raise RequestError("bad_words need a tokenizer; use logit_bias")
+        limit = self._max_logprobs
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(params, name)
+            if count is not None and limit != -1 and not 0 <= count <= limit:
+                raise RequestError(
+                    f"{name}={count} is more than max_logprobs={limit} of the engine; start it "
+                    "with a larger max_logprobs, -1 for all"
+                )
+        for function in params.logits_processors or ():
+            if self._is_gpu:
+                raise RequestError(
+                    "logits_processors see each token on the host, so a GPU would wait for them: "
+                    "use device='cpu', or logit_bias, allowed_token_ids and bad_words"
+                )
+            try:
+                count = len(inspect.signature(function).parameters)
+            except (TypeError, ValueError):
+                count = 0
+            if count not in (2, 3):
+                raise RequestError(
+                    f"a logits processor takes (output ids, logits) or (prompt ids, output ids, "
+                    f"logits), which {shown(function)} does not"
+                )
 
     def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
         ends = frozenset[int]() if params.ignore_eos else self._end_ids
-        return ends.union(params.stop_token_ids)
+        return ends.union(params.stop_token_ids or ())
 
 
 def _seed(base: int, number: int) -> int:

@@ -6,11 +6,21 @@ made from them, token by token, and can be made again.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import NamedTuple
 
 from ..adapters.mix import Mix
-from ..outputs import CompletionOutput, FinishReason, RequestOutput
-from ..sampling_params import SamplingParams
+from ..outputs import (
+    CompletionOutput,
+    FinishReason,
+    Logprob,
+    RequestMetrics,
+    RequestOutput,
+    TokenLogprobs,
+)
+from ..sampling_params import RequestOutputKind, SamplingParams
 from ..scheduling.sequence import Sequence
 from ..tokenization.detokenizer import IncrementalDetokenizer
 from ..tokenization.tokenizer import Tokenizer
@@ -22,6 +32,7 @@ class CompletionState:
     def __init__(self, seq: Sequence, tokenizer: Tokenizer | None) -> None:
         self.seq = seq
         self._tokenizer = tokenizer if seq.params.detokenize else None
+        self._told = self._telling = _Told()
         self._restart()
 
     def _restart(self) -> None:
@@ -36,6 +47,7 @@ class CompletionState:
         self._num_seen = 0  # output tokens that are in the text
         self._is_final = False  # nothing comes after what is in the text
         self._cumulative = 0.0
+        self._logprobs: list[TokenLogprobs] = []  # with the text of each token
         self._is_half_made = False
 
     def give_up(self) -> None:
@@ -75,10 +87,12 @@ class CompletionState:
         if seq.output_logprobs:
             token = seq.output_ids[number]
             self._cumulative += seq.output_logprobs[number][token].logprob
+            self._logprobs.append(decoded(seq.output_logprobs[number], self._tokenizer))
         if self._detokenizer is None:
             return
         ended = seq.finish_reason is FinishReason.STOP and number == len(seq.output_ids) - 1
-        if ended and seq.output_ids[number] in seq.stop_ids:
+        stopped = ended and seq.output_ids[number] in seq.stop_ids
+        if stopped and not seq.params.include_stop_str_in_output:
             return  # the token that stopped it is not part of the text
         before = len(self.text)
         self.text += self._detokenizer.append(seq.output_ids[number : number + 1])
@@ -99,22 +113,67 @@ class CompletionState:
             keep = len(self.stop) if params.include_stop_str_in_output else 0
             self.text = self.text[: at + keep]
 
-    def output(self) -> CompletionOutput:
-        """The answer so far; what may yet become a stop string is held back."""
-        seq, params = self.seq, self.seq.params
-        text = self.text
-        if seq.finish_reason is None and params.stop and not params.include_stop_str_in_output:
-            text = text[: max(len(text) - max(map(len, params.stop)) + 1, 0)]
-        wanted = params.logprobs is not None
+    def output(self, *, is_delta: bool) -> CompletionOutput:
+        """The answer so far, or what has come since it was told last.
+
+        What may yet become a stop string is held back.
+        """
+        seq, told = self.seq, self._told if is_delta else _Told()
+        wanted = seq.params.logprobs is not None
         return CompletionOutput(
             index=seq.index,
-            text=text,
-            token_ids=list(seq.output_ids),
+            text=self.text[told.chars : self._num_chars],
+            token_ids=seq.output_ids[told.tokens :],
             cumulative_logprob=self._cumulative if wanted else None,
-            logprobs=list(seq.output_logprobs) if wanted else None,
+            logprobs=self._logprobs[told.tokens :] if wanted else None,
             finish_reason=None if seq.finish_reason is None else seq.finish_reason.value,
             stop_reason=seq.stop_reason,
+            token_offset=told.tokens,
         )
+
+    @property
+    def _num_chars(self) -> int:
+        """Characters of the text that cannot become part of a stop string."""
+        params = self.seq.params
+        held = self.seq.finish_reason is None and not params.include_stop_str_in_output
+        longest = max(map(len, params.stop), default=1) if held and params.stop else 1
+        return max(len(self.text) - longest + 1, 0)
+
+    def is_due(self, interval: int) -> bool:
+        """Whether there is something to tell, at an interval in tokens."""
+        told, count = self._told, len(self.seq.output_ids)
+        if self.seq.finish_reason is not None:
+            return not told.is_final
+        return count - told.tokens >= (interval if told.tokens else 1)
+
+    def tell(self) -> None:
+        """What `output` gives now is on its way to the caller."""
+        seq = self.seq
+        self._telling = _Told(len(seq.output_ids), self._num_chars, seq.finish_reason is not None)
+
+    def was_told(self) -> None:
+        """It has reached the caller."""
+        self._told = self._telling
+
+
+class _Told(NamedTuple):
+    """How much of an answer the caller knows."""
+
+    tokens: int = 0
+    chars: int = 0
+    is_final: bool = False
+
+
+def decoded(logprobs: TokenLogprobs, tokenizer: Tokenizer | None) -> TokenLogprobs:
+    """With the text of each token by itself, if there is a tokenizer."""
+    if tokenizer is None:
+        return logprobs
+    return {
+        token: Logprob(
+            found.logprob, found.rank, tokenizer.decode([token], skip_special_tokens=False)
+        )
+        for token, found in logprobs.items()
+    }
 
 
 class RequestState:
@@ -128,9 +187,14 @@ class RequestState:
         params: SamplingParams,
         adapter: str | Mapping[str, float] | None,
         mix: Mix,
+        bad_words: tuple[tuple[int, ...], ...] = (),  # of `params`, as token ids
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         self.request_id, self.prompt, self.prompt_ids = request_id, prompt, prompt_ids
-        self.params, self.adapter, self.mix = params, adapter, mix
+        self.params, self.adapter, self.mix, self.bad_words = params, adapter, mix, bad_words
+        self.metrics = RequestMetrics(time.time(), time.monotonic())
+        self._tokenizer = tokenizer
+        self._shown_logprobs: list[TokenLogprobs | None] = [None]  # of the prompt, likewise
         self.answers: list[CompletionState] = []
         self._shown_ids = list(prompt_ids)  # the outputs' own: long, and the same in every step
 
@@ -139,20 +203,70 @@ class RequestState:
         """The sequences that have not ended."""
         return [answer.seq for answer in self.answers if answer.seq.finish_reason is None]
 
-    def output(self) -> RequestOutput:
-        """Everything so far."""
+    def is_due(self) -> bool:
+        """Whether its caller wants to hear of it now."""
+        kind = self.params.output_kind
+        if kind is RequestOutputKind.FINAL_ONLY:
+            return not self.unfinished
+        return not self.unfinished or any(self._due())
+
+    def _due(self) -> list[bool]:
+        interval = self.params.stream_interval or 1
+        return [answer.is_due(interval) for answer in self.answers]
+
+    def tell(self) -> RequestOutput:
+        """What its caller wants to hear, to be followed by `was_told` when it is there."""
+        output = self.output(is_delta=self.params.output_kind is RequestOutputKind.DELTA)
+        for answer in self.answers:
+            answer.tell()
+        return output
+
+    def was_told(self) -> None:
+        """The last output has reached the caller."""
+        for answer in self.answers:
+            answer.was_told()
+
+    def mark(self, now: float, *, was_scheduled: bool = False) -> None:
+        """Notes the time of its first step, or of its newest token."""
+        metrics = self.metrics
+        if was_scheduled:
+            if not metrics.scheduled_ts:
+                self.metrics = replace(metrics, scheduled_ts=now)
+            return
+        count = sum(len(answer.seq.output_ids) for answer in self.answers)
+        if count > metrics.num_generation_tokens:
+            self.metrics = replace(
+                metrics,
+                first_token_ts=metrics.first_token_ts or now,
+                last_token_ts=now,
+                num_generation_tokens=count,
+            )
+
+    def output(self, *, is_delta: bool = False) -> RequestOutput:
+        """Everything so far; of its answers with `is_delta` what is new, of those that have it."""
         seqs = [answer.seq for answer in self.answers]
-        prompt_logprobs = None
-        if self.params.prompt_logprobs is not None:
-            prompt_logprobs = [None, *seqs[0].prompt_logprobs]
+        answers = self.answers
+        if is_delta:
+            answers = [a for a, due in zip(answers, self._due(), strict=True) if due]
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
             prompt_token_ids=self._shown_ids,
-            prompt_logprobs=prompt_logprobs,
-            outputs=[answer.output() for answer in self.answers],
+            prompt_logprobs=self._prompt_logprobs(),
+            outputs=[answer.output(is_delta=is_delta) for answer in answers],
             finished=not self.unfinished,
             num_cached_tokens=seqs[0].num_cached or 0,
             adapter=self.adapter if isinstance(self.adapter, str | None) else dict(self.adapter),
             error=next((seq.error for seq in seqs if seq.error is not None), None),
+            metrics=self.metrics,
         )
+
+    def _prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
+        if self.params.prompt_logprobs is None:
+            return None
+        known = self.answers[0].seq.prompt_logprobs
+        tokenizer = self._tokenizer if self.params.detokenize else None
+        new = [decoded(one, tokenizer) for one in known[len(self._shown_logprobs) - 1 :]]
+        if new:  # a list of its own: the outputs before keep theirs
+            self._shown_logprobs = [*self._shown_logprobs, *new]
+        return self._shown_logprobs

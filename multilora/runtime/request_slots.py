@@ -62,7 +62,13 @@ class RequestSlots:
         self._num_scored[slot] = cut - 1 if new.params.prompt_logprobs is not None else 0
         self._num_blocks[slot] = 0
         processors = logits_processors(
-            new.params, ids[:cut], ids[cut:], new.stop_ids, self._vocab, self._device
+            new.params,
+            ids[:cut],
+            ids[cut:],
+            new.stop_ids,
+            self._vocab,
+            self._device,
+            bad_words=new.bad_words,
         )
         self._states[slot] = SamplingState(new.params, new.seed, processors)
 

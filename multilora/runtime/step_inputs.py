@@ -152,7 +152,7 @@ def lay_out(
         tensors = _with_tiles(tensors, sites, adapter_slots[chunk], len(order))
     shape = _shape(tensors, int(counts.max()), int(seq_lens.max()), multiple)
     rows = request_slots.sampling_rows(slots[samples], seq_lens[samples])
-    tops = [request_slots[c.row].params.prompt_logprobs for c in order]
+    tops = [request_slots[c.row].params.num_prompt_logprobs for c in order]
     pages = store.most_pages(adapter_slots.tolist())
     return StepInputs(shape, order, sites, rows, num_scored.tolist(), tops, tensors, pages)
 

@@ -7,6 +7,7 @@ device and takes in each new one there: nobody has to know its value.
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -15,7 +16,9 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..sampling_params import SamplingParams
+from ..sampling_params import LogitsProcessorLike, SamplingParams
+
+_NONE, _ANY = -1, -2  # in place of a token: there is none, and it may be any
 
 
 class LogitsProcessor(ABC):
@@ -41,6 +44,7 @@ def logits_processors(
     stop_ids: Collection[int],  # forbidden while there are fewer than min_tokens outputs
     vocab: int,
     device: torch.device,
+    bad_words: Collection[Sequence[int]] = (),  # as token ids
 ) -> list[LogitsProcessor]:
     """Those of a request, in the order in which they apply; most requests have none.
 
@@ -49,6 +53,8 @@ def logits_processors(
     found: list[LogitsProcessor] = []
     if params.allowed_token_ids is not None:
         found.append(AllowedTokens(params.allowed_token_ids, vocab, device))
+    if bad_words:
+        found.append(BadWords(bad_words, output_ids, vocab, device))
     if params.logit_bias:
         found.append(LogitBias(params.logit_bias, vocab, device))
     if params.min_tokens and stop_ids:
@@ -59,6 +65,9 @@ def logits_processors(
     if params.presence_penalty or params.frequency_penalty:
         presence, frequency = params.presence_penalty, params.frequency_penalty
         found.append(OutputPenalties(presence, frequency, output_ids, vocab, device))
+    found += [
+        CallerProcessor(own, prompt_ids, output_ids) for own in params.logits_processors or ()
+    ]
     return found
 
 
@@ -71,6 +80,34 @@ class AllowedTokens(LogitsProcessor):
     def apply_(self, logits: Tensor) -> None:
         """Forbids all but the allowed."""
         logits.masked_fill_(self._forbidden, -math.inf)
+
+
+class BadWords(LogitsProcessor):
+    """The token that would complete a forbidden run of output tokens is impossible."""
+
+    def __init__(
+        self,
+        words: Collection[Sequence[int]],
+        output_ids: Sequence[int],
+        vocab: int,
+        device: torch.device,
+    ) -> None:
+        before = max(len(word) for word in words) - 1
+        padded = [[_ANY] * (before + 1 - len(word)) + list(word) for word in words]
+        self._before = torch.tensor([word[:-1] for word in padded], device=device)
+        self._last = _ids([word[-1] for word in padded], vocab, device)
+        recent = [*[_NONE] * before, *output_ids][len(output_ids) :]
+        self._recent = torch.tensor(recent, dtype=torch.int64, device=device)
+
+    def apply_(self, logits: Tensor) -> None:
+        """Forbids the last token of each word whose others have just been generated."""
+        follows = ((self._before == self._recent) | (self._before == _ANY)).all(-1)
+        most = torch.where(follows, -math.inf, math.inf)
+        logits.scatter_reduce_(0, self._last, most, "amin")
+
+    def update(self, token: Tensor) -> None:
+        """The token is the last one now."""
+        self._recent = torch.cat((self._recent, token))[1:]
 
 
 class LogitBias(LogitsProcessor):
@@ -146,6 +183,28 @@ class OutputPenalties(LogitsProcessor):
     def update(self, token: Tensor) -> None:
         """The token occurred once more."""
         self._counts.index_add_(0, token, self._one)
+
+
+class CallerProcessor(LogitsProcessor):
+    """A caller's own function. It sees the tokens on the host, so there is none on a GPU."""
+
+    def __init__(
+        self, function: LogitsProcessorLike, prompt_ids: Sequence[int], output_ids: Sequence[int]
+    ) -> None:
+        self._function, self._output_ids = function, list(output_ids)
+        wants_prompt = len(inspect.signature(function).parameters) == 3
+        self._prompt = (list(prompt_ids),) if wants_prompt else ()
+
+    def apply_(self, logits: Tensor) -> None:
+        """Calls it. TypeError if it does not return logits."""
+        found = self._function(*self._prompt, list(self._output_ids), logits)
+        if not isinstance(found, Tensor) or found.shape != logits.shape:
+            raise TypeError(f"a logits processor must return logits, {list(logits.shape)}")
+        logits.copy_(found)
+
+    def update(self, token: Tensor) -> None:
+        """Notes the token."""
+        self._output_ids.append(int(token))
 
 
 def _ids(ids: Collection[int], vocab: int, device: torch.device) -> Tensor:

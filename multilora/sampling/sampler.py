@@ -66,7 +66,7 @@ class SamplingRows:
 
     def logprobs(self) -> dict[int, int]:
         """How many of the likeliest tokens each row wants to know; most want none."""
-        wanted = [state.params.logprobs for state in self.states]
+        wanted = [state.params.num_logprobs for state in self.states]
         return {i: top for i, top in enumerate(wanted) if top is not None}
 
     def update(self, tokens: Tensor) -> None:
@@ -108,7 +108,8 @@ MESSAGES: dict[int, str | None] = {
         "broken, or too large for its dtype"
     ),
     SampleError.NO_TOKEN: (
-        "no token is possible: allowed_token_ids, logit_bias and min_tokens leave none"
+        "no token is possible: allowed_token_ids, bad_words, logit_bias, min_tokens and "
+        "logits_processors leave none"
     ),
     SampleError.OVERFLOW: (
         "logits overflow: repetition_penalty or temperature takes them beyond fp32; bring it "

@@ -344,6 +344,7 @@ class Scheduler:
             params=seq.params,
             seed=seq.seed,
             stop_ids=seq.stop_ids,
+            bad_words=seq.bad_words,
         )
 
     def _schedule(self, seq: Sequence, count: int) -> ScheduledChunk:

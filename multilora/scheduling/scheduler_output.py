@@ -18,6 +18,7 @@ class NewSequence:
     params: SamplingParams
     seed: int
     stop_ids: frozenset[int]
+    bad_words: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

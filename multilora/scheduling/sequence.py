@@ -24,6 +24,7 @@ class Sequence:
     arrival: int  # order of arrival
     max_total: int  # prompt + output tokens at most
     stop_ids: frozenset[int] = frozenset()  # ids that end it, eos among them unless ignored
+    bad_words: tuple[tuple[int, ...], ...] = ()  # whose last token may not follow the others
     output_ids: list[int] = field(default_factory=list)
     output_logprobs: list[TokenLogprobs] = field(default_factory=list)  # by token, if asked for
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # from position 1 on
@@ -74,7 +75,7 @@ class Sequence:
         """Ends it if its last token does."""
         params, count, token = self.params, len(self.output_ids), self.output_ids[-1]
         if token in self.stop_ids and count >= params.min_tokens:
-            self.stop_reason = token if token in params.stop_token_ids else None
+            self.stop_reason = token if token in (params.stop_token_ids or ()) else None
             self.finish_reason = FinishReason.STOP
         elif count == params.max_tokens or self.num_tokens >= self.max_total:
             self.finish_reason = FinishReason.LENGTH
