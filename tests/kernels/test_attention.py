@@ -12,14 +12,14 @@ from torch import Tensor
 import multilora_kernels as mk
 from multilora_kernels import reference
 from multilora_kernels.testing.precision import assert_close, to_float64
-from tests.kernel_calls.attention import (
+from tests.harness.kernel_calls.attention import (
     MIXED,
     AttentionCall,
     make_attention_call,
     of_sequences,
 )
-from tests.kernel_calls.dtypes import by_dtype
-from tests.kernel_calls.rope import STORED, make_rope_call
+from tests.harness.kernel_calls.dtypes import by_dtype
+from tests.harness.kernel_calls.rope import STORED, make_rope_call
 
 SCALES = {"k_scale": torch.tensor([0.5, 2.0]), "v_scale": torch.tensor([1.5, 0.25])}
 

@@ -11,8 +11,8 @@ from torch import Tensor
 import multilora_kernels as mk
 from multilora_kernels import reference
 from multilora_kernels.testing.precision import assert_close, to_float64
-from tests.kernel_calls.dtypes import by_dtype
-from tests.kernel_calls.rope import STORED, make_rope_call
+from tests.harness.kernel_calls.dtypes import by_dtype
+from tests.harness.kernel_calls.rope import STORED, make_rope_call
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,7 +8,7 @@ import torch
 import multilora_kernels as mk
 from multilora_kernels import reference
 from multilora_kernels.testing.precision import assert_close, to_float64
-from tests.kernel_calls.dtypes import by_dtype
+from tests.harness.kernel_calls.dtypes import by_dtype
 
 
 @pytest.mark.parametrize("with_bias", [False, True])

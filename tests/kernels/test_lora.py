@@ -14,9 +14,9 @@ from multilora_kernels import Table, Tiles, make_tiles, reference
 from multilora_kernels.cpu import lora as cpu_lora
 from multilora_kernels.cpu import native
 from multilora_kernels.testing.precision import assert_close, to_float64
-from tests.kernel_calls import lora as kernel_calls
-from tests.kernel_calls.dtypes import by_dtype
-from tests.kernel_calls.lora import RANKS, EmbeddingCall, LoraCall
+from tests.harness.kernel_calls import lora as kernel_calls
+from tests.harness.kernel_calls.dtypes import by_dtype
+from tests.harness.kernel_calls.lora import RANKS, EmbeddingCall, LoraCall
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import multilora_kernels as mk
 from multilora_kernels import library
-from tests.kernel_calls.all_ops import all_op_calls
+from tests.harness.kernel_calls.all_ops import all_op_calls
 
 OPS = sorted(all_op_calls())
 by_op = pytest.mark.parametrize("name", OPS)

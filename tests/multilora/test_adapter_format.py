@@ -15,8 +15,7 @@ from safetensors.torch import load_file
 
 from multilora.adapters.peft.reader import Adapter, read_adapter
 from multilora.config.lora_sites import sites_of
-
-from ..adapters import CONFIG, change_config, change_tensors, write_adapter
+from tests.harness.adapter_folders import CONFIG, change_config, change_tensors, write_adapter
 
 if TYPE_CHECKING:
     from collections.abc import Callable

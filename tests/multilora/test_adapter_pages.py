@@ -11,8 +11,7 @@ from multilora.adapters.peft.reader import Adapter, LoraModule, read_adapter
 from multilora.adapters.rank_pages import AdapterTable, PackedSite, RankPagePool, pack
 from multilora.config.lora_sites import sites_of
 from multilora.errors import AdapterInvalid
-
-from ..adapters import CONFIG, LINEARS, write_adapter
+from tests.harness.adapter_folders import CONFIG, LINEARS, write_adapter
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -19,8 +19,7 @@ from multilora.adapters.peft import weights as adapter_weights
 from multilora.adapters.peft.config import HONOURED
 from multilora.adapters.peft.reader import read_adapter
 from multilora.errors import AdapterError, AdapterInvalid, AdapterTooLarge
-
-from ..adapters import CONFIG, change_config, change_tensors, write_adapter
+from tests.harness.adapter_folders import CONFIG, change_config, change_tensors, write_adapter
 
 if TYPE_CHECKING:
     from collections.abc import Callable

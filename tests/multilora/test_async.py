@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from multilora.sampling_params import SamplingParams
-from tests.adapters import write_adapter
-from tests.checkpoints import TINY, write_checkpoint
-from tests.engines import Job, add, drain, facts, greedy, make_engine, prompt_of, run
+from tests.harness.adapter_folders import write_adapter
+from tests.harness.model_folders import TINY, write_checkpoint
+from tests.harness.paths import UMA
+from tests.harness.tiny_engines import Job, add, drain, facts, greedy, make_engine, prompt_of, run
 
 if TYPE_CHECKING:
     from multilora.engine.engine import Engine
@@ -108,13 +109,12 @@ def test_an_end_that_only_the_token_tells_costs_one_step_and_leaves_nothing(root
 
 
 def test_stop_strings_end_an_answer_where_they_would(tmp_path: Path) -> None:
-    uma = Path(__file__).parents[2] / "multilora" / "assets" / "uma"
-    if not uma.is_dir():
+    if not UMA.is_dir():
         pytest.skip("the demo's model is not part of this checkout")
     texts = []
     for ahead in (False, True):
         engine = make_engine(
-            uma / "base",
+            UMA / "base",
             skip_tokenizer_init=False,
             async_scheduling=ahead,
             max_model_len=64,

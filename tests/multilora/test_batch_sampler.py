@@ -16,7 +16,7 @@ from multilora.device.input_buffer import InputBuffer
 from multilora.sampling.device import DeviceSampler
 from multilora.sampling.sampler import MESSAGES, SampledToken, SampleError
 from multilora.sampling_params import SamplingParams
-from tests.sampling import DeviceSampling, Request, rows_of, sample, sample_on_device
+from tests.harness.sampler_calls import DeviceSampling, Request, rows_of, sample, sample_on_device
 
 VOCAB = 2000
 CPU = Device()

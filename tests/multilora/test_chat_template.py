@@ -17,8 +17,9 @@ from multilora.errors import RequestError, TokenizerError
 from multilora.tokenization import template_sandbox
 from multilora.tokenization.chat_template import SENTINELS, ChatTemplate
 from multilora.tokenization.tokenizer import LLAMA3_SPECIALS, load_tokenizer
+from tests.harness.paths import UMA
 
-BASE = Path(__file__).resolve().parents[2] / "multilora" / "assets" / "uma" / "base"
+BASE = UMA / "base"
 TOOL_TEMPLATE = """\
 {{- bos_token }}
 {%- if not date_string is defined %}{%- set date_string = "26 Jul 2024" %}{%- endif %}

@@ -18,8 +18,7 @@ from multilora.checkpoint.hf import MAX_HEADER_BYTES
 from multilora.checkpoint.parts import fill
 from multilora.checkpoint.reader import load_checkpoint, read_base_weight, read_config
 from multilora.errors import CheckpointError
-
-from .. import checkpoints as make
+from tests.harness import model_folders as make
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -14,8 +14,8 @@ pytest.importorskip("rich")
 
 from multilora import __version__
 from multilora.entrypoints import cli, demo
-from tests.adapters import change_config, write_adapter
-from tests.checkpoints import TINY, write_checkpoint
+from tests.harness.adapter_folders import change_config, write_adapter
+from tests.harness.model_folders import TINY, write_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -12,8 +11,9 @@ from hypothesis import strategies as st
 
 from multilora.tokenization.detokenizer import IncrementalDetokenizer
 from multilora.tokenization.tokenizer import load_tokenizer
+from tests.harness.paths import UMA
 
-BASE = Path(__file__).resolve().parents[2] / "multilora" / "assets" / "uma" / "base"
+BASE = UMA / "base"
 TEXT = "Straße 👩‍👩‍👧‍👦 你好世界 e\u0301a\u0308 \u200d🏳️‍🌈 <|eot_id|> plain \ufffd end"
 
 

@@ -11,7 +11,7 @@ import multilora.device.cpu as device_module
 from multilora.device.cpu import Device, DeviceMemory, host_memory
 from multilora.device.select import open_device
 from multilora.errors import ConfigError
-from tests.fake_cuda import Calls, FakeCuda, install
+from tests.harness.fake_cuda import Calls, FakeCuda, install
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 

@@ -13,8 +13,8 @@ from multilora.config.lora_sites import sites_of
 from multilora.config.presets import SHAPES, shape_of
 from multilora.engine.engine import Engine
 from multilora.errors import CheckpointError, ConfigError
-from tests.checkpoints import TINY, write_checkpoint
-from tests.engines import SETTINGS, Job, greedy, prompt_of, run
+from tests.harness.model_folders import TINY, write_checkpoint
+from tests.harness.tiny_engines import SETTINGS, Job, greedy, prompt_of, run
 
 
 def weights(name: str) -> int:

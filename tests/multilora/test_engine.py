@@ -19,14 +19,15 @@ from multilora.errors import (
 )
 from multilora.sampling_params import SamplingParams
 from multilora.tokenization.tokenizer import load_tokenizer
-from tests.adapters import change_tensors, write_adapter
-from tests.checkpoints import TINY, write_checkpoint
-from tests.engines import Job, add, drain, facts, greedy, make_engine, prompt_of, run
+from tests.harness.adapter_folders import change_tensors, write_adapter
+from tests.harness.model_folders import TINY, write_checkpoint
+from tests.harness.paths import UMA
+from tests.harness.tiny_engines import Job, add, drain, facts, greedy, make_engine, prompt_of, run
 
 if TYPE_CHECKING:
     from multilora.engine.engine import Engine
 
-TOKENIZER = Path(__file__).resolve().parents[2] / "multilora" / "assets" / "uma" / "base"
+TOKENIZER = UMA / "base"
 PROMPT = prompt_of(20)
 
 

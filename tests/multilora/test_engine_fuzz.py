@@ -26,10 +26,10 @@ from hypothesis.stateful import (
 
 from multilora.errors import AdapterError, AdapterInvalid, AdapterNotFound
 from multilora.sampling_params import SamplingParams
-from tests.adapters import write_adapter
-from tests.checkpoints import TINY, write_checkpoint
-from tests.engines import Job, add, facts, make_engine, prompt_of, run
-from tests.failpoints import raised_at_call
+from tests.harness.adapter_folders import write_adapter
+from tests.harness.failpoints import raised_at_call
+from tests.harness.model_folders import TINY, write_checkpoint
+from tests.harness.tiny_engines import Job, add, facts, make_engine, prompt_of, run
 
 if TYPE_CHECKING:
     from pathlib import Path

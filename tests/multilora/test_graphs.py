@@ -27,9 +27,9 @@ from multilora.runtime.graph_runner import (
     token_sizes,
 )
 from multilora.sampling_params import SamplingParams
-from tests.adapters import write_adapter
-from tests.checkpoints import TINY, write_checkpoint
-from tests.engines import Job, facts, greedy, make_engine, prompt_of, run
+from tests.harness.adapter_folders import write_adapter
+from tests.harness.model_folders import TINY, write_checkpoint
+from tests.harness.tiny_engines import Job, facts, greedy, make_engine, prompt_of, run
 
 if TYPE_CHECKING:
     from pathlib import Path

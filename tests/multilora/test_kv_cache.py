@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from multilora.model.kv_cache import KVCache
-from tests.checkpoints import write_checkpoint
+from tests.harness.model_folders import write_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable

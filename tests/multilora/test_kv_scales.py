@@ -9,9 +9,9 @@ import torch
 
 from multilora.model import kv_calibration
 from multilora.model.kv_cache import KVCache
-from tests.adapters import write_adapter
-from tests.checkpoints import TINY, write_checkpoint
-from tests.engines import Job, facts, greedy, make_engine, prompt_of, run
+from tests.harness.adapter_folders import write_adapter
+from tests.harness.model_folders import TINY, write_checkpoint
+from tests.harness.tiny_engines import Job, facts, greedy, make_engine, prompt_of, run
 
 if TYPE_CHECKING:
     from pathlib import Path

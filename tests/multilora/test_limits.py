@@ -13,9 +13,9 @@ from multilora.device.select import open_device
 from multilora.engine import builder
 from multilora.errors import ConfigError
 from multilora_kernels.cuda import dispatch, launch_plans
-from tests.checkpoints import write_checkpoint
-from tests.engines import greedy, make_engine, prompt_of
-from tests.fake_cuda import FakeCuda, install
+from tests.harness.fake_cuda import FakeCuda, install
+from tests.harness.model_folders import write_checkpoint
+from tests.harness.tiny_engines import greedy, make_engine, prompt_of
 
 if TYPE_CHECKING:
     from pathlib import Path

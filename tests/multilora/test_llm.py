@@ -11,8 +11,8 @@ from multilora.entrypoints.demo import EXPERTS, load, load_scene, run_batch
 from multilora.entrypoints.llm import LLM
 from multilora.errors import AdapterInvalid, AdapterNotFound, ConfigError, RequestError
 from multilora.sampling_params import SamplingParams
-from tests.adapters import write_adapter
-from tests.checkpoints import TINY, write_checkpoint
+from tests.harness.adapter_folders import write_adapter
+from tests.harness.model_folders import TINY, write_checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path

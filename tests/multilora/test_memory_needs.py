@@ -26,8 +26,8 @@ from multilora.runtime.memory_needs import (
     step_bytes,
 )
 from multilora.runtime.memory_needs import weight_bytes as weights_of
-from tests.checkpoints import TINY, write_checkpoint
-from tests.engines import make_engine
+from tests.harness.model_folders import TINY, write_checkpoint
+from tests.harness.tiny_engines import make_engine
 
 if TYPE_CHECKING:
     from pathlib import Path

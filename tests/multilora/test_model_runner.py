@@ -24,9 +24,9 @@ from multilora.scheduling.scheduler_output import (
     ScheduledChunk,
     SchedulerOutput,
 )
-from tests.adapters import write_adapter
-from tests.checkpoints import TINY, write_checkpoint
-from tests.engines import make_engine, prompt_of
+from tests.harness.adapter_folders import write_adapter
+from tests.harness.model_folders import TINY, write_checkpoint
+from tests.harness.tiny_engines import make_engine, prompt_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

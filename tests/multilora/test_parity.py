@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from multilora.config.model import RopeScaling
-from tests.adapters import LINEARS, write_adapter
-from tests.checkpoints import TINY, write_checkpoint
-from tests.engines import Job, greedy, make_engine, prompt_of, run
+from tests.harness.adapter_folders import LINEARS, write_adapter
+from tests.harness.model_folders import TINY, write_checkpoint
+from tests.harness.tiny_engines import Job, greedy, make_engine, prompt_of, run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -16,9 +16,9 @@ from multilora.config.lora_sites import sites_of
 from multilora.config.quantization import Scheme, schemes_of
 from multilora.errors import AdapterInvalid, CheckpointError
 from multilora.model.llama import Llama
-from tests.adapters import LINEARS, change_tensors, write_adapter
-from tests.checkpoints import random_weights, write_checkpoint, write_meta_checkpoint
-from tests.engines import Job, facts, greedy, make_engine, prompt_of, run
+from tests.harness.adapter_folders import LINEARS, change_tensors, write_adapter
+from tests.harness.model_folders import random_weights, write_checkpoint, write_meta_checkpoint
+from tests.harness.tiny_engines import Job, facts, greedy, make_engine, prompt_of, run
 from tests.multilora.test_parity import JOB_FIELDS, check
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from multilora.sampling.logprobs import collect_logprobs, launch_logprobs
 from multilora.sampling.random_numbers import random_numbers, random_stream
 from multilora.sampling.sampler import MESSAGES, SampledToken, SampleError
 from multilora.sampling_params import SamplingParams
-from tests.sampling import Request, sample
+from tests.harness.sampler_calls import Request, sample
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -20,10 +20,10 @@ from multilora.errors import ConfigError
 from multilora.model.kv_cache import KVCache
 from multilora.model.llama import Llama
 from multilora.sampling_params import SamplingParams
-from tests.adapters import write_adapter
-from tests.checkpoints import TINY, write_checkpoint
-from tests.engines import Job, facts, make_engine, prompt_of, run
-from tests.fake_cuda import FakeCuda, install
+from tests.harness.adapter_folders import write_adapter
+from tests.harness.fake_cuda import FakeCuda, install
+from tests.harness.model_folders import TINY, write_checkpoint
+from tests.harness.tiny_engines import Job, facts, make_engine, prompt_of, run
 
 if TYPE_CHECKING:
     from collections.abc import Callable

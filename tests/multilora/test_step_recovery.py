@@ -11,10 +11,10 @@ import pytest
 
 from multilora.errors import EngineBusyError, EngineDeadError
 from multilora.sampling_params import SamplingParams
-from tests.adapters import write_adapter
-from tests.checkpoints import TINY, write_checkpoint
-from tests.engines import Job, add, drain, facts, make_engine, prompt_of, run
-from tests.failpoints import points_of, raised_at
+from tests.harness.adapter_folders import write_adapter
+from tests.harness.failpoints import points_of, raised_at
+from tests.harness.model_folders import TINY, write_checkpoint
+from tests.harness.tiny_engines import Job, add, drain, facts, make_engine, prompt_of, run
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -22,8 +22,9 @@ from multilora.tokenization.tokenizer import (
     TiktokenTokenizer,
     load_tokenizer,
 )
+from tests.harness.paths import UMA
 
-BASE = Path(__file__).resolve().parents[2] / "multilora" / "assets" / "uma" / "base"
+BASE = UMA / "base"
 TEXTS = (
     "",
     " ",

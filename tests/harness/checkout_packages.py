@@ -11,7 +11,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {
     "multilora_kernels": ROOT / "kernels",
     "multilora": ROOT / "multilora",

@@ -17,7 +17,7 @@ import torch
 import multilora.device.select
 import multilora_kernels as mk
 from multilora_kernels.library import KERNELS
-from tests import fake_cuda
+from tests.harness import fake_cuda
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -16,7 +16,7 @@ import multilora.device.select
 import multilora_kernels as mk
 from multilora_kernels.library import KERNELS
 from multilora_kernels.testing.variants import Compiler, Key, recording
-from tests import fake_cuda
+from tests.harness import fake_cuda
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
