@@ -61,7 +61,7 @@ test-slow: install
 # Traces of the engine against the solo run of every request: hours on two cores.
 fuzz: install
 	MULTILORA_TRACES=$${MULTILORA_TRACES:-20000} $(BIN)/pytest -m slow -k long_life \
-		-o timeout=0 tests/multilora/test_engine_fuzz.py
+		-o timeout=0 tests/multilora/end_to_end/test_fuzz.py
 
 # The C++ library by other builds than setup.py's: build/<name>/_cpu.so.
 CSRC := $(patsubst csrc/%.cpp,%,$(wildcard csrc/*.cpp))
@@ -100,10 +100,11 @@ SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 SANITIZED := LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
              ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
              MULTILORA_CPP_LIBRARY=$(CURDIR)/build/sanitize/_cpu.so
-SANITIZED_TESTS := $(addprefix tests/kernels/test_,attention.py elementwise.py linear.py lora.py \
-                   index_checks.py)
-SANITIZED_ONCE := $(patsubst %,tests/kernels/test_%.py,packed_weight sampling sampling_draw) \
-                  $(patsubst %,tests/kernels/cpu/test_%.py,native threads sanitizer graph buffer_pool)
+SANITIZED_TESTS := $(patsubst %,tests/kernels/ops/test_%.py,attention elementwise linear lora) \
+                   tests/kernels/test_index_checks.py
+SANITIZED_ONCE := $(patsubst %,tests/kernels/ops/test_%.py,sampling sampling_draw) \
+                  $(patsubst %,tests/kernels/cpu/test_%.py,native native_threads native_sanitizer \
+                  graph buffer_pool) tests/kernels/test_packed_weight.py
 
 sanitize: install build/sanitize/_cpu.so
 	$(SANITIZED) $(BIN)/pytest -q -k "not opcheck" $(SANITIZED_TESTS) $(SANITIZED_ONCE)

@@ -60,8 +60,8 @@ def measure(shape: str, settings: dict[str, Any]) -> dict[str, list[float]]:
     from multilora.config.presets import shape_of
     from multilora.engine.engine import Engine
     from multilora_kernels.testing.variants import Compiler
-    from tests import launches
-    from tests.checkpoints import hf_config
+    from tests.harness import dry_launches
+    from tests.harness.model_folders import hf_config
 
     seconds: list[float] = []
 
@@ -75,13 +75,13 @@ def measure(shape: str, settings: dict[str, Any]) -> dict[str, list[float]]:
     config = replace(shape_of(shape), num_layers=1, vocab_size=2048, eos_token_ids=(2,))
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         (Path(folder) / "config.json").write_text(json.dumps(hf_config(config)))
-        launches.install(patch)
+        dry_launches.install(patch)
         wanted = {
             "model": folder, "load_format": "dummy", "skip_tokenizer_init": True, "device": "cuda",
             "max_num_seqs": 256, "max_model_len": 8192, "num_kv_blocks": 16, "lora_pages": 8,
             "enforce_eager": True, **settings,
         }  # fmt: skip
-        with launches.launching(compiler=Timed()) as keys:
+        with dry_launches.launching(compiler=Timed()) as keys:
             Engine(EngineConfig(**wanted))
     found = defaultdict(list)
     for key, spent in zip(keys, seconds, strict=True):

@@ -10,7 +10,7 @@ Runs from a bare checkout with this machine's own Python; nothing is installed a
 used. Each part is a process of its own, so that one that fails or takes too long costs no other,
 and writes what it has as it goes. A part whose results are complete is left as it is, unless PARTS
 names it; one that was cut short goes on with what it left out. `--rehearse` does the same without
-a GPU, on tiny shapes: see `tests/rehearsal.py`.
+a GPU, on tiny shapes: see `tests/harness/gpu_rehearsal.py`.
 """
 
 from __future__ import annotations

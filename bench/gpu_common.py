@@ -25,7 +25,9 @@ CLOCKS_EVERY = 10  # seconds
 
 def load_checkout() -> None:
     """Makes `multilora`, `multilora_kernels` and `tests` importable from a bare checkout."""
-    spec = importlib.util.spec_from_file_location("checkout", ROOT / "tests" / "checkout.py")
+    spec = importlib.util.spec_from_file_location(
+        "checkout", ROOT / "tests" / "harness" / "checkout_packages.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     checkout = importlib.util.module_from_spec(spec)
@@ -144,9 +146,9 @@ def parse(description: str) -> tuple[argparse.Namespace, Device, Report]:
     if args.rehearse:
         import pytest
 
-        from tests import rehearsal
+        from tests.harness import gpu_rehearsal
 
-        rehearsal.install(pytest.MonkeyPatch())  # for the life of this process
+        gpu_rehearsal.install(pytest.MonkeyPatch())  # for the life of this process
     device = open_device("cuda")
     state = gpu_files.state(rehearse=args.rehearse)
     report = Report(args.out, device, args.seconds, state)

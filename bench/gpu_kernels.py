@@ -292,7 +292,7 @@ def main() -> int:
     shapes = [Attention(32, 4096, 1), Attention(1, 8192, 1), Attention(64, 1024, 1)]
     shapes.append(Attention(1, 8192, 2048))
     if args.rehearse:
-        from tests.checkpoints import TINY
+        from tests.harness.model_folders import TINY
 
         config, plan = TINY, Plan(torch.bfloat16, (1, 4), 2, 1)
         shapes = [Attention(2, 32, 1, 4, 2, 16), Attention(1, 64, 16, 4, 2, 16)]

@@ -192,7 +192,7 @@ def release(device: Device) -> None:
 
 def tiny_model(folder: Path) -> str:
     """Writes the checkpoint of rehearsals."""
-    from tests.checkpoints import write_checkpoint
+    from tests.harness.model_folders import write_checkpoint
 
     write_checkpoint(folder)
     return str(folder)

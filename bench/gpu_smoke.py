@@ -27,11 +27,11 @@ from multilora.outputs import RequestOutput
 from multilora.sampling_params import SamplingParams
 from multilora_kernels import reference
 from multilora_kernels.testing.precision import to_float64
-from tests.adapters import write_adapter
-from tests.checkpoints import write_checkpoint
-from tests.engines import Job, make_engine, prompt_of, run
-from tests.kernel_calls.lora import POPULARITY, make_lora_call
-from tests.rehearsal import cpu_ops
+from tests.harness.adapter_folders import write_adapter
+from tests.harness.gpu_rehearsal import cpu_ops
+from tests.harness.kernel_calls.lora import POPULARITY, make_lora_call
+from tests.harness.model_folders import write_checkpoint
+from tests.harness.tiny_engines import Job, make_engine, prompt_of, run
 
 OP = 0.02  # the largest difference of a bf16 result, relative to the largest value
 # Mean difference of a request's log probabilities, with a tiny model in bf16; an answer is short.
@@ -85,7 +85,7 @@ def difference(found: Tensor, wanted: Tensor) -> float:
 def engine(folder: Path, device: str, **shape: int) -> dict[str, Check]:
     """An engine with adapters a and b, requests of the base, of one adapter and of a mix.
 
-    `shape` are fields of ModelConfig, whose defaults are those of `tests.checkpoints.TINY`.
+    `shape` are fields of ModelConfig, whose defaults are those of `model_folders.TINY`.
     """
     config = write_checkpoint(folder / "base", dtype=torch.bfloat16, **shape)
     names = {}

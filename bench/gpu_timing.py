@@ -77,7 +77,7 @@ def sets_of(num_bytes: int, cold: int) -> int:
 class Watch:
     """Knows when Triton compiles, and keeps the timed regions in which it did: they are spoiled.
 
-    Nothing is compiled in a rehearsal. There a launch counts that would be: `tests.launch_keys`.
+    Nothing is compiled in a rehearsal. There a launch counts that would be: `launch_keys`.
     """
 
     def __init__(self) -> None:
@@ -87,7 +87,7 @@ class Watch:
     def install(self) -> None:
         """From now on every variant of a kernel is noticed, in this process."""
         if os.environ.get("TRITON_INTERPRET") == "1":
-            from tests import launch_keys
+            from tests.harness import launch_keys
 
             launch_keys.on_new_key(self.compiled.append)
             return

@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-_spec = importlib.util.spec_from_file_location("checkout", Path(__file__).parent / "checkout.py")
+_spec = importlib.util.spec_from_file_location(
+    "checkout", Path(__file__).parent / "harness" / "checkout_packages.py"
+)
 assert _spec is not None
 assert _spec.loader is not None
 _checkout = importlib.util.module_from_spec(_spec)

@@ -19,9 +19,9 @@ from gpu_timing import EVICT, Bench, ColdClock, Watch, l2_bytes, sets_of
 from multilora.config.lora_sites import sites_of
 from multilora.config.presets import SHAPES
 from multilora_kernels import Table, Tiles, reference
-from tests import fake_cuda
-from tests.checkpoints import TINY
-from tests.fake_cuda import FakeCuda
+from tests.harness import fake_cuda
+from tests.harness.fake_cuda import FakeCuda
+from tests.harness.model_folders import TINY
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -20,7 +20,7 @@ import torch
 from gpu_kernels import Case, Plan, Problem
 
 from multilora.device.cpu import Device
-from tests.checkpoints import TINY
+from tests.harness.model_folders import TINY
 
 if TYPE_CHECKING:
     from torch import Tensor

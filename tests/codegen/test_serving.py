@@ -16,10 +16,10 @@ from multilora.runtime.model_runner import ModelRunner
 from multilora.sampling_params import SamplingParams
 from multilora_kernels.cuda import attention
 from multilora_kernels.cuda.launch_plans import LaunchPlans
-from tests import launches
-from tests.adapters import write_adapter
-from tests.checkpoints import TINY, write_checkpoint
-from tests.engines import drain, greedy, make_engine, prompt_of
+from tests.harness import dry_launches
+from tests.harness.adapter_folders import write_adapter
+from tests.harness.model_folders import TINY, write_checkpoint
+from tests.harness.tiny_engines import drain, greedy, make_engine, prompt_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,7 +63,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    launches.install(monkeypatch)
+    dry_launches.install(monkeypatch)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # products are tiny: threads would wait for each other
     yield
@@ -153,7 +153,7 @@ def serve(
     root: Path, steps: int, patch: pytest.MonkeyPatch, seed: int = 0, **settings: Any
 ) -> tuple[Traffic, list[Key], list[Key]]:
     """So many steps of traffic; what start-up compiled, and what was compiled later."""
-    with launches.launching() as keys:
+    with dry_launches.launching() as keys:
         engine = engine_of(root, **settings)
         ready = len(keys)
         traffic = Traffic(engine, seed, patch)
@@ -179,7 +179,7 @@ def test_random_requests_compile_nothing_and_need_all_that_was_compiled(
     graphs = len(traffic.engine.runner.graphs or ())
     said = f"compiled {len(ready)} kernel variants or found them in Triton's cache, "
     assert any(m.startswith(f"{said}captured {graphs} graphs in ") for m in caplog.messages)
-    with launches.launching() as needed:  # as if nothing were compiled
+    with dry_launches.launching() as needed:  # as if nothing were compiled
         traffic.run(500)
         traffic.rarities()
     assert set(needed) == set(ready)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from multilora.device.select import open_device
-from tests import rehearsal
+from tests.harness import gpu_rehearsal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="session")
 def device() -> Iterator[Device]:
     with pytest.MonkeyPatch.context() as patch:
-        if rehearsal.REHEARSED and not rehearsal.libraries:
-            rehearsal.install(patch)
+        if gpu_rehearsal.REHEARSED and not gpu_rehearsal.libraries:
+            gpu_rehearsal.install(patch)
         if not torch.cuda.is_available():
             pytest.skip("there is no GPU; `make gpu-rehearsal` does without")
         yield open_device("cuda")

@@ -14,10 +14,10 @@ from multilora.device.cpu import Device
 from multilora.engine.engine import Engine
 from multilora.outputs import RequestOutput
 from multilora.sampling_params import SamplingParams
-from tests.adapters import write_adapter
-from tests.checkpoints import TINY, write_checkpoint
-from tests.engines import Job, facts, make_engine, prompt_of, run
-from tests.rehearsal import REHEARSED, cpu_ops
+from tests.harness.adapter_folders import write_adapter
+from tests.harness.gpu_rehearsal import REHEARSED, cpu_ops
+from tests.harness.model_folders import TINY, write_checkpoint
+from tests.harness.tiny_engines import Job, facts, make_engine, prompt_of, run
 
 pytestmark = pytest.mark.gpu
 

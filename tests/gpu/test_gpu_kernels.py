@@ -13,8 +13,8 @@ import multilora_kernels as mk
 from multilora.device.cpu import Device
 from multilora_kernels import reference
 from multilora_kernels.testing.precision import to_float64
-from tests.kernel_calls.lora import POPULARITY, LoraCall, make_lora_call
-from tests.rehearsal import REHEARSED
+from tests.harness.gpu_rehearsal import REHEARSED
+from tests.harness.kernel_calls.lora import POPULARITY, LoraCall, make_lora_call
 
 pytestmark = pytest.mark.gpu
 

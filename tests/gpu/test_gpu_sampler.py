@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from tests.multilora.test_batch_sampler import VOCAB, random_request
-from tests.sampling import sample, sample_on_device
+from tests.harness.sampler_calls import sample, sample_on_device
+from tests.multilora.sampling.test_device import VOCAB, random_request
 
 if TYPE_CHECKING:
     from multilora.device.cpu import Device

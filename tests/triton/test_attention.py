@@ -12,13 +12,13 @@ from multilora_kernels import reference
 from multilora_kernels.cuda import attention, attention_segments
 from multilora_kernels.testing.guard import guarded
 from multilora_kernels.testing.precision import assert_close
-from tests.kernel_calls.attention import (
+from tests.harness.kernel_calls.attention import (
     MIXED,
     AttentionCall,
     make_attention_call,
     of_sequences,
 )
-from tests.kernel_calls.dtypes import by_dtype
+from tests.harness.kernel_calls.dtypes import by_dtype
 
 FP8 = torch.float8_e4m3fn
 UNIT = 64  # tokens of a segment: two KV tiles of fp32, one of 16-bit types

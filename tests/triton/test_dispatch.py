@@ -11,7 +11,7 @@ from torch import Tensor
 from multilora_kernels import Table
 from multilora_kernels.cuda import dispatch, launch_plans, lora
 from multilora_kernels.library import KERNELS
-from tests.kernel_calls.lora import make_lora_call
+from tests.harness.kernel_calls.lora import make_lora_call
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 from multilora_kernels import reference
 from multilora_kernels.cuda import elementwise
 from multilora_kernels.testing.guard import guarded
-from tests.kernel_calls.rope import make_rope_call
+from tests.harness.kernel_calls.rope import make_rope_call
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 FP8 = torch.float8_e4m3fn

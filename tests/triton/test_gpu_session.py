@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from multilora.device.select import open_device
-from tests import rehearsal
+from tests.harness import gpu_rehearsal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 
@@ -28,14 +28,14 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     from triton.runtime.interpreter import InterpretedFunction
 
     monkeypatch.setattr(InterpretedFunction, "run", InterpretedFunction.run)  # put back after this
-    rehearsal.install(monkeypatch)
+    gpu_rehearsal.install(monkeypatch)
     device, watch, report = open_device("cuda"), Watch(), None
     watch.install()
     clock, judge = ColdClock(device, watch), Judge({})
     rest: tuple[Any, ...] = (judge, 1e9, STAND_IN, True)
     yield Bench(device, report, clock, watch, *rest)  # type: ignore[arg-type]
-    while rehearsal.libraries:
-        rehearsal.libraries.pop()._destroy()
+    while gpu_rehearsal.libraries:
+        gpu_rehearsal.libraries.pop()._destroy()
 
 
 @pytest.mark.slow

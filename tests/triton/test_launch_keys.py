@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tests.launch_keys import key_of, on_new_key
+from tests.harness.launch_keys import key_of, on_new_key
 
 
 @triton.jit

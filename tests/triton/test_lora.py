@@ -13,8 +13,8 @@ from multilora_kernels import Table, make_tiles, reference
 from multilora_kernels.cuda import launch_plans, lora
 from multilora_kernels.testing.guard import guarded
 from multilora_kernels.testing.precision import TOLERANCE, assert_close, to_float64
-from tests.kernel_calls.dtypes import by_dtype
-from tests.kernel_calls.lora import (
+from tests.harness.kernel_calls.dtypes import by_dtype
+from tests.harness.kernel_calls.lora import (
     POPULARITY,
     RANKS,
     LoraCall,

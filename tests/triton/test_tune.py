@@ -11,7 +11,7 @@ import torch
 from multilora_kernels.cuda import launch_plans, tune_timer
 from multilora_kernels.cuda.tune_timer import Load, Scale
 from multilora_kernels.testing.guard import guarded
-from tests import fake_cuda
+from tests.harness import fake_cuda
 
 SMALL = Scale(buckets=(4,), prefill=512, copies=3, evicted=1 << 10)
 LOADS = [Load(4, 4, 2), Load(4, 1, 16), Load(512, 4, 8)]
