@@ -116,7 +116,9 @@ class EngineCore:
             pins=[seq.mix for seq in scheduler.running],
             holds=[state.mix for state in requests if state.unfinished],
         )
-        self.runner.check_integrity([seq.row for seq in scheduler.running if seq.row is not None])
+        self.runner.check_integrity(
+            [s.request_slot for s in scheduler.running if s.request_slot is not None]
+        )
 
     # A step -----------------------------------------------------------------------------------
 
