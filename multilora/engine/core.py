@@ -125,7 +125,9 @@ class EngineCore:
             pins=[seq.mix for seq in scheduler.running],
             holds=[state.mix for state in requests if state.unfinished],
         )
-        self.runner.check_integrity([seq.row for seq in scheduler.running if seq.row is not None])
+        self.runner.check_integrity(
+            [s.request_slot for s in scheduler.running if s.request_slot is not None]
+        )
 
     # A step -----------------------------------------------------------------------------------
 
@@ -144,7 +146,7 @@ class EngineCore:
             self._isolation.release()  # those that failed cannot run alone: all go on
             output = self.scheduler.schedule()
         if output is not None:
-            if output.new_rows:
+            if output.new_sequences:
                 self._mark_scheduled()
             self._handles.append(self.runner.submit(output))
         depth = self._depth if members is None else 1  # what fails must be one step

@@ -33,7 +33,7 @@ LAYER_BYTES = 256 << 10
 SAMPLER_BYTES = 28
 """Of each logit that is drawn from: a copy in fp32, that sorted, its places, and both once more."""
 PLANES = 8
-"""Parts of K that LoRA's shrink sums apart, by `kernels/plans`; of `down` they are 16."""
+"""Parts of K that LoRA's shrink sums apart, by the launch plans; of `down` they are 16."""
 SPLIT_ROWS = 16
 """Query rows, over the heads that share KV, up to which attention is split over KV."""
 

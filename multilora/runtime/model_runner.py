@@ -72,16 +72,16 @@ class ModelRunner:
     # A step -----------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def submit(self, plan: SchedulerOutput) -> StepHandle:
+    def submit(self, output: SchedulerOutput) -> StepHandle:
         """Starts a step. Chunks are laid out by slot, so that a slot's tokens lie together."""
         self._device.activate()
         with self._device.watch_compiler(serving=True):
-            return self._submit(plan)
+            return self._submit(output)
 
-    def _submit(self, plan: SchedulerOutput) -> StepHandle:
-        self._slots.take(plan)
+    def _submit(self, output: SchedulerOutput) -> StepHandle:
+        self._slots.take(output)
         multiple = 1 if self.model.rows_are_independent else ROWS
-        step = lay_out(plan.chunks, self._slots, self.store, multiple)
+        step = lay_out(output.chunks, self._slots, self.store, multiple)
         shape = self.graphs.shape_for(step) if self.graphs is not None else None
         sampling = self._sampler.prepare(step.rows)
         sent = self._input_buffer.send(step.padded(shape or step.shape, sampling))
@@ -90,7 +90,7 @@ class ModelRunner:
         else:
             logits = self.graphs.run(shape, sent, self._work(sent, shape))
         sampled = self._launch_sampler(step, logits, sent)
-        return StepHandle(plan, step, sampled, self._launch_scores(step, logits, sent))
+        return StepHandle(output, step, sampled, self._launch_scores(step, logits, sent))
 
     def _launch_sampler(
         self, step: StepInputs, logits: Tensor, sent: StepTensors
@@ -127,16 +127,17 @@ class ModelRunner:
         ):
             prompt_logprobs = None if top is None else list(islice(scored, count))
             found = next(sampled) if chunk.samples else NO_TOKEN
-            results[chunk.row] = ChunkResult(
-                chunk.row, found.token, found.logprobs, prompt_logprobs, found.error
+            results[chunk.request_slot] = ChunkResult(
+                chunk.request_slot, found.token, found.logprobs, prompt_logprobs, found.error
             )
-        return StepResult(tuple(results[chunk.row] for chunk in handle.scheduler_output.chunks))
+        asked = handle.scheduler_output.chunks
+        return StepResult(tuple(results[chunk.request_slot] for chunk in asked))
 
     def reset(self) -> None:
         """Forgets every request slot and all that is in flight, and waits for the device.
 
         For after an exception, whatever `submit` or `collect` had done by then: handles from before
-        are void, and the next plan brings its sequences as new ones. The KV cache stays, as do the
+        are void, and the next step brings its sequences as new ones. The KV cache stays, as do the
         adapters and the graphs captured whole. Raises what the device raises; may be
         called again.
         """

@@ -43,20 +43,21 @@ class RequestSlots:
         """Forgets every sequence."""
         self._states.clear()
 
-    def take(self, plan: SchedulerOutput) -> None:
-        """Frees and fills slots as the plan says, and notes the blocks of its chunks."""
-        for freed in plan.freed_rows:
+    def take(self, output: SchedulerOutput) -> None:
+        """Frees and fills slots as the scheduler says, and notes the blocks of its chunks."""
+        for freed in output.freed_request_slots:
             self._states.pop(freed, None)
-        for new in plan.new_rows:
+        for new in output.new_sequences:
             self._fill(new)
-        for chunk in plan.chunks:
-            known, blocks = self._num_blocks[chunk.row], chunk.blocks
+        for chunk in output.chunks:
+            slot, blocks = chunk.request_slot, chunk.blocks
+            known = self._num_blocks[slot]
             if len(blocks) > known:
-                self._blocks[chunk.row, known : len(blocks)] = blocks[known:]
-                self._num_blocks[chunk.row] = len(blocks)
+                self._blocks[slot, known : len(blocks)] = blocks[known:]
+                self._num_blocks[slot] = len(blocks)
 
     def _fill(self, new: NewSequence) -> None:
-        slot, ids, cut = new.row, new.token_ids, new.num_prompt
+        slot, ids, cut = new.request_slot, new.token_ids, new.num_prompt
         self._tokens[slot, : len(ids)] = ids
         self._num_prompt[slot], self._num_tokens[slot] = cut, len(ids)
         self._num_scored[slot] = cut - 1 if new.params.prompt_logprobs is not None else 0

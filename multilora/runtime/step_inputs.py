@@ -1,4 +1,4 @@
-"""A plan as arrays: the tokens of a step in their order, and all that says where they belong."""
+"""A step as arrays: its tokens in their order, and all that says where they belong."""
 
 from __future__ import annotations
 
@@ -119,9 +119,9 @@ def lay_out(
     multiple: int = ROWS,
 ) -> StepInputs:
     """The step of these chunks, its rows padded to a `multiple`."""
-    order = sorted(chunks, key=lambda chunk: (chunk.slot, chunk.row))
-    table = np.array([(c.row, c.start, c.count, c.slot, c.samples) for c in order], np.int64)
-    slots, starts, counts, adapter_slots, samples = table.T
+    order = sorted(chunks, key=lambda chunk: (chunk.slot, chunk.request_slot))
+    columns = [(c.request_slot, c.start, c.count, c.slot, c.samples) for c in order]
+    slots, starts, counts, adapter_slots, samples = np.array(columns, np.int64).T
     samples = samples.astype(bool)
     seq_lens, ends = starts + counts, counts.cumsum()
     # Of each token its chunk and its place in there, then its request slot and position.
@@ -152,7 +152,7 @@ def lay_out(
         tensors = _with_tiles(tensors, sites, adapter_slots[chunk], len(order))
     shape = _shape(tensors, int(counts.max()), int(seq_lens.max()), multiple)
     rows = request_slots.sampling_rows(slots[samples], seq_lens[samples])
-    tops = [request_slots[c.row].params.num_prompt_logprobs for c in order]
+    tops = [request_slots[c.request_slot].params.num_prompt_logprobs for c in order]
     pages = store.most_pages(adapter_slots.tolist())
     return StepInputs(shape, order, sites, rows, num_scored.tolist(), tops, tensors, pages)
 

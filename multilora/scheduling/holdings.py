@@ -1,4 +1,4 @@
-"""What running sequences hold: KV blocks, a row of the runner, an adapter slot."""
+"""What running sequences hold: KV blocks, a request slot, an adapter slot."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ class Holdings:
     def __init__(self, pool: BlockPool, adapters: AdapterSlots, max_num_seqs: int) -> None:
         self.pool, self.adapters = pool, adapters
         self._max_num_seqs = max_num_seqs
-        self._free_rows = list(range(max_num_seqs))  # a heap: low rows first
-        self._left_rows: list[int] = []  # left since `take_left_rows`
-        self._slots: dict[int, int] = {}  # row -> adapter slot
+        self._free = list(range(max_num_seqs))  # request slots; a heap: low ones first
+        self._freed: list[int] = []  # request slots, since `take_freed`
+        self._adapter_slots: dict[int, int] = {}  # by request slot
 
     @property
-    def has_row(self) -> bool:
+    def has_request_slot(self) -> bool:
         """Whether one more sequence can run."""
-        return bool(self._free_rows)
+        return bool(self._free)
 
-    def slot(self, seq: Sequence) -> int:
+    def adapter_slot(self, seq: Sequence) -> int:
         """The adapter slot of a running sequence."""
-        assert seq.row is not None
-        return self._slots[seq.row]
+        assert seq.request_slot is not None
+        return self._adapter_slots[seq.request_slot]
 
     def new_blocks(self, seq: Sequence, count: int) -> int:
         """Blocks that a sequence lacks to compute `count` more tokens."""
@@ -52,11 +52,11 @@ class Holdings:
         """Whether there are too few for that."""
         return self.new_blocks(seq, count) > self.pool.num_free
 
-    def admit(self, seq: Sequence, slot: int) -> int:
-        """Gives a row to a sequence that has pinned its slot; the row."""
-        seq.row = row = heapq.heappop(self._free_rows)
-        self._slots[row] = slot
-        return row
+    def admit(self, seq: Sequence, adapter_slot: int) -> int:
+        """Gives a sequence that has pinned its adapter slot a request slot, which it returns."""
+        seq.request_slot = request_slot = heapq.heappop(self._free)
+        self._adapter_slots[request_slot] = adapter_slot
+        return request_slot
 
     def grow(self, seq: Sequence, count: int) -> None:
         """Gives the blocks for `count` more tokens; there must be room."""
@@ -64,31 +64,32 @@ class Holdings:
 
     def release(self, seq: Sequence) -> None:
         """Takes back all that a sequence holds; published blocks stay cached."""
-        assert seq.row is not None
+        assert seq.request_slot is not None
         self.pool.free(seq.blocks)
         self.adapters.unpin(seq.mix)
-        del self._slots[seq.row]
-        heapq.heappush(self._free_rows, seq.row)
-        self._left_rows.append(seq.row)
-        seq.blocks, seq.row = [], None
+        del self._adapter_slots[seq.request_slot]
+        heapq.heappush(self._free, seq.request_slot)
+        self._freed.append(seq.request_slot)
+        seq.blocks, seq.request_slot = [], None
 
-    def take_left_rows(self) -> tuple[int, ...]:
-        """The rows that sequences left since it was last asked."""
-        left, self._left_rows = tuple(self._left_rows), []
-        return left
+    def take_freed(self) -> tuple[int, ...]:
+        """The request slots that sequences left since it was last asked."""
+        freed, self._freed = tuple(self._freed), []
+        return freed
 
     def reset(self) -> None:
         """Nobody holds anything. Idempotent."""
-        self._free_rows = list(range(self._max_num_seqs))
-        self._left_rows.clear()
-        self._slots.clear()
+        self._free = list(range(self._max_num_seqs))
+        self._freed.clear()
+        self._adapter_slots.clear()
 
     def check_integrity(self, running: Items[Sequence], waiting: Items[Sequence]) -> None:
-        """Asserts that what the sequences hold is what the pool and the rows say."""
+        """Asserts that what the sequences hold is what the pool and the request slots say."""
         self.pool.check_integrity(seq.blocks for seq in [*waiting, *running])
-        rows = sorted(seq.row for seq in running if seq.row is not None)
-        assert len(rows) == len(running), "a running sequence has no row"
-        assert sorted([*rows, *self._free_rows]) == list(range(self._max_num_seqs)), "rows differ"
-        assert sorted(self._slots) == rows, "adapter slots differ"
+        taken = sorted(seq.request_slot for seq in running if seq.request_slot is not None)
+        assert len(taken) == len(running), "a running sequence has no request slot"
+        every = sorted([*taken, *self._free])
+        assert every == list(range(self._max_num_seqs)), "request slots differ"
+        assert sorted(self._adapter_slots) == taken, "adapter slots differ"
         for seq in running:
             assert len(seq.blocks) == self.pool.blocks_for(seq.num_scheduled)

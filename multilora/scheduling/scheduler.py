@@ -1,4 +1,4 @@
-"""Decides what each step computes: who runs, how many tokens, in which row, slot and blocks.
+"""Decides what each step computes: who runs, how many tokens, with which slots and blocks.
 
 One step is `schedule` -> (the runner computes it) -> `update`. Sequences run in order of arrival
 and grow block by block; when the blocks run out, the one that arrived last gives its own back and
@@ -50,7 +50,7 @@ class Scheduler:
         self._max_tokens = config.max_num_batched_tokens
         self._max_model_len = max_model_len
         self._prefixes = PrefixCache(pool)
-        # row -> sequence of each plan that is being computed, the oldest first
+        # request slot -> sequence of each step that is being computed, the oldest first
         self._in_flight: deque[dict[int, Sequence]] = deque()
 
     def add(self, *seqs: Sequence) -> None:
@@ -102,14 +102,14 @@ class Scheduler:
         if seq in self.waiting:
             self.waiting.remove(seq)
             self._prefixes.forget(seq)
-        elif seq.row is not None and not seq.in_flight:
+        elif seq.request_slot is not None and not seq.in_flight:
             self._retire(seq)
 
     def schedule(self, only: Container[int] | None = None) -> SchedulerOutput | None:
         """The next step, or None when nothing can run before those in flight are updated.
 
-        With `only` no other seq_ids take part. `freed_rows` are freed before `new_rows` are taken,
-        and a row may be in both.
+        With `only` no other seq_ids take part. `freed_request_slots` are freed before
+        `new_sequences` take theirs: one may be in both.
         """
         wishes = self._wishes(only)
         if self._in_flight and self._lacks_blocks(wishes):
@@ -118,37 +118,37 @@ class Scheduler:
         before = self.num_preemptions
         budget = self._plan_running(wishes, chunks)
         # Blocks that a preempted sequence gave up are not for a newcomer that arrived later.
-        new_rows: list[NewSequence] = []
+        new_sequences: list[NewSequence] = []
         if self.num_preemptions == before:
-            new_rows = self._plan_waiting(chunks, budget, only)
+            new_sequences = self._plan_waiting(chunks, budget, only)
         self._considered = None
         if not chunks:
             return None
-        rows = {seq.row: seq for seq in self.running}
-        self._in_flight.append({chunk.row: rows[chunk.row] for chunk in chunks})
+        running = {seq.request_slot: seq for seq in self.running}
+        self._in_flight.append({c.request_slot: running[c.request_slot] for c in chunks})
         return SchedulerOutput(
-            new_rows=tuple(new_rows),
+            new_sequences=tuple(new_sequences),
             chunks=tuple(chunks),
-            freed_rows=self._holdings.take_left_rows(),
+            freed_request_slots=self._holdings.take_freed(),
         )
 
     def update(self, output: SchedulerOutput, result: StepResult) -> list[Sequence]:
         """Takes in the result of the oldest step; the sequences with something to tell.
 
-        That is a new token, prompt logprobs or an error, in the order of the chunks. What came of
-        a sequence that was ended in the meantime is dropped.
+        That is a new token, prompt logprobs or an error, in the order of the chunks. The result
+        for a sequence that was ended in the meantime is dropped.
         """
         in_flight = self._in_flight[0]
-        assert [chunk.row for chunk in output.chunks] == list(in_flight), "not the oldest step"
-        assert [row.row for row in result.rows] == list(in_flight), "not of this step"
+        assert [c.request_slot for c in output.chunks] == list(in_flight), "not the oldest step"
+        assert [c.request_slot for c in result.chunks] == list(in_flight), "not of this step"
         advanced = []
-        for chunk, row in zip(output.chunks, result.rows, strict=True):
-            seq = in_flight[chunk.row]
+        for chunk, found in zip(output.chunks, result.chunks, strict=True):
+            seq = in_flight[chunk.request_slot]
             seq.num_computed += chunk.count
             seq.num_pending -= chunk.samples
             if seq.finish_reason is None:
-                self._advance(seq, chunk, row)
-                told = (row.error, row.token, row.prompt_logprobs)
+                self._advance(seq, chunk, found)
+                told = (found.error, found.token, found.prompt_logprobs)
                 if any(part is not None for part in told):
                     advanced.append(seq)
             if seq.finish_reason is not None and not seq.in_flight:
@@ -181,7 +181,7 @@ class Scheduler:
     def reset(self, seqs: Collection[Sequence]) -> None:
         """Forgets all steps: these sequences wait, and nobody holds anything. Idempotent.
 
-        The caller resets what the sequences held: blocks, pins, and the runner's rows.
+        The caller resets what the sequences held: blocks, pins, and the runner's request slots.
         """
         self._considered = None
         self._in_flight.clear()
@@ -195,20 +195,21 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Asserts that what the sequences hold is what the pool and the tables say."""
         self._holdings.check_integrity(self.running, self.waiting)
-        flying = [(row, seq) for plan in self._in_flight for row, seq in plan.items()]
-        assert all(seq.row == row for row, seq in flying), "a row was taken from a plan in flight"
+        flying = [(slot, seq) for step in self._in_flight for slot, seq in step.items()]
+        kept = all(seq.request_slot == slot for slot, seq in flying)
+        assert kept, "a request slot was taken from a step in flight"
         assert self._considered is None, "a schedule was left half-made"
         for seq in self.waiting:
-            assert seq.row is None, "a waiting sequence has a row"
+            assert seq.request_slot is None, "a waiting sequence has a request slot"
             assert not seq.blocks, "a waiting sequence has blocks"
             assert seq.num_scheduled == seq.num_computed == seq.num_pending == 0
             assert seq.finish_reason is None
         for seq in self.running:
             assert seq.num_computed <= seq.num_scheduled <= seq.num_expected
-            plans = sum(one is seq for _, one in flying)
-            assert seq.in_flight == (plans > 0)
-            assert seq.num_pending <= plans
-            assert plans or seq.finish_reason is None, "an ended sequence still runs"
+            steps = sum(one is seq for _, one in flying)
+            assert seq.in_flight == (steps > 0)
+            assert seq.num_pending <= steps
+            assert steps or seq.finish_reason is None, "an ended sequence still runs"
         self._prefixes.check_integrity({seq.seq_id for seq in [*self.waiting, *self.running]})
 
     # Planning -------------------------------------------------------------------------------------
@@ -238,10 +239,10 @@ class Scheduler:
         for seq, wish in wishes:
             self._considered = seq
             count = min(wish, budget)
-            if seq.row is None or not count:  # just preempted, or no budget left
+            if seq.request_slot is None or not count:  # just preempted, or no budget left
                 continue
             self._make_room(seq, count)
-            if seq.row is not None:
+            if seq.request_slot is not None:
                 chunks.append(self._schedule(seq, count))
                 budget -= count
         return budget
@@ -250,15 +251,15 @@ class Scheduler:
         self, chunks: list[ScheduledChunk], budget: int, only: Container[int] | None
     ) -> list[NewSequence]:
         """Admits waiting sequences and appends their first chunks."""
-        new_rows: list[NewSequence] = []
-        if not budget or not self._holdings.has_row:  # before a long queue is put in order
-            return new_rows
+        new_sequences: list[NewSequence] = []
+        if not budget or not self._holdings.has_request_slot:  # before a long queue is put in order
+            return new_sequences
         without_slot: list[Sequence] = []
         leading = {seq.arrival for seq in self.running if self._leads(seq)}
         view = View(tuple(self.running), self._pool.num_free)
         self._considered = None  # a policy that raises is at fault itself
         for seq in self._policy.order(tuple(self.waiting), view):
-            if not budget or not self._holdings.has_row:
+            if not budget or not self._holdings.has_request_slot:
                 break
             if only is not None and seq.seq_id not in only:
                 continue
@@ -270,14 +271,14 @@ class Scheduler:
             if not count:
                 self._adapters.unpin(seq.mix)
                 break  # a smaller one must not overtake it again and again
-            new_rows.append(self._admit(seq, slot))
+            new_sequences.append(self._admit(seq, slot))
             chunks.append(self._schedule(seq, count))
             budget -= count
             if self._leads(seq):
                 leading.add(seq.arrival)
             for other in without_slot if seq.mix else ():
                 other.num_overtaken += 1
-        return new_rows
+        return new_sequences
 
     def _slot_for(
         self, seq: Sequence, without_slot: list[Sequence], leading: set[int]
@@ -310,7 +311,7 @@ class Scheduler:
 
     def _make_room(self, seq: Sequence, count: int) -> None:
         """Preempts from the last arrival on until `seq` can grow, itself if it is the last."""
-        while seq.row is not None and self._holdings.lacks_blocks(seq, count):
+        while seq.request_slot is not None and self._holdings.lacks_blocks(seq, count):
             last = max(self.running, key=by_arrival)
             assert not last.in_flight
             self._release(last)
@@ -338,7 +339,7 @@ class Scheduler:
         self.waiting.remove(seq)
         self.running.append(seq)
         return NewSequence(
-            row=self._holdings.admit(seq, slot),
+            request_slot=self._holdings.admit(seq, slot),
             token_ids=seq.tokens(0, seq.num_tokens),
             num_prompt=len(seq.prompt_ids),
             params=seq.params,
@@ -349,37 +350,38 @@ class Scheduler:
 
     def _schedule(self, seq: Sequence, count: int) -> ScheduledChunk:
         """The next `count` tokens of a running sequence, for which there is room."""
-        assert seq.row is not None
+        assert seq.request_slot is not None
         self._holdings.grow(seq, count)
         start = seq.num_scheduled
         end = start + count
         samples = end == seq.num_expected
         seq.num_scheduled, seq.num_pending = end, seq.num_pending + samples
         return ScheduledChunk(
-            row=seq.row,
+            request_slot=seq.request_slot,
             start=start,
             count=count,
-            slot=self._holdings.slot(seq),
+            slot=self._holdings.adapter_slot(seq),
             blocks=tuple(seq.blocks),
             samples=samples,
         )
 
     # Updating -------------------------------------------------------------------------------------
 
-    def _advance(self, seq: Sequence, chunk: ScheduledChunk, row: ChunkResult) -> None:
+    def _advance(self, seq: Sequence, chunk: ScheduledChunk, found: ChunkResult) -> None:
         """Takes in the result of one chunk, and sets the finish reason if it was the last."""
         self.num_prompt_tokens += max(min(seq.num_computed, len(seq.prompt_ids)) - chunk.start, 0)
-        if row.error is not None:  # what it computed is not to be shared
-            seq.error, seq.finish_reason = row.error, FinishReason.ERROR
+        if found.error is not None:  # what it computed is not to be shared
+            seq.error, seq.finish_reason = found.error, FinishReason.ERROR
             return
         self._prefixes.publish(seq, chunk.start)
-        if row.prompt_logprobs:  # after a preemption the first ones are there already
-            seq.prompt_logprobs += row.prompt_logprobs[len(seq.prompt_logprobs) - chunk.start :]
-        assert (row.token is not None) == chunk.samples, "a token where none is due, or none"
-        if row.token is not None:
-            if row.logprobs is not None:
-                seq.output_logprobs.append(row.logprobs)
-            seq.output_ids.append(row.token)  # with that it has it, whatever is raised from now on
+        if found.prompt_logprobs:  # after a preemption the first ones are there already
+            seq.prompt_logprobs += found.prompt_logprobs[len(seq.prompt_logprobs) - chunk.start :]
+        assert (found.token is not None) == chunk.samples, "a token where none is due, or none"
+        if found.token is not None:
+            if found.logprobs is not None:
+                seq.output_logprobs.append(found.logprobs)
+            # With that it has the token, whatever is raised from now on.
+            seq.output_ids.append(found.token)
             self.num_generated_tokens += 1
             seq.end_if_due()
 

@@ -10,9 +10,9 @@ from ..sampling_params import SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class NewSequence:
-    """A sequence that takes a runner row in this step: all that the runner must know of it."""
+    """A sequence that takes a request slot in this step: all that the runner must know of it."""
 
-    row: int
+    request_slot: int
     token_ids: list[int]  # prompt, and output so far when it was preempted
     num_prompt: int
     params: SamplingParams
@@ -23,9 +23,9 @@ class NewSequence:
 
 @dataclass(frozen=True, slots=True)
 class ScheduledChunk:
-    """Tokens `start : start + count` of the sequence in `row`, without their values."""
+    """Tokens `start : start + count` of the sequence in `request_slot`, without values."""
 
-    row: int
+    request_slot: int
     start: int
     count: int
     slot: int  # adapter table slot, -1 = base
@@ -37,9 +37,9 @@ class ScheduledChunk:
 class SchedulerOutput:
     """One step."""
 
-    new_rows: tuple[NewSequence, ...]
+    new_sequences: tuple[NewSequence, ...]
     chunks: tuple[ScheduledChunk, ...]
-    freed_rows: tuple[int, ...]  # rows whose sequence left since the last plan
+    freed_request_slots: tuple[int, ...]  # whose sequence left since the last step
 
     @property
     def num_tokens(self) -> int:
@@ -49,9 +49,9 @@ class SchedulerOutput:
 
 @dataclass(frozen=True, slots=True)
 class ChunkResult:
-    """What came of one chunk."""
+    """The result of one chunk."""
 
-    row: int
+    request_slot: int
     token: int | None  # the sampled token, None when the chunk sampled none
     logprobs: TokenLogprobs | None
     prompt_logprobs: list[TokenLogprobs] | None  # of prompt positions start + 1 ..
@@ -60,6 +60,6 @@ class ChunkResult:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What came of a plan, in the order of its chunks."""
+    """The results of a step, in the order of its chunks."""
 
-    rows: tuple[ChunkResult, ...]
+    chunks: tuple[ChunkResult, ...]

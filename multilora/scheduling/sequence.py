@@ -34,7 +34,7 @@ class Sequence:
     num_cached: int | None = None  # of those, from the prefix cache at the first admission
     num_overtaken: int = 0  # later ones that got an adapter slot when there was none for it
     blocks: list[int] = field(default_factory=list)
-    row: int | None = None  # the runner's row while it runs
+    request_slot: int | None = None  # while it runs
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: str | None = None  # why, when it ended with FinishReason.ERROR
@@ -51,7 +51,7 @@ class Sequence:
 
     @property
     def in_flight(self) -> bool:
-        """Whether a plan that is not yet committed computes some of it."""
+        """Whether a step in flight computes some of it."""
         return self.num_computed < self.num_scheduled
 
     def tokens(self, start: int, end: int) -> list[int]:
@@ -84,6 +84,6 @@ class Sequence:
         """Back to its tokens, as if nothing of it had been computed and it held nothing."""
         del self.output_logprobs[len(self.output_ids) :]  # of a token that did not arrive
         self.num_scheduled = self.num_computed = self.num_pending = 0
-        self.blocks, self.row = [], None
+        self.blocks, self.request_slot = [], None
         if self.output_ids and self.finish_reason is None:
             self.end_if_due()

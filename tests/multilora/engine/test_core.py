@@ -268,9 +268,9 @@ def _raises_for(engine: Engine, token: int, failed: list[int]) -> Any:
     submit = engine.runner.submit
 
     def submit_or_raise(output: Any) -> Any:
-        rows = {seq.row: seq for seq in engine.scheduler.running}
+        running = {seq.request_slot: seq for seq in engine.scheduler.running}
         for chunk in output.chunks:
-            if token in rows[chunk.row].tokens(chunk.start, chunk.start + chunk.count):
+            if token in running[chunk.request_slot].tokens(chunk.start, chunk.start + chunk.count):
                 failed.append(len(output.chunks))
                 raise Poison("a bad token")
         return submit(output)

@@ -86,8 +86,8 @@ def answers(runner: ModelRunner, depth: int = 1) -> list[tuple[ChunkResult, ...]
     for step in range(STEPS):
         handles.append(runner.submit(plan_of(step)))
         if len(handles) == depth:
-            found.append(runner.collect(handles.pop(0)).rows)
-    return found + [runner.collect(handle).rows for handle in handles]
+            found.append(runner.collect(handles.pop(0)).chunks)
+    return found + [runner.collect(handle).chunks for handle in handles]
 
 
 class Events:
@@ -198,11 +198,11 @@ def test_a_health_check_changes_nothing(root: Path, case: str) -> None:
     runner.check_health()
     assert torch.equal(runner.cache.k, before[0])
     assert torch.equal(runner.cache.v, before[1])
-    found = [runner.collect(handle).rows]
+    found = [runner.collect(handle).chunks]
     for step in range(1, STEPS):
         handle = runner.submit(plan_of(step))
         runner.check_health()  # beside a step in flight
-        found.append(runner.collect(handle).rows)
+        found.append(runner.collect(handle).chunks)
     assert found == wanted
 
 
@@ -225,16 +225,21 @@ def test_a_chunk_says_why_it_has_no_token(root: Path, case: str) -> None:
     healthy = answers(runner)[0]
     plan = plan_of(0)
     masked = SamplingParams(allowed_token_ids=[4], min_tokens=2)
-    new = replace(plan.new_rows[1], params=masked, stop_ids=frozenset((4,)))
+    new = replace(plan.new_sequences[1], params=masked, stop_ids=frozenset((4,)))
     result = runner.collect(
-        runner.submit(replace(plan, new_rows=(plan.new_rows[0], new, plan.new_rows[2])))
+        runner.submit(
+            replace(plan, new_sequences=(plan.new_sequences[0], new, plan.new_sequences[2]))
+        )
     )
-    assert (result.rows[1].token, result.rows[1].error) == (None, MESSAGES[SampleError.NO_TOKEN])
-    assert (result.rows[0], result.rows[2]) == (healthy[0], healthy[2])
+    assert (result.chunks[1].token, result.chunks[1].error) == (
+        None,
+        MESSAGES[SampleError.NO_TOKEN],
+    )
+    assert (result.chunks[0], result.chunks[2]) == (healthy[0], healthy[2])
     runner.reset()
     runner.model.norm.weight.fill_(float("nan"))
     result = runner.collect(runner.submit(plan))
-    assert [(row.token, row.error) for row in result.rows] == [
+    assert [(chunk.token, chunk.error) for chunk in result.chunks] == [
         (None, MESSAGES[SampleError.NOT_FINITE])
     ] * 3
 

@@ -63,7 +63,7 @@ class Case:
             held = tuple(next(blocks) for _ in range(-(-end // SIZE)))
             chunks.append(
                 ScheduledChunk(
-                    row=slot,
+                    request_slot=slot,
                     start=start,
                     count=end - start,
                     slot=draw.choice((-1, 0, 1, 2)),
@@ -80,10 +80,13 @@ class Case:
 def test_every_token_and_row_is_where_it_belongs(seed: int) -> None:
     case = Case(seed)
     step, t = case.step, case.step.tensors
-    assert list(step.chunks) == sorted(case.plan.chunks, key=lambda c: (c.slot, c.row))
+    assert list(step.chunks) == sorted(case.plan.chunks, key=lambda c: (c.slot, c.request_slot))
     tokens, logits, sampled, scored = [], [], [], []
     for chunk, count in zip(step.chunks, step.num_scored, strict=True):
-        new, positions = case.sequences[chunk.row], range(chunk.start, chunk.start + chunk.count)
+        new, positions = (
+            case.sequences[chunk.request_slot],
+            range(chunk.start, chunk.start + chunk.count),
+        )
         scores = 0
         for position in positions:
             is_known = position < len(new.token_ids)
@@ -95,10 +98,10 @@ def test_every_token_and_row_is_where_it_belongs(seed: int) -> None:
                 scores += 1
             is_last = position == positions[-1] and chunk.samples
             if is_last:
-                sampled.append((len(logits), chunk.row, position + 1 - new.num_prompt))
+                sampled.append((len(logits), chunk.request_slot, position + 1 - new.num_prompt))
             if wants or is_last:
                 logits.append(len(tokens))
-            slot = -1 if is_known else chunk.row
+            slot = -1 if is_known else chunk.request_slot
             tokens.append((token, slot, position, block * SIZE + position % SIZE, chunk.slot))
         assert count == scores
     ids, slots, positions, kv_slots, adapters = map(list, zip(*tokens, strict=True))
@@ -230,7 +233,7 @@ def test_a_request_slot_forgets_who_had_it() -> None:
     old = ScheduledChunk(0, 0, 9, -1, (1, 2, 3), True)
     slots.take(SchedulerOutput((new_sequence(0, [8] * 9, 9, prompt_logprobs=1),), (old,), ()))
     new = ScheduledChunk(0, 0, 5, -1, (7, 8), True)
-    slots.take(SchedulerOutput((new_sequence(0, [4] * 5, 5),), (new,), freed_rows=(0,)))
+    slots.take(SchedulerOutput((new_sequence(0, [4] * 5, 5),), (new,), freed_request_slots=(0,)))
     step = lay_out((new,), slots, FakeStore(), 1)  # type: ignore[arg-type]
     assert step.tensors.token_ids.tolist() == [4] * 5
     assert step.tensors.kv_slots.tolist() == [28, 29, 30, 31, 32]

@@ -70,7 +70,7 @@ class House:
         self.slots = FakeSlots(num_slots)
         self.scheduler = Scheduler(config, self.pool, self.slots, max_model_len=256)
         self.config = config
-        self.rows: dict[int, list[int]] = {}  # as the runner knows them
+        self.tokens: dict[int, list[int]] = {}  # by request slot, as the runner has them
         self.content: dict[tuple[int, int], tuple[bytes, tuple[int, ...]]] = {}
         self.count = 0
 
@@ -99,11 +99,11 @@ class House:
         if plan is None:
             return None
         assert 0 < plan.num_tokens <= self.config.max_num_batched_tokens
-        for row in plan.freed_rows:
-            del self.rows[row]
-        for new in plan.new_rows:
-            assert new.row not in self.rows
-            self.rows[new.row] = list(new.token_ids)
+        for slot in plan.freed_request_slots:
+            del self.tokens[slot]
+        for new in plan.new_sequences:
+            assert new.request_slot not in self.tokens
+            self.tokens[new.request_slot] = list(new.token_ids)
         return plan
 
     def run(
@@ -114,8 +114,10 @@ class House:
     ) -> StepResult:
         results = []
         for chunk in plan.chunks:
-            seq = next(seq for seq in self.scheduler.running if seq.row == chunk.row)
-            known = self.rows[chunk.row]
+            seq = next(
+                seq for seq in self.scheduler.running if seq.request_slot == chunk.request_slot
+            )
+            known = self.tokens[chunk.request_slot]
             assert chunk.slot == (self.slots.table[seq.mix] if seq.mix else -1)
             for position in range(chunk.start, chunk.start + chunk.count):
                 where = chunk.blocks[position // 4], position % 4
@@ -130,11 +132,11 @@ class House:
             wanted = seq.params.prompt_logprobs is not None and chunk.start < len(seq.prompt_ids)
             results.append(
                 ChunkResult(
-                    chunk.row,
+                    chunk.request_slot,
                     new,
                     None,
                     [] if wanted else None,
-                    "failed" if chunk.row == failed else None,
+                    "failed" if chunk.request_slot == failed else None,
                 )
             )
         return StepResult(tuple(results))
@@ -185,8 +187,8 @@ def test_decodes_share_the_budget_with_a_new_prefill() -> None:
     house.seq(list(range(10, 20)))
     plan = house.plan()
     assert plan is not None
-    assert [(c.row, c.start, c.count) for c in plan.chunks] == [(0, 2, 1), (1, 0, 5)]
-    assert [(n.row, n.num_prompt, n.token_ids) for n in plan.new_rows] == [
+    assert [(c.request_slot, c.start, c.count) for c in plan.chunks] == [(0, 2, 1), (1, 0, 5)]
+    assert [(n.request_slot, n.num_prompt, n.token_ids) for n in plan.new_sequences] == [
         (1, 10, list(range(10, 20)))
     ]
 
@@ -288,8 +290,8 @@ def test_the_last_arrival_is_preempted_and_recomputed() -> None:
     assert house.scheduler.num_preemptions == 1
     assert house.scheduler.running == [first]
     assert house.scheduler.waiting == [last]  # and not admitted in the same plan
-    assert plan.freed_rows == (1,)
-    assert (last.num_scheduled, last.blocks, last.row) == (0, [], None)
+    assert plan.freed_request_slots == (1,)
+    assert (last.num_scheduled, last.blocks, last.request_slot) == (0, [], None)
     house.scheduler.update(plan, house.run(plan))
     while house.step():
         pass
@@ -307,7 +309,7 @@ def test_a_preempted_sequence_finds_its_own_blocks_which_is_no_hit() -> None:
     plan = house.plan()
     assert plan is not None
     assert (plan.chunks[0].start, plan.chunks[0].count) == (8, 1)
-    assert plan.new_rows[0].token_ids == [3] * 7 + [9] * 2
+    assert plan.new_sequences[0].token_ids == [3] * 7 + [9] * 2
     assert last.num_cached == 0
 
 
@@ -320,7 +322,7 @@ def test_no_one_is_admitted_in_a_plan_that_preempts() -> None:
         assert plan is not None
         house.scheduler.update(plan, house.run(plan))
         if house.scheduler.num_preemptions:
-            assert plan.new_rows == ()
+            assert plan.new_sequences == ()
         house.scheduler.abort(newcomer)
     assert house.pool.num_free == 1  # enough for a first chunk
     assert house.scheduler.waiting == [last]
@@ -429,7 +431,7 @@ def test_nothing_is_planned_while_every_adapter_is_cold() -> None:
     assert house.plan() is not None
 
 
-def test_rows_are_limited_and_reused() -> None:
+def test_request_slots_are_limited_and_reused() -> None:
     house = House(max_num_seqs=2)
     seqs = [house.seq([1], max_tokens=1) for _ in range(5)]
     assert house.step() == seqs[:2]
@@ -446,10 +448,10 @@ def test_abort_works_in_every_state() -> None:
     house.step()
     house.scheduler.abort(running)
     house.check()
-    assert running.row is None
+    assert running.request_slot is None
     plan = house.plan()
     assert plan is not None
-    assert plan.freed_rows == (0,)
+    assert plan.freed_request_slots == (0,)
     house.scheduler.abort(flying)
     house.check()
     assert flying.blocks, "the runner still writes them"
@@ -513,8 +515,10 @@ def test_plans_are_committed_once_and_in_their_order() -> None:
 
 
 def answer(plan: SchedulerOutput, token: int = 9) -> StepResult:
-    rows = (ChunkResult(c.row, token if c.samples else None, None, None) for c in plan.chunks)
-    return StepResult(tuple(rows))
+    results = (
+        ChunkResult(c.request_slot, token if c.samples else None, None, None) for c in plan.chunks
+    )
+    return StepResult(tuple(results))
 
 
 def test_a_plan_ahead_counts_on_a_token_that_is_not_sampled_yet() -> None:
