@@ -37,6 +37,7 @@ from .ops import (
     silu_mul,
     top_logprobs,
 )
+from .packed_lora import LoraWeights, PackedLora, pack_lora, pages_for, write_lora_
 from .packed_weight import (
     PackedWeight,
     pack,
@@ -46,19 +47,22 @@ from .packed_weight import (
     unpack_rows,
     worth_packing,
 )
-from .tiles import DECODE_TILE, PREFILL_TILE, Table, Tiles, make_tiles
+from .tiles import DECODE_TILE, PAGE_ROWS, PREFILL_TILE, Table, Tiles, make_tiles
 from .tiles import capacity as tile_capacity
 
 __all__ = [
     "DECODE_TILE",
     "HAS_CPP",
+    "PAGE_ROWS",
     "PREFILL_TILE",
     "BufferPool",
     "Capture",
     "Compilations",
     "KernelCall",
     "KernelSequence",
+    "LoraWeights",
     "NotDifferentiable",
+    "PackedLora",
     "PackedWeight",
     "Table",
     "Tiles",
@@ -78,8 +82,10 @@ __all__ = [
     "lora_splits",
     "make_tiles",
     "pack",
+    "pack_lora",
     "pack_quantized",
     "paged_attention",
+    "pages_for",
     "quantize",
     "reference",
     "results_in",
@@ -92,4 +98,5 @@ __all__ = [
     "unpack",
     "unpack_rows",
     "worth_packing",
+    "write_lora_",
 ]

@@ -13,10 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tiles import Table, Tiles
-
-PAGE = 8
-"""Rank rows in a page."""
+from .tiles import PAGE_ROWS, Table, Tiles
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -41,7 +38,7 @@ def lora_shrink(
     Beyond a row's pages, and for rows in no tile, they are 0 here; nobody may rely on that.
     """
     wide, max_pages, slices = _wide(x), table.page_ids.shape[1], a_pages.shape[1]
-    planes = torch.zeros((split_k, len(x), slices, max_pages, PAGE), dtype=wide)
+    planes = torch.zeros((split_k, len(x), slices, max_pages, PAGE_ROWS), dtype=wide)
     parts = torch.arange(x.shape[1]).tensor_split(split_k)
     for slot, rows in _tiles(tiles):
         for p in range(int(table.num_pages[slot])):
@@ -63,7 +60,7 @@ def lora_expand_(
 ) -> None:
     """`y[t] = round(scale * y[t] + sum_p B[p]^T (weight_p * u[t, p]) + bias)`, pages in order."""
     wide, max_pages = _wide(y), table.page_ids.shape[1]
-    u = planes.sum(0).reshape(len(y), len(slice_starts) - 1, max_pages, PAGE)
+    u = planes.sum(0).reshape(len(y), len(slice_starts) - 1, max_pages, PAGE_ROWS)
     for slot, rows in _tiles(tiles):
         total = y[rows].to(wide)
         row = -1 if table.scale_row is None else int(table.scale_row[slot])
@@ -103,7 +100,7 @@ def lora_embed_(
 ) -> None:
     """`lora_` for an embedding: A's column of the token stands for `A @ one_hot`."""
     wide, max_pages = _wide(y), table.page_ids.shape[1]
-    planes = torch.full((1, len(y), max_pages, PAGE), float("nan"), dtype=wide)
+    planes = torch.full((1, len(y), max_pages, PAGE_ROWS), float("nan"), dtype=wide)
     for slot, rows in _tiles(tiles):
         for p in range(int(table.num_pages[slot])):
             planes[0, rows, p] = a_pages[int(table.page_ids[slot, p]), ids[rows]].to(wide)

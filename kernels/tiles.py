@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+PAGE_ROWS = 8
+"""Rank rows in a page."""
+
 DECODE_TILE, PREFILL_TILE = 16, 64
 """Most tokens in a tile, for steps of single tokens and for steps that hold a prompt."""
 

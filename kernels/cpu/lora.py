@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import index_checks, reference
-from ..tiles import Table, Tiles
+from ..tiles import PAGE_ROWS, Table, Tiles
 from . import graph, native
 from .row_independence import ROWS, padded
 
@@ -229,7 +229,7 @@ def _expand(
         page_ids = table.page_ids[slots, p].long()
         u = shrink(chosen, page_ids) * table.page_weights[slots, p][:, None, None]
         u = u.to(b_pages.dtype).float()
-        u = u.reshape(*u.shape[:2], -1, reference.PAGE)
+        u = u.reshape(*u.shape[:2], -1, PAGE_ROWS)
         b = b_pages[page_ids].float()
         everything = len(chosen) == len(total)
         for s, (first, last) in enumerate(itertools.pairwise(slice_starts)):

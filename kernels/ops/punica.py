@@ -9,11 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..tiles import DECODE_TILE, PREFILL_TILE, Table, capacity, make_tiles
+from ..tiles import DECODE_TILE, PAGE_ROWS, PREFILL_TILE, Table, capacity, make_tiles
 from .arguments import check
 from .lora import lora_
-
-_PAGE = 8  # rank rows
 
 
 def sgmv_(
@@ -70,9 +68,12 @@ def _as_pages(wa: Tensor, wb: Tensor, layer_idx: int, scale: float) -> tuple[Tab
     check(wa.shape[:3] == wb.shape[:3], "wa and wb must have the same slots, layers and rank")
     check(wa.is_contiguous() and wb.is_contiguous(), "wa and wb must be contiguous")
     num_slots, layers, rank, _ = wa.shape
-    check(rank % _PAGE == 0, f"rank {rank} is no multiple of {_PAGE}: pad it with rows of zeros")
+    check(
+        rank % PAGE_ROWS == 0,
+        f"rank {rank} is no multiple of {PAGE_ROWS}: pad it with rows of zeros",
+    )
     check(0 <= layer_idx < layers, f"layer_idx {layer_idx} is not within 0..{layers - 1}")
-    each, device = rank // _PAGE, wa.device
+    each, device = rank // PAGE_ROWS, wa.device
     first = (torch.arange(num_slots, device=device) * layers + layer_idx) * each
     page_ids = (first[:, None] + torch.arange(each, device=device)).to(torch.int32)
     table = Table(
@@ -80,5 +81,5 @@ def _as_pages(wa: Tensor, wb: Tensor, layer_idx: int, scale: float) -> tuple[Tab
         torch.full(page_ids.shape, scale, dtype=torch.float32, device=device),
         torch.full((num_slots,), each, dtype=torch.int32, device=device),
     )
-    a_pages, b_pages = (w.view(-1, _PAGE, w.shape[3]) for w in (wa, wb))
+    a_pages, b_pages = (w.view(-1, PAGE_ROWS, w.shape[3]) for w in (wa, wb))
     return table, a_pages.unsqueeze(1), b_pages

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from multilora_kernels import Table, empty_huge
+from multilora_kernels import (
+    PAGE_ROWS,
+    LoraWeights,
+    Table,
+    empty_huge,
+    pages_for,
+    write_lora_,
+)
 
 from ..errors import AdapterInvalid
 
@@ -27,7 +34,6 @@ if TYPE_CHECKING:
     from .peft.reader import Adapter
 
 
-PAGE_ROWS = 8
 COLUMNS = 16
 """Columns of a table come in so many: for a number that 16 does not divide Triton compiles anew."""
 
@@ -50,11 +56,6 @@ class PackedSite:
         return self.a.nbytes + self.b.nbytes
 
 
-def pages_for(rank: int) -> int:
-    """Pages that hold so many rank rows."""
-    return -(-rank // PAGE_ROWS)
-
-
 def pack(adapter: Adapter, site: Site, dtype: torch.dtype) -> PackedSite | None:
     """Lays the adapter's weights at one site out as pages; None if it does not target the site.
 
@@ -64,29 +65,28 @@ def pack(adapter: Adapter, site: Site, dtype: torch.dtype) -> PackedSite | None:
     pages = pages_for(adapter.rank_at(site.name))
     if not pages:
         return None
-    rows = pages * PAGE_ROWS
-    a = torch.zeros(site.layers, len(site.slices), rows, site.in_, dtype=dtype)
-    b = torch.zeros(site.layers, rows, site.out, dtype=dtype)
+    a = torch.zeros(pages, *a_shape(site), dtype=dtype)
+    b = torch.zeros(pages, site.layers, PAGE_ROWS, site.out, dtype=dtype)
+    rows = a.mT[:, None, None] if site.name == "embed" else a  # [pages, layers, slices, 8, in]
     starts = site.slice_starts
     for (name, layer, index), module in adapter.modules.items():
-        if name != site.name:
-            continue
-        rank = module.a.shape[0]
-        a[layer, index, :rank] = module.a.to(dtype)
-        scaled = (module.b.float() * module.scale).to(dtype)
-        b[layer, :rank, starts[index] : starts[index + 1]] = scaled.T
+        if name == site.name:
+            columns = b[:, layer, :, starts[index] : starts[index + 1]]
+            weights = LoraWeights(module.a, module.b, module.scale)
+            write_lora_(rows[:, layer, index], columns, weights)
     if not all(math.isfinite(end) for values in (a, b) for end in torch.aminmax(values)):
         raise AdapterInvalid(
             f"the adapter's weights at site {site.name} (A, or alpha / r times B) overflow "
             f"{dtype}; lower its lora_alpha, or start with lora_dtype='float32'"
         )
-    if site.name == "embed":  # looked up by token: a token's 8 values lie side by side
-        a_pages = a.view(pages, PAGE_ROWS, site.in_).transpose(1, 2)
-    else:
-        a = a.view(site.layers, len(site.slices), pages, PAGE_ROWS, site.in_)
-        a_pages = a.permute(2, 0, 1, 3, 4)
-    b_pages = b.view(site.layers, pages, PAGE_ROWS, site.out).transpose(0, 1)
-    return PackedSite(a_pages.contiguous(), b_pages.contiguous())
+    return PackedSite(a, b)
+
+
+def a_shape(site: Site) -> tuple[int, ...]:
+    """The A of one page. The embedding's is looked up by token: 8 values side by side for each."""
+    if site.name == "embed":
+        return (site.in_, PAGE_ROWS)
+    return (site.layers, len(site.slices), PAGE_ROWS, site.in_)
 
 
 class RankPagePool:
@@ -102,10 +102,7 @@ class RankPagePool:
     ) -> None:
         self.capacity = capacity
         self._dtype, self._device = dtype, device
-        self._a_shape: tuple[int, ...] = (site.layers, len(site.slices), PAGE_ROWS, site.in_)
-        self._by_token = site.name == "embed"
-        if self._by_token:
-            self._a_shape = (site.in_, PAGE_ROWS)
+        self._a_shape, self._by_token = a_shape(site), site.name == "embed"
         self._b_shape = (site.layers, PAGE_ROWS, site.out)
         self._pages: tuple[Tensor, Tensor] | None = None
         self._free = list(range(capacity))[::-1]

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from multilora_kernels import PAGE_ROWS, pages_for
+
 from ..errors import (
     AdapterError,
     AdapterInvalid,
@@ -26,7 +28,7 @@ from ..errors import (
 )
 from .device_cache import DeviceAdapterCache
 from .mix import AdapterSpec, Mix, mix_identity
-from .rank_pages import PAGE_ROWS, AdapterTable, PackedSite, RankPagePool, pack, pages_for
+from .rank_pages import AdapterTable, PackedSite, RankPagePool, pack
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -82,12 +84,11 @@ class AdapterStore:
         self._host: dict[str, HostAdapter] = {}  # by digest
         self._holds: Counter[str] = Counter()  # by digest
         self._capacity = config.pages_per_site(is_gpu)
-        self._max_pages = config.max_lora_rank // PAGE_ROWS
         pools = {
             name: RankPagePool(site, self._capacity, dtype=dtype, device=device)
             for name, site in sites.items()
         }
-        table = AdapterTable(sites, config.max_loras, self._max_pages, device)
+        table = AdapterTable(sites, config.max_loras, config.max_lora_rank // PAGE_ROWS, device)
         self._device = DeviceAdapterCache(pools, table, config.max_loras)
 
     # Names -----------------------------------------------------------------------------------
@@ -323,13 +324,12 @@ class AdapterStore:
                 del self._host[digest]
 
     def _check_size(self, name: str, adapter: Adapter) -> None:
+        pages = pages_for(adapter.rank)  # at one site at least
         if adapter.rank > self._config.max_lora_rank:
             raise AdapterTooLarge(
-                f"adapter {name!r} has rank {adapter.rank}, above "
-                f"max_lora_rank={self._config.max_lora_rank}; "
-                f"restart with max_lora_rank={pages_for(adapter.rank) * PAGE_ROWS}"
+                f"adapter {name!r} has rank {adapter.rank}, above max_lora_rank="
+                f"{self._config.max_lora_rank}; restart with max_lora_rank={pages * PAGE_ROWS}"
             )
-        pages = pages_for(adapter.rank)  # at one site at least
         if pages > self._capacity:
             raise AdapterTooLarge(
                 f"adapter {name!r} needs {pages} rank pages at a site, but a site has "
@@ -342,7 +342,7 @@ class AdapterStore:
             for site, packed in self._host[digest].packed.items():
                 pages[site] += packed.num_pages
         site, most = max(pages.items(), key=lambda item: item[1], default=("", 0))
-        if most > self._max_pages:
+        if most * PAGE_ROWS > self._config.max_lora_rank:
             raise AdapterTooLarge(
                 f"the adapters of this mix have rank {most * PAGE_ROWS} together at site {site}, "
                 f"above max_lora_rank={self._config.max_lora_rank}; mix fewer or smaller ones, "
