@@ -58,7 +58,8 @@ class SamplingParams:
     allowed_token_ids: Ids[int] | None = None
     """The only tokens that may be generated. None = all."""
     bad_words: Ids[str] | None = None
-    """Texts that are not generated: the token that would complete one is impossible."""
+    """Words that are not generated: the token that would complete one, as the tokenizer writes it
+    at the start of a text or after a space, is impossible."""
     logits_processors: Ids[LogitsProcessorLike] | None = None
     """Called, in order, with (output ids, logits) or (prompt ids, output ids, logits); they return
     the logits, fp32 [vocab], which they may change in place. On a CPU only."""

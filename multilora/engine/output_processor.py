@@ -208,18 +208,19 @@ class RequestState:
         kind = self.params.output_kind
         if kind is RequestOutputKind.FINAL_ONLY:
             return not self.unfinished
-        return not self.unfinished or any(self._due())
+        return not self.unfinished or bool(self._shown(is_delta=True))
 
-    def _due(self) -> list[bool]:
+    def _shown(self, *, is_delta: bool) -> list[CompletionState]:
+        """The answers that an output has."""
         interval = self.params.stream_interval or 1
-        return [answer.is_due(interval) for answer in self.answers]
+        return [a for a in self.answers if not is_delta or a.is_due(interval)]
 
     def tell(self) -> RequestOutput:
         """What its caller wants to hear, to be followed by `was_told` when it is there."""
-        output = self.output(is_delta=self.params.output_kind is RequestOutputKind.DELTA)
-        for answer in self.answers:
+        is_delta = self.params.output_kind is RequestOutputKind.DELTA
+        for answer in self._shown(is_delta=is_delta):
             answer.tell()
-        return output
+        return self.output(is_delta=is_delta)
 
     def was_told(self) -> None:
         """The last output has reached the caller."""
@@ -245,15 +246,12 @@ class RequestState:
     def output(self, *, is_delta: bool = False) -> RequestOutput:
         """Everything so far; of its answers with `is_delta` what is new, of those that have it."""
         seqs = [answer.seq for answer in self.answers]
-        answers = self.answers
-        if is_delta:
-            answers = [a for a, due in zip(answers, self._due(), strict=True) if due]
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
             prompt_token_ids=self._shown_ids,
             prompt_logprobs=self._prompt_logprobs(),
-            outputs=[answer.output(is_delta=is_delta) for answer in answers],
+            outputs=[a.output(is_delta=is_delta) for a in self._shown(is_delta=is_delta)],
             finished=not self.unfinished,
             num_cached_tokens=seqs[0].num_cached or 0,
             adapter=self.adapter if isinstance(self.adapter, str | None) else dict(self.adapter),
