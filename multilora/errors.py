@@ -68,3 +68,12 @@ class EngineBusyError(MultiloraError, RuntimeError):
 
 class EngineDeadError(MultiloraError, RuntimeError):
     """Nothing runs any more."""
+
+
+def shown(value: object) -> str:
+    """A caller's value for the text of an error: short, whatever it is."""
+    try:
+        text = repr(value)
+    except Exception:  # an integer of more digits than Python prints, or a class of the caller's
+        return f"a value of type {type(value).__name__} that cannot be printed"
+    return text if len(text) <= 100 else f"{text[:100]}..."

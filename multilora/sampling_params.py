@@ -8,10 +8,11 @@ from collections.abc import Sequence as Ids
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .errors import RequestError
+from .errors import RequestError, shown
 
 # Caps on what one request may ask for: each is a denial of service when unbounded.
 MAX_N, MAX_LOGPROBS, MAX_STOPS, MAX_STOP_CHARS, MAX_BIASED = 128, 20, 16, 1024, 1024
+MAX_COUNT = 2**63 - 1  # what no other limit bounds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +48,7 @@ class SamplingParams:
         self._check_numbers()
         if len(stop) > MAX_STOPS or any(not isinstance(s, str) or not s for s in stop):
             raise RequestError(
-                f"stop must be at most {MAX_STOPS} non-empty strings, not {self.stop!r}"
+                f"stop must be at most {MAX_STOPS} non-empty strings, not {shown(self.stop)}"
             )
         if any(len(s) > MAX_STOP_CHARS for s in stop):
             raise RequestError(f"a stop string may have at most {MAX_STOP_CHARS} characters")
@@ -55,8 +56,9 @@ class SamplingParams:
             raise RequestError("stop strings need detokenize=True; use stop_token_ids instead")
         for name in ("stop_token_ids", "allowed_token_ids"):
             ids = getattr(self, name)
-            if ids is not None and any(not _is_int(i) or i < 0 for i in ids):
-                raise RequestError(f"{name} must be token ids, not {ids!r}")
+            for token in ids or ():
+                if not _is_int(token) or token < 0:
+                    raise RequestError(f"{name} must be token ids, not {shown(token)}")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise RequestError(
                 "allowed_token_ids is empty: no token could be chosen; give None for all"
@@ -66,24 +68,25 @@ class SamplingParams:
             raise RequestError(f"logit_bias may name at most {MAX_BIASED} tokens, not {len(bias)}")
         for token, value in bias.items():
             if not _is_int(token) or token < 0 or not _finite(value) or not -100 <= value <= 100:
-                raise RequestError(f"logit_bias {{{token!r}: {value!r}}}: ids map to -100..100")
+                entry = f"{{{shown(token)}: {shown(value)}}}"
+                raise RequestError(f"logit_bias {entry}: ids map to -100..100")
 
     def _check_counts(self) -> None:
         for name, low, high in (
             ("n", 1, MAX_N),
-            ("top_k", -1, None),
-            ("min_tokens", 0, None),
-            ("max_tokens", 1, None),
+            ("top_k", -1, MAX_COUNT),
+            ("min_tokens", 0, MAX_COUNT),
+            ("max_tokens", 1, MAX_COUNT),
             ("logprobs", 0, MAX_LOGPROBS),
             ("prompt_logprobs", 0, MAX_LOGPROBS),
-            ("seed", -(2**63), 2**63 - 1),
+            ("seed", -(2**63), MAX_COUNT),
         ):
             value = getattr(self, name)
             if value is None and name in ("max_tokens", "logprobs", "prompt_logprobs", "seed"):
                 continue
-            if not _is_int(value) or value < low or (high is not None and value > high):
-                limit = f"from {low} to {high}" if high is not None else f">= {low}"
-                raise RequestError(f"{name} must be an integer {limit}, not {value!r}")
+            if not _is_int(value) or not low <= value <= high:
+                limit = f"from {low} to {high}" if high != MAX_COUNT else f">= {low}"
+                raise RequestError(f"{name} must be an integer {limit}, not {shown(value)}")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(
                 f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}"
@@ -100,7 +103,9 @@ class SamplingParams:
         ):
             value = getattr(self, name)
             if not _finite(value) or not low <= value <= high:
-                raise RequestError(f"{name} must be a number from {low} to {high}, not {value!r}")
+                raise RequestError(
+                    f"{name} must be a number from {low} to {high}, not {shown(value)}"
+                )
         if self.top_p == 0 or self.repetition_penalty == 0:
             raise RequestError("top_p and repetition_penalty must be above 0")
 
@@ -121,4 +126,4 @@ def _is_int(value: object) -> bool:
 
 
 def _finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
