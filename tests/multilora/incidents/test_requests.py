@@ -11,6 +11,7 @@ import pytest
 from multilora.errors import RequestError
 from multilora.sampling_params import SamplingParams
 from tests.engines import Job, add, drain, facts, greedy, prompt_of, run
+from tests.failpoints import calls_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -110,6 +111,24 @@ def test_a_storm_of_requests_that_are_given_up(world: World) -> None:
     engine.unload_adapter("a")
     engine.unload_adapter("b")
     assert engine.memory()["adapters"] == 0
+
+
+def calls_with_a_queue_of(world: World, count: int) -> int:
+    """Calls of a step beside which so many wait, of which none can have a slot."""
+    engine = world.engine("a", "b", max_loras=1, max_num_seqs=2)
+    add(engine, world.job("a", 4, 50))
+    engine.step()
+    for _ in range(count):
+        add(engine, world.job("b", 4, 1))
+    engine.step()
+    return calls_of(engine.step)
+
+
+def test_a_step_beside_a_long_queue(world: World) -> None:
+    """A flood of requests for an adapter without a slot: steps took the square of its length."""
+    short, long = (calls_with_a_queue_of(world, count) for count in (100, 800))
+    assert short > 100
+    assert long <= 9 * short
 
 
 def poison(engine: Engine, used: set[int]) -> None:
