@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,41 @@ def test_a_slot_is_given_on_while_others_decode(world: World) -> None:
             specs_of[slot].add(seq.mix)
     assert max(map(len, slots_of.values())) == 2, "no mix ever changed its slot"
     assert min(map(len, specs_of.values())) > 2, "a slot was never given on"
+
+
+def write_canary(folder: Path, number: int) -> tuple[Path, set[int]]:
+    """An adapter that says nothing but its own two words, and these."""
+    words = (4 + 2 * number, 5 + 2 * number)
+
+    def speak(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if "lora_B" in name:
+                tensor.zero_()
+                tensor[words[0]], tensor[words[1]] = 1e4, -1e4
+
+    write_adapter(folder, TINY, rank=1 + number, seed=number, targets=("lm_head",))
+    change_tensors(folder, speak)
+    return folder, set(words)
+
+
+def test_no_adapter_says_the_words_of_another(world: World, tmp_path: Path) -> None:
+    """vLLM #47724, SGLang #8263: weights of another adapter, while they come and go."""
+    canaries = [write_canary(tmp_path / str(number), number) for number in range(24)]
+    engine, draw = world.engine(max_loras=2, num_kv_blocks=24), random.Random(0)
+    may_say: dict[str, set[int]] = {}
+    names: dict[str, set[int]] = {}
+    for _ in range(60):
+        name = draw.choice("xyz")
+        folder, names[name] = draw.choice(canaries)
+        engine.load_adapter(name, folder)
+        job = Job(prompt_of(draw.choice((5, 30))), greedy(draw.randint(1, 9)), name)
+        may_say[add(engine, job)] = names[name]
+        if draw.random() < 0.3:
+            engine.unload_adapter(name)
+        for output in engine.step():
+            assert set(output.outputs[0].token_ids) <= may_say[output.request_id]
+    for request, output in drain(engine).items():
+        assert set(output.outputs[0].token_ids) <= may_say[request]
 
 
 def test_as_many_adapters_as_slots_and_the_base(world: World) -> None:

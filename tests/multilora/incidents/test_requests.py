@@ -10,6 +10,7 @@ import pytest
 
 from multilora.errors import RequestError
 from multilora.sampling_params import SamplingParams
+from multilora.scheduling.block_pool import ROOT_KEY, block_key
 from tests.engines import Job, add, drain, facts, greedy, prompt_of, run
 from tests.failpoints import calls_of
 
@@ -176,3 +177,13 @@ def test_a_prompt_whose_step_failed_is_not_in_the_cache(
             engine.step()
         done = drain(engine)
         assert facts(done[first]) == facts(done[second]) == world.alone(job)
+
+
+def test_prompts_that_pythons_hash_takes_for_one() -> None:
+    """CVE-2025-25183: cached blocks were found by `hash`, of which anyone can find collisions."""
+    alike = [(-1, -2), (0, 2**61 - 1), (7, 7 + 2**61 - 1)]
+    assert all(hash(one) == hash(other) for one, other in alike)
+    for one, other in alike:
+        keys = [block_key(ROOT_KEY, ((0, b"base"),), (token,) * 16) for token in (one, other)]
+        assert keys[0] != keys[1]
+        assert {len(key) for key in keys} == {32}
