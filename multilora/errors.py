@@ -18,6 +18,8 @@ The text of an error says what is wrong, which object, and how to cure it.
 
 from __future__ import annotations
 
+import reprlib
+
 
 class MultiloraError(Exception):
     """Base of all errors that multilora raises for its users."""
@@ -68,3 +70,15 @@ class EngineBusyError(MultiloraError, RuntimeError):
 
 class EngineDeadError(MultiloraError, RuntimeError):
     """Nothing runs any more."""
+
+
+_short = reprlib.Repr()  # looks at no more than it shows
+_short.maxstring = _short.maxother = 100
+
+
+def shown(value: object) -> str:
+    """A caller's value for the text of an error: short, whatever it is."""
+    try:
+        return _short.repr(value)
+    except Exception:  # an integer of more digits than Python prints, or a class of the caller's
+        return f"a value of type {type(value).__name__} that cannot be printed"

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import RequestError
-from .shown import shown
+from .errors import RequestError, shown
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,7 @@ from dataclasses import dataclass, fields, replace
 from functools import wraps
 from typing import Any
 
-from .errors import RequestError
-from .shown import shown
+from .errors import RequestError, shown
 
 # Caps on what one request may ask for: each is a denial of service when unbounded.
 MAX_N, MAX_STOPS, MAX_STOP_CHARS, MAX_BIASED = 128, 16, 1024, 1024

@@ -8,10 +8,9 @@ import itertools
 from collections.abc import Sequence as Ids
 
 from ..config.engine import EngineConfig
-from ..errors import RequestError
+from ..errors import RequestError, shown
 from ..sampling_params import SamplingParams
 from ..scheduling.sequence import Sequence
-from ..shown import shown
 from ..tokenization.tokenizer import Tokenizer
 from .output_processor import CompletionState, RequestState
 
@@ -36,6 +35,9 @@ class InputProcessor:
 
     def prompt_ids(self, prompt: str | Ids[int], params: SamplingParams) -> list[int]:
         """The prompt's token ids. A RequestError for them, or for ids that the parameters name."""
+        if not isinstance(prompt, Ids) or isinstance(prompt, bytes):
+            what = type(prompt).__name__
+            raise RequestError(f"a prompt is text or a list of token ids, not of type {what}")
         if not isinstance(prompt, str):
             ids = list(prompt)
         elif self._tokenizer is None:
@@ -56,7 +58,7 @@ class InputProcessor:
                 for text in (word, f" {word}")
             )
             found[first] = None
-            if len(inner) == len(first) and inner[0] != first[0]:
+            if inner[-len(first) :] != first:
                 found[inner] = None
         return tuple(found)
 
@@ -99,7 +101,7 @@ class InputProcessor:
             for token in values:
                 if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab:
                     raise RequestError(
-                        f"{name}: {token!r} is not a token id of this model (0..{vocab - 1})"
+                        f"{name}: {shown(token)} is not a token id of this model (0..{vocab - 1})"
                     )
         self._check_params(params)
 

@@ -93,3 +93,33 @@ class Holdings:
         assert sorted(self._adapter_slots) == taken, "adapter slots differ"
         for seq in running:
             assert len(seq.blocks) == self.pool.blocks_for(seq.num_scheduled)
+
+
+class WithoutSlot:
+    """The sequences for which one step has no adapter slot.
+
+    Once as many as can run have overtaken one of them, no other takes a slot before it, so that
+    slots fall free.
+    """
+
+    def __init__(self, max_num_seqs: int) -> None:
+        self._max_num_seqs = max_num_seqs
+        self._seqs: list[Sequence] = []
+        self._mixes: set[Mix] = set()  # there is no room for them in this step
+        self._most = 0  # times that any of them was overtaken
+
+    def lets_pass(self, mix: Mix) -> bool:
+        """Whether a sequence of that mix may ask for a slot. The base needs none."""
+        return not mix or (self._most < self._max_num_seqs and mix not in self._mixes)
+
+    def add(self, seq: Sequence) -> None:
+        """It found none."""
+        self._seqs.append(seq)
+        self._mixes.add(seq.mix)
+        self._most = max(self._most, seq.num_overtaken)
+
+    def overtake(self) -> None:
+        """A sequence behind them got one."""
+        for seq in self._seqs:
+            seq.num_overtaken += 1
+            self._most = max(self._most, seq.num_overtaken)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from ..errors import CapacityError
 from ..outputs import FinishReason
 from .block_pool import BlockPool
-from .holdings import AdapterSlots, Holdings
+from .holdings import AdapterSlots, Holdings, WithoutSlot
 from .policies import View, by_arrival, policy_named
 from .prefix_cache import PrefixCache
 from .scheduler_output import ChunkResult, NewSequence, ScheduledChunk, SchedulerOutput, StepResult
@@ -254,7 +254,7 @@ class Scheduler:
         new_sequences: list[NewSequence] = []
         if not budget or not self._holdings.has_request_slot:  # before a long queue is put in order
             return new_sequences
-        without_slot: list[Sequence] = []
+        without_slot = WithoutSlot(self._max_num_seqs)
         leading = {seq.arrival for seq in self.running if self._leads(seq)}
         view = View(tuple(self.running), self._pool.num_free)
         self._considered = None  # a policy that raises is at fault itself
@@ -276,26 +276,19 @@ class Scheduler:
             budget -= count
             if self._leads(seq):
                 leading.add(seq.arrival)
-            for other in without_slot if seq.mix else ():
-                other.num_overtaken += 1
+            if seq.mix:
+                without_slot.overtake()
         return new_sequences
 
-    def _slot_for(
-        self, seq: Sequence, without_slot: list[Sequence], leading: set[int]
-    ) -> int | None:
-        """The pinned slot of a waiting sequence, or None if it must wait on.
-
-        `without_slot` gathers those that found none. Once as many as can run have overtaken one of
-        them, no other takes a slot before it, so that slots fall free.
-        """
+    def _slot_for(self, seq: Sequence, without_slot: WithoutSlot, leading: set[int]) -> int | None:
+        """The pinned slot of a waiting sequence, or None if it must wait on."""
         if seq.index and seq.arrival in leading:  # the first answer computes what it will share
             return None
         if not self._adapters.ready(seq.mix):
             return None
-        patient = all(other.num_overtaken < self._max_num_seqs for other in without_slot)
-        slot = self._adapters.pin(seq.mix) if patient or not seq.mix else None
+        slot = self._adapters.pin(seq.mix) if without_slot.lets_pass(seq.mix) else None
         if slot is None:
-            without_slot.append(seq)
+            without_slot.add(seq)
         return slot
 
     def _leads(self, seq: Sequence) -> bool:

@@ -12,9 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from multilora.errors import RequestError
+from multilora.errors import RequestError, shown
 from multilora.sampling_params import REFUSED, RequestOutputKind, SamplingParams
-from multilora.shown import shown
 
 
 @pytest.mark.parametrize(
