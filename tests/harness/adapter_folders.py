@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from typing import TYPE_CHECKING, Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from multilora.adapters.peft.reader import read_adapter
 from multilora.config.lora_sites import sites_of
 from multilora.config.model import ModelConfig
+from multilora.errors import AdapterError, AdapterInvalid
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
-
 
 CONFIG = ModelConfig(
     hidden_size=32,
@@ -114,3 +117,17 @@ def _rank(patterns: Mapping[str, int], path: str, default: int) -> int:
         if re.match(rf"(.*\.)?({key})$", path):
             return rank
     return default
+
+
+def assert_refused(folder: Path, fragment: str, error: type[AdapterError] = AdapterInvalid) -> None:
+    """Refused with a text that holds `fragment` and the folder."""
+    with pytest.raises(error) as caught:
+        read_adapter(folder, CONFIG)
+    assert fragment in str(caught.value)
+    assert folder.name in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def packed(header: Any, data: bytes = b"\0\0\0\0") -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
