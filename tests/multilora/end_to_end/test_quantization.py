@@ -18,8 +18,8 @@ from multilora.errors import AdapterInvalid, CheckpointError
 from multilora.model.llama import Llama
 from tests.harness.adapter_folders import LINEARS, change_tensors, write_adapter
 from tests.harness.model_folders import random_weights, write_checkpoint, write_meta_checkpoint
+from tests.harness.reference_models import JOB_FIELDS, check
 from tests.harness.tiny_engines import Job, facts, greedy, make_engine, prompt_of, run
-from tests.multilora.end_to_end.test_parity import JOB_FIELDS, check
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
