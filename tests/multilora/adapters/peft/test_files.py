@@ -10,11 +10,8 @@ import pytest
 
 from multilora.adapters.peft.reader import read_adapter
 from multilora.errors import AdapterInvalid
-from tests.harness.adapter_folders import (
-    CONFIG,
-    assert_refused,
-    write_adapter,
-)
+from tests.harness.adapter_folders import CONFIG, write_adapter
+from tests.harness.refused_adapters import assert_refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable

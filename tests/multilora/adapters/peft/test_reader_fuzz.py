@@ -11,12 +11,8 @@ from hypothesis import strategies as st
 from multilora.adapters.peft.config import HONOURED
 from multilora.adapters.peft.reader import read_adapter
 from multilora.errors import AdapterError
-from tests.harness.adapter_folders import (
-    CONFIG,
-    change_config,
-    packed,
-    write_adapter,
-)
+from tests.harness.adapter_folders import CONFIG, change_config, write_adapter
+from tests.harness.refused_adapters import packed
 
 if TYPE_CHECKING:
     from pathlib import Path

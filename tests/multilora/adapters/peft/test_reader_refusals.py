@@ -9,13 +9,8 @@ import torch
 
 from multilora.adapters.peft.reader import read_adapter
 from multilora.errors import AdapterTooLarge
-from tests.harness.adapter_folders import (
-    CONFIG,
-    assert_refused,
-    change_config,
-    change_tensors,
-    write_adapter,
-)
+from tests.harness.adapter_folders import CONFIG, change_config, change_tensors, write_adapter
+from tests.harness.refused_adapters import assert_refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable

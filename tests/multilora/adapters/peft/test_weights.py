@@ -14,13 +14,8 @@ from multilora.adapters.peft import reader as adapter_format
 from multilora.adapters.peft import weights as adapter_weights
 from multilora.adapters.peft.reader import read_adapter
 from multilora.errors import AdapterInvalid
-from tests.harness.adapter_folders import (
-    CONFIG,
-    assert_refused,
-    change_tensors,
-    packed,
-    write_adapter,
-)
+from tests.harness.adapter_folders import CONFIG, change_tensors, write_adapter
+from tests.harness.refused_adapters import assert_refused, packed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
