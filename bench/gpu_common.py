@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import platform
 import sys
@@ -18,21 +17,10 @@ from statistics import median
 from typing import Any
 
 import gpu_files
+from checkout import load_checkout
 from gpu_files import ROOT
 
 CLOCKS_EVERY = 10  # seconds
-
-
-def load_checkout() -> None:
-    """Makes `multilora`, `multilora_kernels` and `tests` importable from a bare checkout."""
-    spec = importlib.util.spec_from_file_location(
-        "checkout", ROOT / "tests" / "harness" / "checkout_packages.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    checkout = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(checkout)
-    checkout.load_packages("multilora_kernels", "multilora", "tests")
 
 
 load_checkout()

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
-import math
+import shutil
 from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import save_file
+from checkout import load_checkout
 from work import Shape, Work, rank_of
 
-if TYPE_CHECKING:
-    from pathlib import Path
+load_checkout()
 
-ROPE = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
+import torch  # noqa: E402 - the checkout's packages come first
+
+from multilora.config.model import ModelConfig, RopeScaling  # noqa: E402
+from tests.harness import adapter_folders, model_folders  # noqa: E402
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
 
 def write_all(work: Work) -> None:
@@ -31,57 +30,50 @@ def write_all(work: Work) -> None:
 
 def write_base(folder: Path, shape: Shape) -> None:
     """A Llama whose logits have a spread near 1, so that greedy choices are seldom near ties."""
-    if (folder / "model.safetensors").is_file():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(hf_config(shape), indent=2))
-    write_tokenizer(folder, shape.vocab)
-    generator, dtype = torch.Generator().manual_seed(0), getattr(torch, shape.dtype)
 
-    def normal(rows: int, columns: int) -> torch.Tensor:
-        return (torch.randn(rows, columns, generator=generator) / math.sqrt(columns)).to(dtype)
+    def write(part: Path) -> None:
+        config = config_of(shape)
+        model_folders.write_checkpoint(
+            part,
+            config=config,
+            dtype=getattr(torch, shape.dtype),
+            extra_config=both_spellings(config),
+        )
+        write_tokenizer(part, shape.vocab)
 
-    weights = {
-        "model.norm.weight": torch.ones(shape.hidden, dtype=dtype),
-        "model.embed_tokens.weight": normal(shape.vocab, shape.hidden),
-    }
-    if not shape.tied:
-        weights["lm_head.weight"] = normal(shape.vocab, shape.hidden)
-    for layer in range(shape.layers):
-        path = f"model.layers.{layer}"
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            weights[f"{path}.{norm}.weight"] = torch.ones(shape.hidden, dtype=dtype)
-        for name, (parent, out, in_) in shape.linears.items():
-            weights[f"{path}.{parent}.{name}.weight"] = normal(out, in_)
-    _save(weights, folder / "model.safetensors")
+    _write_once(folder, write)
 
 
-def hf_config(shape: Shape) -> dict[str, Any]:
-    """config.json, in the shape of Llama 3.1's and in both spellings of its RoPE."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "hidden_size": shape.hidden,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "head_dim": shape.head_dim,
-        "intermediate_size": shape.inter,
-        "vocab_size": shape.vocab,
-        "max_position_embeddings": 131_072,
-        "rms_norm_eps": 1e-5,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "rope_theta": 500_000.0,
-        "rope_scaling": ROPE,
-        "rope_parameters": ROPE | {"rope_theta": 500_000.0},
-        "tie_word_embeddings": shape.tied,
-        "dtype": shape.dtype,
-        "torch_dtype": shape.dtype,
-        "bos_token_id": None,
-        "eos_token_id": None,  # nothing ends an answer early
-    }
+def config_of(shape: Shape) -> ModelConfig:
+    """In the shape of Llama 3.1's. Nothing ends an answer early."""
+    return ModelConfig(
+        hidden_size=shape.hidden,
+        num_layers=shape.layers,
+        num_heads=shape.heads,
+        num_kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        intermediate_size=shape.inter,
+        vocab_size=shape.vocab,
+        max_position_embeddings=131_072,
+        rms_norm_eps=1e-5,
+        rope_theta=500_000.0,
+        rope_scaling=RopeScaling(
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=8192,
+        ),
+        tie_word_embeddings=shape.tied,
+        dtype=shape.dtype,
+    )
+
+
+def both_spellings(config: ModelConfig) -> dict[str, Any]:
+    """What older readers call by other names, and no end of sequence."""
+    rope = model_folders.hf_config(config)["rope_parameters"]
+    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+    old = {"rope_theta": config.rope_theta, "rope_scaling": scaling, "torch_dtype": config.dtype}
+    return {**old, "bos_token_id": None, "eos_token_id": None}
 
 
 def write_tokenizer(folder: Path, vocab: int) -> None:
@@ -107,33 +99,30 @@ def write_tokenizer(folder: Path, vocab: int) -> None:
 
 def write_adapter(path: Path, shape: Shape, index: int) -> None:
     """A PEFT adapter on all linears, its delta a few percent of the base, unless it is there."""
-    if (path / "adapter_model.safetensors").is_file():
+    rank = rank_of(index)
+
+    def write(part: Path) -> None:
+        adapter_folders.write_adapter(
+            part,
+            config_of(shape),
+            rank=rank,
+            alpha=2 * rank,
+            seed=100 + index,
+            dtype=getattr(torch, shape.dtype),
+            scale=None,
+            base_model_name_or_path=None,
+            inference_mode=True,
+        )
+
+    _write_once(path, write)
+
+
+def _write_once(folder: Path, write: Callable[[Path], None]) -> None:
+    """Has a folder written under another name first, so that an interrupted run leaves none."""
+    if any(folder.glob("*.safetensors")):
         return
-    path.mkdir(parents=True, exist_ok=True)
-    rank, generator = rank_of(index), torch.Generator().manual_seed(100 + index)
-    dtype, weights = getattr(torch, shape.dtype), {}
-    for layer in range(shape.layers):
-        for name, (parent, out, in_) in shape.linears.items():
-            module = f"base_model.model.model.layers.{layer}.{parent}.{name}"
-            a = torch.randn(rank, in_, generator=generator) / math.sqrt(in_)
-            b = torch.randn(out, rank, generator=generator) * 0.1 / math.sqrt(rank)
-            weights[f"{module}.lora_A.weight"] = a.to(dtype)
-            weights[f"{module}.lora_B.weight"] = b.to(dtype)
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None,
-        "r": rank,
-        "lora_alpha": 2 * rank,
-        "target_modules": list(shape.linears),
-        "bias": "none",
-        "inference_mode": True,
-    }
-    (path / "adapter_config.json").write_text(json.dumps(config, indent=2))
-    _save(weights, path / "adapter_model.safetensors")
-
-
-def _save(weights: dict[str, torch.Tensor], path: Path) -> None:
-    part = path.with_suffix(".part")
-    save_file(weights, part, metadata={"format": "pt"})
-    part.rename(path)  # so that an interrupted run leaves none
+    part = folder.with_name(f"{folder.name}.part")
+    for path in (part, folder):
+        shutil.rmtree(path, ignore_errors=True)
+    write(part)
+    part.rename(folder)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+TESTS = ROOT / "tests"
 FOLDERS = {"multilora": ROOT / "multilora", "multilora_kernels": ROOT / "kernels"}
 
 # The layers from the lowest to the highest, each a folder of multilora; "types" are the files that
@@ -304,6 +305,85 @@ def test_functions_fit_on_a_screen(module: Module) -> None:
                 f"{module.path.relative_to(ROOT)}:{node.lineno}: {node.name} has {lines} lines, "
                 f"the limit is {MAX_FUNCTION_LINES - 1}"
             )
+
+
+# Tests --------------------------------------------------------------------------------------------
+
+# A test file lies where its file does and is named after it, perhaps with a topic behind the name:
+# multilora/scheduling/scheduler.py has tests/multilora/scheduling/test_scheduler.py and
+# test_scheduler_fuzz.py. Data alone needs no tests. The exceptions, with their reasons:
+MIRRORS = {"multilora": TESTS / "multilora", "multilora_kernels": TESTS / "kernels"}
+TESTED_ELSEWHERE = {
+    "what is right is what transformers says": {
+        "multilora.model.llama": "multilora/end_to_end/test_parity.py",
+    },
+    "one sum over plain data": {
+        "multilora.outputs": "multilora/engine/test_output_processor.py",
+        "multilora.scheduling.scheduler_output": "multilora/scheduling/test_scheduler.py",
+    },
+    "it is the law that every test of an op compares with": {
+        "multilora_kernels.reference": "kernels/ops/test_lora.py",
+    },
+    "the tests of an op run each of its forms: torch, and C++ for every instruction set": {
+        f"multilora_kernels.cpu.{name}": f"kernels/ops/test_{name}.py"
+        for name in ("attention", "elementwise", "lora", "sampling")
+    },
+    "Triton interprets for the life of a process, and that is a run of its own": {
+        "multilora_kernels.cuda.attention_segments": "triton/test_attention.py",
+        "multilora_kernels.cuda.tune_timer": "triton/test_tune.py",
+        "multilora_kernels.testing.guard": "triton/test_guard.py",
+        "multilora_kernels.testing.interpreter": "triton/test_interpreter.py",
+        "multilora_kernels.testing.precision": "triton/test_lora.py",
+        **{
+            f"multilora_kernels.cuda.{name}": f"triton/test_{name}.py"
+            for name in ("attention", "elementwise", "linear", "lora", "sampling")
+        },
+    },
+    "Triton compiles for the life of a process, and that is a run of its own": {
+        "multilora_kernels.cuda.compilations": "codegen/test_variants.py",
+        "multilora_kernels.testing.codegen": "codegen/test_codegen.py",
+        "multilora_kernels.testing.variants": "codegen/test_variants.py",
+    },
+}
+# Folders of tests/multilora: what holds of a whole engine, and what others met.
+OF_NO_MODULE = ("end_to_end", "incidents")
+
+
+def own_tests(module: Module) -> list[Path]:
+    package = module.name.split(".")[0]
+    folder = MIRRORS[package] / module.path.parent.relative_to(FOLDERS[package])
+    stem = f"test_{module.path.stem}"
+    return [*folder.glob(f"{stem}.py"), *folder.glob(f"{stem}_*.py")]
+
+
+def test_every_file_with_behaviour_is_tested_where_it_lies() -> None:
+    elsewhere = {name: file for part in TESTED_ELSEWHERE.values() for name, file in part.items()}
+    for module in MODULES.values():
+        has_behaviour = any(isinstance(node, ast.FunctionDef) for node in ast.walk(module.tree))
+        if module.is_package or not has_behaviour:
+            continue
+        own = own_tests(module)
+        if module.name not in elsewhere:
+            assert own, f"{module.name} has no test file of its name, see CONTRIBUTING.md"
+        else:
+            assert not own, f"{module.name} has {own[0].name}: take it from TESTED_ELSEWHERE"
+            assert (TESTS / elsewhere[module.name]).is_file(), elsewhere[module.name]
+    assert elsewhere.keys() <= MODULES.keys()
+
+
+def test_every_test_file_is_named_after_a_file() -> None:
+    mirrored = {path for module in MODULES.values() for path in own_tests(module)}
+    for folder in MIRRORS.values():
+        lost = {
+            str(path.relative_to(ROOT))
+            for path in set(folder.rglob("test_*.py")) - mirrored
+            if path.parent.name not in OF_NO_MODULE
+        }
+        assert not lost, f"there is no file to which these belong: {sorted(lost)}"
+    benches = [path.stem for path in (ROOT / "bench").glob("*.py")]
+    for path in (TESTS / "bench").glob("test_*.py"):
+        own = path.stem.removeprefix("test_")
+        assert any(own == name or own.startswith(f"{name}_") for name in benches), path.name
 
 
 # Packages -----------------------------------------------------------------------------------------

@@ -5,11 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 
 AdapterSpec = str | Mapping[str, float] | None
 """What a request may say: an adapter's name, names with weights, or None for the base."""

@@ -196,8 +196,6 @@ class AdapterStore:
         self._check_mix(mix)
         return mix
 
-    identity = staticmethod(mix_identity)
-
     def acquire(self, adapter: AdapterSpec) -> tuple[Mix, bytes]:
         """`resolve` and `hold`: the mix and its identity. Raises like `resolve`."""
         mix = self.resolve(adapter)

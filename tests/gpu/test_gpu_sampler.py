@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from tests.harness.sampler_calls import sample, sample_on_device
-from tests.multilora.sampling.test_device import VOCAB, random_request
+from tests.harness.sampler_calls import VOCAB, random_request, sample, sample_on_device
 
 if TYPE_CHECKING:
     from multilora.device.cpu import Device

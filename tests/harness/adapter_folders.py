@@ -1,4 +1,4 @@
-"""A small factory of PEFT adapter folders, written without PEFT: every test can afford one."""
+"""The writer of random PEFT adapter folders, for tests and benches; quick, without PEFT."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from multilora.config.model import ModelConfig
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
-
 
 CONFIG = ModelConfig(
     hidden_size=32,
@@ -46,14 +45,15 @@ def write_adapter(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     use_rslora: bool = False,
-    scale: float = 0.1,
+    scale: float | None = 0.1,
     **extra_config: Any,
 ) -> Path:
     """Writes `adapter_config.json` and `adapter_model.safetensors` into `folder`, and returns it.
 
     `targets` are last path components, `embed_tokens` and `lm_head` among them; `layers` limits
-    them to some layers. A and B are normal with deviation `scale`. `extra_config` is added to the
-    config as it is and does not change the tensors.
+    them to some layers. A and B are normal with deviation `scale`; None makes the delta a few
+    percent of what the base gives, whatever the sizes. `extra_config` is added to the config as it
+    is and does not change the tensors.
     """
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
@@ -65,10 +65,14 @@ def write_adapter(
                     continue
                 path = site.module_path(layer, index)
                 rows = _rank(rank_pattern or {}, path, rank)
-                for name, shape in zip(
-                    _names(site.name), ((rows, site.in_), (piece.out, rows)), strict=True
+                deviations = (site.in_**-0.5, 0.1 * rows**-0.5) if scale is None else (scale,) * 2
+                for name, shape, deviation in zip(
+                    _names(site.name),
+                    ((rows, site.in_), (piece.out, rows)),
+                    deviations,
+                    strict=True,
                 ):
-                    values = torch.randn(shape, generator=generator) * scale
+                    values = torch.randn(shape, generator=generator) * deviation
                     tensors[f"base_model.model.{path}.{name}"] = values.to(dtype)
     folder.mkdir(parents=True, exist_ok=True)
     fields = {

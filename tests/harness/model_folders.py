@@ -1,4 +1,4 @@
-"""A small factory of random Llama checkpoints, written without transformers."""
+"""The writer of random Llama checkpoints, for tests and benches: without transformers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from multilora.config.lora_sites import sites_of
 from multilora.config.model import ModelConfig, RopeScaling
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 TINY = ModelConfig(
     hidden_size=64,
@@ -44,16 +48,19 @@ def write_checkpoint(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     shards: int = 1,
+    config: ModelConfig = TINY,
+    extra_config: Mapping[str, Any] = MappingProxyType({}),
     **config_overrides: Any,
 ) -> ModelConfig:
     """Writes config.json and `shards` safetensors files into `folder`; returns the shape.
 
-    `config_overrides` are fields of ModelConfig, whose defaults are `TINY`'s.
+    `config_overrides` are fields of ModelConfig that replace those of `config`; `extra_config` is
+    added to config.json as it is.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = replace(TINY, dtype=_name(dtype), **config_overrides)
-    (folder / "config.json").write_text(json.dumps(hf_config(config), indent=2))
+    config = replace(config, dtype=_name(dtype), **config_overrides)
+    (folder / "config.json").write_text(json.dumps({**hf_config(config), **extra_config}, indent=2))
     weights = random_weights(config, seed=seed, dtype=dtype)
     if shards == 1:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from multilora.adapters.mix import mix_identity
-from multilora.adapters.peft.reader import Adapter, LoraModule
-from multilora.adapters.rank_pages import pack
-from multilora.adapters.store import AdapterInfo, AdapterStore
-from multilora.config.engine import EngineConfig
-from multilora.config.lora_sites import Site, Slice
+from multilora.adapters.store import AdapterInfo
 from multilora.errors import (
     AdapterError,
     AdapterInvalid,
@@ -25,65 +20,13 @@ from multilora.errors import (
     CapacityError,
     RequestError,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-SITES = {
-    "embed": Site("embed", "", (Slice("embed_tokens", 4),), 12, 1),
-    "qkv": Site("qkv", "self_attn", (Slice("q_proj", 4), Slice("k_proj", 2)), 4, 2),
-    "o": Site("o", "self_attn", (Slice("o_proj", 4),), 4, 2),
-}
-
-
-def make_adapter(digest: str, *, rank: int = 8, sites: Sequence[str] = ("qkv",)) -> Adapter:
-    """Random weights in the first slice of the last layer of each site."""
-    generator = torch.Generator().manual_seed(int.from_bytes(digest.encode(), "big") % 2**60)
-    modules = {
-        (name, SITES[name].layers - 1, 0): LoraModule(
-            torch.randn(rank, SITES[name].in_, generator=generator),
-            torch.randn(SITES[name].slices[0].out, rank, generator=generator),
-            2.0,
-        )
-        for name in sites
-    }
-    return Adapter(digest, modules, rank)
-
-
-def make_store(**config: Any) -> AdapterStore:
-    whole = EngineConfig(model="m", **{"max_loras": 2, "max_lora_rank": 32, **config})
-    return AdapterStore(SITES, whole, dtype=torch.float32)
-
-
-def load(store: AdapterStore, *digests: str, **fields: Any) -> None:
-    """Loads an adapter of each digest under its digest's name."""
-    for digest in digests:
-        assert store.load(digest, make_adapter(digest, **fields)) == digest
-
-
-def device_state(store: AdapterStore) -> list[object]:
-    """All that a failed `pin` must leave as it was."""
-    tables = [t.clone().tolist() for s in SITES for t in store.table.site(s)[:3]]
-    return [*tables, *(store.pool(s).used for s in SITES)]
-
-
-def check_content(store: AdapterStore, slot: int, parts: Sequence[tuple[Adapter, float]]) -> None:
-    """Asserts that the slot's pages are the bytes of these adapters, one after the other."""
-    for name, site in SITES.items():
-        ids, weights = store.table.row(slot, name)
-        packed = [(pack(adapter, site, torch.float32), weight) for adapter, weight in parts]
-        found = [(p, weight) for p, weight in packed if p is not None]
-        assert weights == [w for p, w in found for _ in range(p.num_pages)]
-        if not found:
-            continue
-        for layer in range(site.layers):
-            a, b = store.pool(name).layer(layer)
-            wanted = torch.cat([p.a if name == "embed" else p.a[:, layer] for p, _ in found])
-            assert torch.equal(a[ids], wanted)
-            assert torch.equal(b[ids], torch.cat([p.b[:, layer] for p, _ in found]))
-
-
-# ---- names --------------------------------------------------------------------------------------
+from tests.harness.small_stores import (
+    check_content,
+    device_state,
+    load,
+    make_adapter,
+    make_store,
+)
 
 
 def test_infos_list_what_is_loaded() -> None:
@@ -165,9 +108,6 @@ def test_a_changed_base_is_refused() -> None:
     assert "changed" not in store.infos()
 
 
-# ---- mixes --------------------------------------------------------------------------------------
-
-
 def test_resolve_sorts_sums_and_drops() -> None:
     store = make_store()
     load(store, "b", "a", "c")
@@ -217,191 +157,6 @@ def test_mixes_that_can_never_fit_are_refused_with_the_cure() -> None:
     load(small, "a", "b")
     with pytest.raises(CapacityError, match="lora_pages=2"):
         small.resolve({"a": 1, "b": 1})
-
-
-def test_identity_tells_mixes_apart() -> None:
-    mixes = [(), (("a", 1.0),), (("a", 0.1 + 0.2),), (("a", 0.3),), (("a", 1.0), ("b", 1.0))]
-    assert len({mix_identity(mix) for mix in mixes}) == len(mixes)
-    assert AdapterStore.identity((("a", 1.0),)) == mix_identity((("a", 1.0),))
-    assert len(mix_identity(())) == 32
-
-
-# ---- device -------------------------------------------------------------------------------------
-
-
-def test_the_base_takes_no_slot() -> None:
-    store = make_store()
-    assert [store.pin(()) for _ in range(9)] == [-1] * 9
-    store.unpin(())
-    assert store.active_sites([-1, -1]) == frozenset()
-    store.check_integrity()
-
-
-def test_a_pinned_mix_has_its_adapters_pages_one_after_the_other() -> None:
-    store = make_store()
-    one = make_adapter("a", rank=9, sites=("embed", "qkv"))
-    two = make_adapter("b", rank=3, sites=("qkv", "o"))
-    store.load("a", one)
-    store.load("b", two)
-    slot = store.pin(store.resolve({"b": -0.5, "a": 2}))
-    assert slot is not None
-    check_content(store, slot, [(one, 2.0), (two, -0.5)])
-    alone = store.pin(store.resolve("a"))
-    assert alone is not None
-    check_content(store, alone, [(one, 1.0)])
-    assert store.table.row(slot, "qkv")[0][:2] == store.table.row(alone, "qkv")[0]  # shared
-    assert len(store.pool("qkv").used) == 3
-    store.check_integrity()
-
-
-def test_active_sites_are_those_that_the_slots_adapt() -> None:
-    store = make_store()
-    load(store, "a", sites=("qkv",))
-    load(store, "b", sites=("embed", "o"))
-    a, b = store.pin(store.resolve("a")), store.pin(store.resolve("b"))
-    assert a is not None
-    assert b is not None
-    assert store.active_sites([a, -1]) == {"qkv"}
-    assert store.active_sites([b, b]) == {"embed", "o"}
-    assert store.active_sites([a, b]) == set(SITES)
-
-
-def test_the_widest_slot_has_the_most_pages_at_one_site() -> None:
-    store = make_store(max_loras=3)
-    store.load("a", make_adapter("a", rank=8, sites=("qkv", "o")))
-    store.load("b", make_adapter("b", rank=16, sites=("o",)))
-    a, b, both = (store.pin(store.resolve(mix)) for mix in ("a", "b", {"a": 1.0, "b": 1.0}))
-    assert a is not None
-    assert b is not None
-    assert both is not None
-    assert store.most_pages([]) == store.most_pages([-1]) == 0
-    assert store.most_pages([a, -1]) == 1
-    assert store.most_pages([a, b]) == 2
-    assert store.most_pages([both]) == 3  # all at "o"
-
-
-@pytest.mark.parametrize(
-    ("settings", "is_gpu", "pages"),
-    [({}, False, 128), ({}, True, 64), ({"max_loras": 3}, True, 12), ({"lora_pages": 5}, True, 5)],
-)
-def test_as_many_pages_as_the_settings_and_the_device_say(
-    settings: dict[str, Any], is_gpu: bool, pages: int
-) -> None:
-    config = EngineConfig(model="m", **settings)
-    assert config.pages_per_site(is_gpu=is_gpu) == pages
-    store = AdapterStore(SITES, config, dtype=torch.float32, is_gpu=is_gpu)
-    assert {store.pool(site).capacity for site in SITES} == {pages}
-
-
-def test_a_site_without_an_adapter_takes_no_memory() -> None:
-    store = make_store()
-    load(store, "a", sites=("qkv",))
-    store.pin(store.resolve("a"))
-    assert [store.pool(name).is_allocated for name in ("embed", "qkv", "o")] == [False, True, False]
-    assert store.num_bytes == store.infos()["a"].num_bytes
-
-
-def test_no_free_slot_gives_none_and_changes_nothing() -> None:
-    store = make_store(max_loras=2)
-    load(store, "a", "b", "c")
-    slots = [store.pin(store.resolve(name)) for name in ("a", "b", "a")]
-    assert slots[0] == slots[2]
-    before = device_state(store)
-    assert store.pin(store.resolve("c")) is None
-    assert device_state(store) == before
-    store.unpin(store.resolve("a"))
-    assert store.pin(store.resolve("c")) is None  # a is pinned once more
-    store.unpin(store.resolve("a"))
-    assert store.pin(store.resolve("c")) == slots[0]
-    store.check_integrity()
-
-
-def test_no_free_page_gives_none_and_changes_nothing() -> None:
-    store = make_store(max_loras=4, lora_pages=3)
-    load(store, "a", "b", sites=("qkv", "o"))
-    load(store, "big", rank=16, sites=("o",))
-    for name in ("a", "b"):
-        store.pin(store.resolve(name))
-    store.unpin(store.resolve("a"))
-    store.pin(store.resolve("a"))
-    before = device_state(store)
-    assert store.pin(store.resolve("big")) is None
-    assert device_state(store) == before
-    store.unpin(store.resolve("b"))
-    assert store.pin(store.resolve("big")) is not None
-    assert store.pool("o").num_free == 0
-    assert store.pool("qkv").num_free == 2
-    store.check_integrity()
-
-
-def test_the_least_recently_used_mix_leaves_first() -> None:
-    store = make_store(max_loras=3)
-    load(store, "a", "b", "c", "d")
-    slots = {}
-    for name in ("a", "b", "c"):
-        slots[name] = store.pin(store.resolve(name))
-        store.unpin(store.resolve(name))
-    assert store.pin(store.resolve("a")) == slots["a"]  # so b is the oldest
-    store.unpin(store.resolve("a"))
-    assert store.pin(store.resolve("d")) == slots["b"]
-    assert store.pin(store.resolve("a")) == slots["a"]
-    assert store.pin(store.resolve("c")) == slots["c"]
-
-
-def test_the_least_recently_used_adapter_gives_its_pages() -> None:
-    store = make_store(max_loras=8, lora_pages=2)
-    adapters = {name: make_adapter(name) for name in ("a", "b", "c")}
-    for name, adapter in adapters.items():
-        store.load(name, adapter)
-    pages = {}
-    for name in ("a", "b", "a"):
-        slot = store.pin(store.resolve(name))
-        assert slot is not None
-        pages[name] = store.table.row(slot, "qkv")[0]
-        store.unpin(store.resolve(name))
-    slot = store.pin(store.resolve("c"))
-    assert slot is not None
-    assert store.table.row(slot, "qkv")[0] == pages["b"]
-    store.check_integrity()
-
-
-def test_an_adapter_of_a_pinned_mix_keeps_its_pages() -> None:
-    store = make_store(max_loras=8, lora_pages=2)
-    load(store, "a", "b", "c")
-    store.pin(store.resolve({"a": 1, "b": 1}))
-    assert store.pin(store.resolve("a")) is not None
-    assert store.pin(store.resolve("c")) is None
-    store.check_integrity()
-
-
-def test_a_mix_does_not_evict_its_own_adapter() -> None:
-    store = make_store(max_loras=8, lora_pages=2)
-    load(store, "a", "b", "c")
-    for name in ("a", "c"):
-        store.pin(store.resolve(name))
-        store.unpin(store.resolve(name))
-    slot = store.pin(store.resolve({"a": 1, "b": 1}))  # a is the oldest, but c must leave
-    assert slot is not None
-    check_content(store, slot, [(make_adapter("a"), 1.0), (make_adapter("b"), 1.0)])
-    store.check_integrity()
-
-
-def test_evicted_and_reloaded_pages_are_the_same_bytes() -> None:
-    store = make_store(max_loras=1, lora_pages=2)
-    a = make_adapter("a", rank=12, sites=("embed", "qkv"))
-    b = make_adapter("b", rank=16, sites=("embed", "qkv"))
-    store.load("a", a)
-    store.load("b", b)
-    for adapter in (a, b, a, b):
-        mix = store.resolve(adapter.digest)
-        slot = store.pin(mix)
-        assert slot is not None
-        check_content(store, slot, [(adapter, 1.0)])
-        store.unpin(mix)
-        store.check_integrity()
-
-
-# ---- versions -----------------------------------------------------------------------------------
 
 
 def test_a_replaced_adapter_serves_its_requests_to_their_end() -> None:
@@ -461,8 +216,6 @@ def test_check_integrity_sees_damage() -> None:
     with pytest.raises(AssertionError):
         store.check_integrity()
 
-
-# ---- everything together ------------------------------------------------------------------------
 
 VERSIONS = {
     "d0": make_adapter("d0", rank=4),

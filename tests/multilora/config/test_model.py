@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import FrozenInstanceError, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from multilora.config.engine import EngineConfig
 from multilora.config.model import MetaFacts, ModelConfig, RopeScaling
-from multilora.errors import CheckpointError, ConfigError
+from multilora.errors import CheckpointError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -72,9 +70,6 @@ META_LLAMA_2_7B = {
 
 def without(raw: dict[str, Any], *keys: str) -> dict[str, Any]:
     return {key: value for key, value in raw.items() if key not in keys}
-
-
-# ---- config.json
 
 
 def test_reads_llama_31() -> None:
@@ -174,9 +169,6 @@ def test_junk_in_a_field_is_refused_or_read_never_a_crash(raw: dict[str, Any], j
     assert refused >= 4
 
 
-# ---- params.json
-
-
 def test_meta_and_hugging_face_agree_on_llama_31() -> None:
     want = ModelConfig.from_hf(without(LLAMA_31_8B, "bos_token_id", "eos_token_id"))
     assert ModelConfig.from_meta(META_LLAMA_31_8B) == want
@@ -207,9 +199,6 @@ def test_refuses_meta_models_that_are_not_plain(key: str) -> None:
         ModelConfig.from_meta(META_LLAMA_31_8B | {key: {"rank": 16}})
 
 
-# ---- folders
-
-
 @pytest.mark.parametrize("content", ["", "{", "[]", "3", "\udcff"])
 def test_a_malformed_json_file_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_bytes(content.encode("utf-8", "surrogateescape"))
@@ -229,50 +218,8 @@ def test_a_folder_without_a_config_says_what_it_should_hold(tmp_path: Path) -> N
         ModelConfig.from_dir(tmp_path)
 
 
-# ---- EngineConfig
-
-
-def test_an_unknown_setting_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"'max_lora'; known settings: .*max_loras"):
-        EngineConfig.from_kwargs(model="x", max_lora=3)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"block_size": 0},
-        {"max_num_seqs": True},
-        {"max_model_len": -1},
-        {"dtype": "int8"},
-        {"max_lora_rank": 12},
-        {"device": "gpu"},
-        {"device": "cuda:"},
-        {"load_format": "gguf"},
-        {"gpu_memory_utilization": 0},
-        {"gpu_memory_utilization": True},
-        {"seed": 1.5},
-        {"kv_cache_dtype": "int4"},
-        {"quantization": "int2"},
-        {"quantization": 8},
-        {"quantization_group_size": 48, "quantization": "int4"},
-        {"quantization_group_size": True, "quantization": "int4"},
-        {"quantization_group_size": 32},
-    ],
-)
-def test_a_wrong_setting_is_named(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(wrong))):
-        EngineConfig.from_kwargs(model="x", **wrong)
-
-
 @pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors", "bitsandbytes", "fp8"])
 def test_a_checkpoint_that_is_quantized_already_is_refused_with_a_cure(method: str) -> None:
     raw = LLAMA_31_8B | {"quantization_config": {"quant_method": method, "bits": 4}}
     with pytest.raises(CheckpointError, match=f"'{method}'.*quantization='int8'"):
         ModelConfig.from_hf(raw)
-
-
-def test_a_config_cannot_be_changed() -> None:
-    config = EngineConfig(model="x")
-    with pytest.raises(FrozenInstanceError):
-        config.seed = 1  # type: ignore[misc]
-    assert replace(config, seed=1).seed == 1

@@ -12,15 +12,15 @@ from torch import Tensor
 from multilora.config.model import RopeScaling
 from tests.harness.adapter_folders import LINEARS, write_adapter
 from tests.harness.model_folders import TINY, write_checkpoint
+from tests.harness.reference_models import JOB_FIELDS, TOLERANCE, check
 from tests.harness.tiny_engines import Job, greedy, make_engine, prompt_of, run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from multilora.outputs import RequestOutput, TokenLogprobs
+    from multilora.outputs import RequestOutput
 
-TOLERANCE = 1e-4
 LLAMA3 = RopeScaling(
     factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
 )
@@ -43,29 +43,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "attention bias": {"attention_bias": True, "num_layers": 3},
     "wide heads": {"head_dim": 32, "num_heads": 4, "num_kv_heads": 1, "rms_norm_eps": 1e-3},
 }
-JOB_FIELDS = {"logprobs": 20, "prompt_logprobs": 20}
-
-
-def check(output: RequestOutput, model: Any) -> None:
-    """Every log-probability within the tolerance of the model's, and each token its best one."""
-    answer = output.outputs[0]
-    prompt = output.prompt_token_ids
-    ids = torch.tensor([prompt + answer.token_ids])
-    with torch.no_grad():
-        wanted = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
-    assert output.prompt_logprobs is not None
-    assert answer.logprobs is not None
-    found = [*output.prompt_logprobs[1:], *answer.logprobs]
-    assert len(found) == len(wanted)
-    worst = max(_error(row, want) for row, want in zip(found, wanted, strict=True) if row)
-    assert worst <= TOLERANCE
-    assert wanted[len(prompt) - 1 :].argmax(-1).tolist() == answer.token_ids
-
-
-def _error(found: TokenLogprobs | None, wanted: Tensor) -> float:
-    assert found is not None
-    assert len(found) >= 20
-    return max(abs(wanted[token].item() - entry.logprob) for token, entry in found.items())
 
 
 @pytest.mark.parametrize("shape", SHAPES)

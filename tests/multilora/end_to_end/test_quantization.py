@@ -18,8 +18,8 @@ from multilora.errors import AdapterInvalid, CheckpointError
 from multilora.model.llama import Llama
 from tests.harness.adapter_folders import LINEARS, change_tensors, write_adapter
 from tests.harness.model_folders import random_weights, write_checkpoint, write_meta_checkpoint
+from tests.harness.reference_models import JOB_FIELDS, check
 from tests.harness.tiny_engines import Job, facts, greedy, make_engine, prompt_of, run
-from tests.multilora.end_to_end.test_parity import JOB_FIELDS, check
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -64,23 +64,6 @@ def oracle(folder: Path, config: ModelConfig, schemes: Mapping[str, Scheme]) -> 
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     model.load_state_dict(weights)
     return model
-
-
-# Which linears ------------------------------------------------------------------------------------
-
-
-def test_int8_is_per_output_and_int4_in_groups_of_32_beside_an_int8_head() -> None:
-    sites = ("qkv", "o", "gate_up", "down")
-    assert schemes_of(EngineConfig(model="x")) == {}
-    eight = schemes_of(EngineConfig(model="x", quantization="int8"))
-    assert eight == dict.fromkeys((*sites, "lm_head"), Scheme(8, None))
-    four = schemes_of(EngineConfig(model="x", quantization="int4"))
-    assert four == {**dict.fromkeys(sites, Scheme(4, 32)), "lm_head": Scheme(8, None)}
-    grouped = schemes_of(EngineConfig(model="x", quantization="int8", quantization_group_size=128))
-    assert set(grouped.values()) == {Scheme(8, 128)}
-
-
-# The numbers --------------------------------------------------------------------------------------
 
 
 @tied
@@ -139,9 +122,6 @@ def test_the_codes_do_not_depend_on_the_dtype_that_is_served(tmp_path: Path) -> 
         assert isinstance(model.head.base.weight, mk.PackedWeight)
         heads.append(mk.unpack(model.head.base.weight))
     assert torch.equal(*heads)
-
-
-# DeviceMemory -------------------------------------------------------------------------------------
 
 
 @tied
@@ -210,9 +190,6 @@ def test_peak_memory_is_the_quantized_model_and_little_more(
     assert model + largest + 30e6 < 0.6 * whole
 
 
-# Adapters that bring weights of the base ----------------------------------------------------------
-
-
 @tied
 def test_an_adapter_may_bring_the_weights_of_the_base(tmp_path: Path, tied: bool) -> None:
     config = write_checkpoint(tmp_path / "base", tie_word_embeddings=tied)
@@ -229,9 +206,6 @@ def test_an_adapter_may_bring_the_weights_of_the_base(tmp_path: Path, tied: bool
     change_tensors(folder, lambda t: t.update({"base_model.model.lm_head.weight": head.flip(0)}))
     with pytest.raises(AdapterInvalid, match="lm_head"):
         engine.load_adapter("b", folder)
-
-
-# Mistakes -----------------------------------------------------------------------------------------
 
 
 def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
@@ -265,9 +239,6 @@ def test_sizes_need_not_divide(tmp_path: Path) -> None:
     engine = make_engine(tmp_path, quantization="int4", quantization_group_size=64)
     job = Job(prompt_of(40), greedy(8, **JOB_FIELDS))
     check(run(engine, [job])[0], oracle(tmp_path, config, schemes_of(engine.config)))
-
-
-# Packing without quantising -----------------------------------------------------------------------
 
 
 @tied

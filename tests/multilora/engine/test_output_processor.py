@@ -13,19 +13,19 @@ from multilora.tokenization.tokenizer import load_tokenizer
 from tests.harness.failpoints import raised_at_call
 from tests.harness.model_folders import write_checkpoint
 from tests.harness.paths import UMA
-from tests.harness.tiny_engines import Job, drain, facts, greedy, make_engine, run
+from tests.harness.tiny_engines import Job, drain, facts, greedy, make_engine, prompt_of, run
 
 if TYPE_CHECKING:
     from multilora.engine.engine import Engine
     from multilora.outputs import CompletionOutput, RequestOutput
 
 TOKENIZER = UMA / "base"
-PROMPT = tuple(range(40, 60))
+PROMPT, OTHER = tuple(range(40, 60)), prompt_of(20)
 DELTA, FINAL = RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["sync", "async"])
-def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Engine:
+def teller(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Engine:
     """It reads and writes text."""
     root = tmp_path_factory.mktemp("writer")
     write_checkpoint(root, vocab_size=load_tokenizer(TOKENIZER).vocab_size, eos_token_ids=())
@@ -37,11 +37,11 @@ def start(engine: Engine, **fields: Any) -> str:
     return engine.add_request(PROMPT, greedy(**{"max_tokens": 20, **fields}))
 
 
-def outputs(engine: Engine) -> list[RequestOutput]:
+def outputs(teller: Engine) -> list[RequestOutput]:
     found = []
-    while engine.has_work:
-        found += engine.step()
-        engine.check_integrity()
+    while teller.has_work:
+        found += teller.step()
+        teller.check_integrity()
     return found
 
 
@@ -70,23 +70,23 @@ FREE: dict[str, Any] = {"n": 2, "temperature": 1, "seed": 5, "logprobs": 2}
 
 
 @pytest.fixture(scope="module")
-def stop(engine: Engine) -> str:
+def stop(teller: Engine) -> str:
     """A text in the middle of the second answer that spans tokens."""
-    text = run(engine, [Job(PROMPT, greedy(20, **FREE))])[0].outputs[1].text
+    text = run(teller, [Job(PROMPT, greedy(20, **FREE))])[0].outputs[1].text
     return text[8:12]
 
 
 @pytest.mark.parametrize("interval", [None, 3])
 @pytest.mark.parametrize("cut", [False, True], ids=["free", "stopped"])
 def test_deltas_add_up_to_the_answer(
-    engine: Engine, stop: str, *, cut: bool, interval: int | None
+    teller: Engine, stop: str, *, cut: bool, interval: int | None
 ) -> None:
     fields = {**FREE, "stop": [stop] if cut else None}
-    whole = run(engine, [Job(PROMPT, greedy(20, **fields))])[0]
+    whole = run(teller, [Job(PROMPT, greedy(20, **fields))])[0]
     assert whole.outputs[1].text
     assert not cut or whole.outputs[1].finish_reason == "stop"
-    start(engine, output_kind=DELTA, stream_interval=interval, **fields)
-    deltas = outputs(engine)
+    start(teller, output_kind=DELTA, stream_interval=interval, **fields)
+    deltas = outputs(teller)
     assert joined(deltas) == whole.outputs
     sizes = [len(a.token_ids) for o in deltas for a in o.outputs if a.index == 0]
     assert max(sizes) == (interval or 1)
@@ -94,54 +94,54 @@ def test_deltas_add_up_to_the_answer(
     assert [o.finished for o in deltas] == [False] * (len(deltas) - 1) + [True]
 
 
-def test_cumulative_outputs_come_at_the_interval(engine: Engine) -> None:
-    start(engine, stream_interval=4)
-    assert [len(o.outputs[0].token_ids) for o in outputs(engine)] == [1, 5, 9, 13, 17, 20]
+def test_cumulative_outputs_come_at_the_interval(teller: Engine) -> None:
+    start(teller, stream_interval=4)
+    assert [len(o.outputs[0].token_ids) for o in outputs(teller)] == [1, 5, 9, 13, 17, 20]
 
 
-def test_final_only_is_one_output_with_everything(engine: Engine) -> None:
-    whole = run(engine, [Job(PROMPT, greedy(20, **FREE))])[0]
-    start(engine, output_kind=FINAL, **FREE)
-    (only,) = outputs(engine)
+def test_final_only_is_one_output_with_everything(teller: Engine) -> None:
+    whole = run(teller, [Job(PROMPT, greedy(20, **FREE))])[0]
+    start(teller, output_kind=FINAL, **FREE)
+    (only,) = outputs(teller)
     assert facts(only) == facts(whole)
 
 
-def test_what_is_known_can_be_asked_for_between_deltas(engine: Engine) -> None:
-    request = start(engine, output_kind=DELTA)
+def test_what_is_known_can_be_asked_for_between_deltas(teller: Engine) -> None:
+    request = start(teller, output_kind=DELTA)
     deltas = []
-    while engine.has_work:
-        deltas += engine.step()
-        known = engine.output(request).outputs[0]
+    while teller.has_work:
+        deltas += teller.step()
+        known = teller.output(request).outputs[0]
         assert (known.token_ids, known.text) == (
             joined(deltas)[0].token_ids if deltas else [],
             joined(deltas)[0].text if deltas else "",
         )
 
 
-def test_an_interrupt_at_any_call_loses_and_repeats_nothing(engine: Engine) -> None:
-    whole = run(engine, [Job(PROMPT, greedy(6, **FREE))])[0]
+def test_an_interrupt_at_any_call_loses_and_repeats_nothing(teller: Engine) -> None:
+    whole = run(teller, [Job(PROMPT, greedy(6, **FREE))])[0]
     for number in range(3, 900, 41):
-        request = engine.add_request(PROMPT, greedy(6, output_kind=DELTA, **FREE))
+        request = teller.add_request(PROMPT, greedy(6, output_kind=DELTA, **FREE))
         deltas: list[RequestOutput] = []
         interrupted = 0
-        while engine.has_work:
+        while teller.has_work:
             came: list[RequestOutput] = []
             at = number if len(deltas) == 2 and not interrupted else 10**9
             raised = raised_at_call(
-                at, KeyboardInterrupt(), lambda came=came: came.extend(engine.step())
+                at, KeyboardInterrupt(), lambda came=came: came.extend(teller.step())
             )
             interrupted += bool(raised)
             deltas += came
         assert joined(deltas) == whole.outputs, number
-        assert request not in engine.request_ids
+        assert request not in teller.request_ids
 
 
-def test_the_token_that_stopped_it_is_text_when_asked_for(engine: Engine) -> None:
-    free = run(engine, [Job(PROMPT, greedy(8))])[0].outputs[0]
+def test_the_token_that_stopped_it_is_text_when_asked_for(teller: Engine) -> None:
+    free = run(teller, [Job(PROMPT, greedy(8))])[0].outputs[0]
     last = free.token_ids[4]
     first = free.token_ids.index(last)
     without, included = (
-        run(engine, [Job(PROMPT, greedy(8, stop_token_ids=[last], **more))])[0].outputs[0]
+        run(teller, [Job(PROMPT, greedy(8, stop_token_ids=[last], **more))])[0].outputs[0]
         for more in ({}, {"include_stop_str_in_output": True})
     )
     assert without.token_ids == included.token_ids == free.token_ids[: first + 1]
@@ -149,40 +149,102 @@ def test_the_token_that_stopped_it_is_text_when_asked_for(engine: Engine) -> Non
     assert free.text.startswith(included.text)
 
 
-def test_log_probabilities_have_their_tokens_texts(engine: Engine) -> None:
+def test_log_probabilities_have_their_tokens_texts(teller: Engine) -> None:
     tokenizer = load_tokenizer(TOKENIZER)
     fields = {"logprobs": 2, "prompt_logprobs": 1}
-    output = run(engine, [Job(PROMPT, greedy(4, **fields))])[0]
+    output = run(teller, [Job(PROMPT, greedy(4, **fields))])[0]
     assert output.prompt_logprobs is not None
     for place in (*(output.outputs[0].logprobs or ()), *output.prompt_logprobs[1:]):
         assert place
         for token, found in place.items():
             assert found.decoded_token == tokenizer.decode([token], skip_special_tokens=False)
-    bare = run(engine, [Job(PROMPT, greedy(4, detokenize=False, **fields))])[0]
+    bare = run(teller, [Job(PROMPT, greedy(4, detokenize=False, **fields))])[0]
     assert {found.decoded_token for place in bare.outputs[0].logprobs or () for found in
             place.values()} == {None}  # fmt: skip
 
 
-def test_all_log_probabilities_when_the_engine_allows_them(engine: Engine) -> None:
+def test_all_log_probabilities_when_the_engine_allows_them(teller: Engine) -> None:
     vocab = load_tokenizer(TOKENIZER).vocab_size
-    output = run(engine, [Job(PROMPT, greedy(2, logprobs=-1, prompt_logprobs=-1))])[0]
+    output = run(teller, [Job(PROMPT, greedy(2, logprobs=-1, prompt_logprobs=-1))])[0]
     places = [*(output.outputs[0].logprobs or ()), *(output.prompt_logprobs or ())[1:]]
     assert [len(place or ()) for place in places] == [vocab] * (2 + len(PROMPT) - 1)
-    limited = make_engine(engine.config.model, max_logprobs=3)  # type: ignore[arg-type]
+    limited = make_engine(teller.config.model, max_logprobs=3)  # type: ignore[arg-type]
     for wrong in ({"logprobs": 4}, {"prompt_logprobs": -1}):
         with pytest.raises(RequestError, match="max_logprobs=3"):
             limited.add_request(PROMPT, greedy(2, **wrong))
 
 
-def test_times_are_in_order(engine: Engine) -> None:
-    request = start(engine, max_tokens=3)
-    before = engine.output(request).metrics
+def test_times_are_in_order(teller: Engine) -> None:
+    request = start(teller, max_tokens=3)
+    before = teller.output(request).metrics
     assert before is not None
     assert (before.scheduled_ts, before.first_token_ts, before.first_token_latency) == (0, 0, 0)
-    (output,) = drain(engine).values()
+    (output,) = drain(teller).values()
     found = output.metrics
     assert found is not None
     assert found.queued_ts <= found.scheduled_ts <= found.first_token_ts < found.last_token_ts
     assert found.num_generation_tokens == 3
     assert found.first_token_latency == found.first_token_ts - found.queued_ts
     assert output.outputs[0].finished()
+
+
+# Cumulative
+
+
+def test_outputs_are_cumulative_and_the_last_one_is_finished(engine: Engine) -> None:
+    request = engine.add_request(list(OTHER), greedy(4), adapter="a", request_id="mine")
+    assert request == "mine"
+    seen = []
+    while engine.has_work:
+        (output,) = engine.step()
+        answer = output.outputs[0]
+        assert output.finished == (answer.finish_reason is not None)
+        seen.append(answer.token_ids)
+    assert [len(ids) for ids in seen] == [1, 2, 3, 4]
+    assert all(seen[-1][: len(ids)] == ids for ids in seen)
+    assert (output.request_id, output.adapter, output.prompt) == ("mine", "a", None)
+    assert (output.prompt_token_ids, answer.finish_reason) == (list(OTHER), "length")
+
+
+def test_a_stop_string_cuts_the_text_and_is_never_streamed(writer: Engine) -> None:
+    job = Job(tuple(range(40, 60)), greedy(16))
+    free = run(writer, [job])[0].outputs[0].text
+    assert len(free) > 6
+    stop = free[3:6]
+    writer.add_request(job.prompt, greedy(16, stop=stop))
+    texts = []
+    while writer.has_work:
+        texts += [output.outputs[0] for output in writer.step()]
+    last = texts[-1]
+    assert last.text == free[: free.index(stop)]
+    assert (last.finish_reason, last.stop_reason) == ("stop", stop)
+    assert all(last.text.startswith(output.text) for output in texts)
+    kept = Job(job.prompt, greedy(16, stop=stop, include_stop_str_in_output=True))
+    assert run(writer, [kept])[0].outputs[0].text == free[: free.index(stop) + 3]
+    writer.check_integrity()
+
+
+@pytest.mark.parametrize("top", [0, 3])
+def test_logprobs_have_one_entry_for_each_token(engine: Engine, top: int) -> None:
+    job = Job(OTHER, greedy(6, logprobs=top, prompt_logprobs=top), "a")
+    output = run(engine, [job])[0]
+    answer = output.outputs[0]
+    assert answer.logprobs is not None
+    assert output.prompt_logprobs is not None
+    assert output.prompt_logprobs[0] is None
+    rows = [*output.prompt_logprobs[1:], *answer.logprobs]
+    chosen = [*OTHER[1:], *answer.token_ids]
+    assert len(rows) == len(chosen)
+    for row, token in zip(rows, chosen, strict=True):
+        assert row is not None
+        assert token in row
+        assert max(top, 1) <= len(row) <= top + 1
+        assert set(range(1, top + 1)) <= {entry.rank for entry in row.values()}
+    total = sum(row[t].logprob for row, t in zip(answer.logprobs, answer.token_ids, strict=True))
+    assert answer.cumulative_logprob == pytest.approx(total)
+
+
+def test_logprobs_are_absent_unless_asked_for(engine: Engine) -> None:
+    output = run(engine, [Job(OTHER, greedy(2))])[0]
+    answer = output.outputs[0]
+    assert (output.prompt_logprobs, answer.logprobs, answer.cumulative_logprob) == (None,) * 3

@@ -1,42 +1,26 @@
-"""The command line and the demo behind it: what they print, and how they refuse."""
+"""The command line: what it prints, and how it refuses."""
 
 from __future__ import annotations
 
-import io
-import json
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
-
-pytest.importorskip("typer")
-pytest.importorskip("rich")
 
 from multilora import __version__
 from multilora.entrypoints import cli, demo
 from tests.harness.adapter_folders import change_config, write_adapter
+from tests.harness.command_line import run
 from tests.harness.model_folders import TINY, write_checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
+pytest.importorskip("typer")
+pytest.importorskip("rich")
 PROMPT = demo.load_scene(1).prompts["feedback"]
 ANSWER = demo.load_scene(1).answers["feedback"]
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
-    """(exit status, stdout, stderr) of a command."""
-    with pytest.raises(SystemExit) as exit_:
-        cli.main([str(arg) for arg in args])
-    captured = capsys.readouterr()
-    assert isinstance(exit_.value.code, int)
-    return exit_.value.code, captured.out, captured.err
 
 
 def generate_args(*more: object) -> list[object]:
@@ -193,55 +177,3 @@ def test_what_is_missing_is_named_with_its_extra(
     assert code == 1
     assert "needs typer" in err
     assert "pip install 'multilora[cli]'" in err
-
-
-# The demo -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _short_measurement() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "MEASURED_TOKENS", 4)
-        patch.setattr(demo, "MEASURED_ROUNDS", 1)
-        yield
-
-
-@pytest.fixture(scope="module")
-def plain() -> str:
-    out = io.StringIO()
-    demo.show(out, plain=True)
-    return out.getvalue()
-
-
-@pytest.mark.parametrize("expert", demo.EXPERTS)
-def test_the_demo_prints_each_experts_expected_answer(plain: str, expert: str) -> None:
-    expected = demo.load_scene(1).answers[expert]
-    assert f"== {expert} ==\n{expected}\n" in plain
-
-
-def test_the_demo_ends_with_what_happened(plain: str) -> None:
-    end = plain[plain.index("What happened") :]
-    assert "tokens/s over 4 experts" in end
-    assert "job-analysis 8" in end
-    assert "4 merged models: 45" in end  # four times 11.26 MiB
-
-
-def test_the_analysis_is_json(plain: str) -> None:
-    body = plain.partition("== job-analysis ==\n")[2].partition("\n\n==")[0]
-    found: dict[str, Any] = json.loads(body.partition("\n\nWhat happened")[0])
-    assert found["client"] == "Cedar Toys"
-
-
-def test_the_demo_draws_four_panels_on_a_terminal() -> None:
-    out = Terminal()
-    demo.show(out, scene=2, max_tokens=5)
-    drawn = out.getvalue()
-    assert all(expert in drawn for expert in demo.EXPERTS)
-    assert "╭" in drawn
-    assert "What happened" in drawn
-
-
-def test_there_are_only_so_many_scenes(capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = run(capsys, "demo", "--scene", "99")
-    assert code == 1
-    assert "no scene 99" in err

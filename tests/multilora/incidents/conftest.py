@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.adapters import write_adapter
-from tests.checkpoints import TINY, write_checkpoint
-from tests.engines import Job, facts, make_engine, prompt_of, run
-from tests.engines import greedy as greedy_params
+
+from tests.harness.adapter_folders import write_adapter
+from tests.harness.model_folders import TINY, write_checkpoint
+from tests.harness.tiny_engines import Job, facts, make_engine, prompt_of, run
+from tests.harness.tiny_engines import greedy as greedy_params
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from tests.adapters import change_tensors, write_adapter
-from tests.checkpoints import TINY
-from tests.engines import Job, add, drain, facts, greedy, prompt_of, run
-from tests.failpoints import calls_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from multilora.errors import AdapterError, AdapterNotFound
 from multilora.outputs import FinishReason
 from multilora.runtime.graph_runner import batch_shapes, token_sizes
+from tests.harness.adapter_folders import change_tensors, write_adapter
+from tests.harness.failpoints import calls_of
+from tests.harness.model_folders import TINY
+from tests.harness.tiny_engines import Job, add, drain, facts, greedy, prompt_of, run
 
 if TYPE_CHECKING:
     from pathlib import Path

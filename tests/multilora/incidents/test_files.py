@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tests.adapters import change_config
-from tests.engines import facts, make_engine, run
 
 from multilora.errors import AdapterError, AdapterInvalid
 from multilora.tokenization.tokenizer import load_tokenizer
+from tests.harness.adapter_folders import change_config
+from tests.harness.tiny_engines import facts, make_engine, run
 
 if TYPE_CHECKING:
     from .conftest import World

@@ -14,7 +14,6 @@ import torch
 import multilora
 import multilora_kernels as mk
 from multilora.device.cpu import Device
-from multilora.model.layers import Rope
 from multilora.runtime.model_runner import ModelRunner
 from multilora.sampling.sampler import MESSAGES, SampleError
 from multilora.sampling_params import SamplingParams
@@ -242,17 +241,3 @@ def test_a_chunk_says_why_it_has_no_token(root: Path, case: str) -> None:
     assert [(chunk.token, chunk.error) for chunk in result.chunks] == [
         (None, MESSAGES[SampleError.NOT_FINITE])
     ] * 3
-
-
-def test_rotary_tables_grow_together_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    rope = Rope(TINY)
-
-    def interrupted(_: torch.Tensor) -> None:
-        raise Interrupted
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, "sin", interrupted)
-        with pytest.raises(Interrupted):
-            rope.tables(10)
-    cos, sin = rope.tables(10)
-    assert cos.shape == sin.shape == (Rope.STEP, TINY.head_dim // 2)

@@ -3,39 +3,22 @@
 from __future__ import annotations
 
 import random
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import multilora_kernels as mk
-from multilora.runtime.request_slots import RequestSlots
 from multilora.runtime.step_inputs import BatchShape, StepInputs, lay_out
-from multilora.sampling.sampler import SampledToken
-from multilora.sampling_params import SamplingParams
-from multilora.scheduling.scheduler_output import NewSequence, ScheduledChunk, SchedulerOutput
-
-SLOTS, LENGTH, SIZE, VOCAB = 12, 64, 4, 500
-
-
-class FakeStore:
-    """Slot 1 adapts the head as well; the base adapts nothing."""
-
-    def active_sites(self, slots: Any) -> frozenset[str]:
-        sites = {"qkv"} if max(slots) >= 0 else set()
-        return frozenset(sites | ({"lm_head"} if 1 in slots else set()))
-
-    def most_pages(self, slots: Any) -> int:
-        return 1
-
-
-def new_slots() -> RequestSlots:
-    return RequestSlots(SLOTS, LENGTH, SIZE, VOCAB, torch.device("cpu"))
-
-
-def new_sequence(slot: int, ids: list[int], num_prompt: int, **fields: Any) -> NewSequence:
-    return NewSequence(slot, ids, num_prompt, SamplingParams(**fields), slot, frozenset())
+from multilora.scheduling.scheduler_output import ScheduledChunk, SchedulerOutput
+from tests.harness.request_slots import (
+    SIZE,
+    SLOTS,
+    VOCAB,
+    FakeStore,
+    new_sequence,
+    new_slots,
+)
 
 
 class Case:
@@ -201,42 +184,3 @@ def test_an_empty_step_has_only_padding() -> None:
     assert sent.tiles is not None
     assert sent.tiles.slots.tolist() == [-1] * 3
     assert sent.head_tiles is None
-
-
-def test_a_sampled_token_is_known_from_then_on() -> None:
-    slots = new_slots()
-    first = ScheduledChunk(3, 0, 2, -1, (9,), True)
-    slots.take(SchedulerOutput((new_sequence(3, [5, 6], 2),), (first,), ()))
-    rows = slots.sampling_rows(np.array([3]), np.array([2]))
-    chunk = ScheduledChunk(3, 2, 1, -1, (9,), True)
-    store: Any = FakeStore()
-    ahead = lay_out((chunk,), slots, store, 1).tensors
-    assert (ahead.token_ids.tolist(), ahead.token_request_slots.tolist()) == ([0], [3])
-    slots.append(rows, [SampledToken(77, None, None)])
-    later = lay_out((chunk,), slots, store, 1).tensors
-    assert (later.token_ids.tolist(), later.token_request_slots.tolist()) == ([77], [-1])
-    assert slots.sampling_rows(np.array([3]), np.array([3])).positions.tolist() == [1]
-
-
-def test_a_token_that_could_not_be_sampled_is_not_taken_in() -> None:
-    slots = new_slots()
-    first = ScheduledChunk(3, 0, 2, -1, (9,), True)
-    slots.take(SchedulerOutput((new_sequence(3, [5, 6], 2),), (first,), ()))
-    rows = slots.sampling_rows(np.array([3]), np.array([2]))
-    slots.append(rows, [SampledToken(None, None, "broken")])
-    ids, is_known = slots.tokens(np.array([3]), np.array([2]))
-    assert (ids.tolist(), is_known.tolist()) == ([0], [False])
-
-
-def test_a_request_slot_forgets_who_had_it() -> None:
-    slots = new_slots()
-    old = ScheduledChunk(0, 0, 9, -1, (1, 2, 3), True)
-    slots.take(SchedulerOutput((new_sequence(0, [8] * 9, 9, prompt_logprobs=1),), (old,), ()))
-    new = ScheduledChunk(0, 0, 5, -1, (7, 8), True)
-    slots.take(SchedulerOutput((new_sequence(0, [4] * 5, 5),), (new,), freed_request_slots=(0,)))
-    step = lay_out((new,), slots, FakeStore(), 1)  # type: ignore[arg-type]
-    assert step.tensors.token_ids.tolist() == [4] * 5
-    assert step.tensors.kv_slots.tolist() == [28, 29, 30, 31, 32]
-    assert list(step.num_scored) == [0]
-    ids, is_known = slots.tokens(np.array([0]), np.array([6]))
-    assert (ids.tolist(), is_known.tolist()) == ([0], [False])

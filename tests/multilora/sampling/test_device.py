@@ -16,33 +16,17 @@ from multilora.device.input_buffer import InputBuffer
 from multilora.sampling.device import DeviceSampler
 from multilora.sampling.sampler import MESSAGES, SampledToken, SampleError
 from multilora.sampling_params import SamplingParams
-from tests.harness.sampler_calls import DeviceSampling, Request, rows_of, sample, sample_on_device
+from tests.harness.sampler_calls import (
+    VOCAB,
+    DeviceSampling,
+    Request,
+    random_request,
+    rows_of,
+    sample,
+    sample_on_device,
+)
 
-VOCAB = 2000
 CPU = Device()
-
-
-def random_request(draw: random.Random) -> Request:
-    """Any sampling parameters, each of them off in most rows."""
-
-    def some(value: Any, off: Any) -> Any:
-        return value if draw.random() < 0.3 else off
-
-    params = SamplingParams(
-        temperature=draw.choice((0.0, 0.3, 1.0, 2.0)),
-        top_k=some(draw.choice((1, 7, 100, 1999)), 0),
-        top_p=some(draw.choice((1e-6, 0.3, 0.9, 0.999)), 1.0),
-        min_p=some(draw.choice((0.01, 0.5)), 0.0),
-        repetition_penalty=some(draw.choice((0.5, 1.7)), 1.0),
-        presence_penalty=some(draw.choice((-1.0, 1.5)), 0.0),
-        frequency_penalty=some(draw.choice((-0.5, 0.7)), 0.0),
-        logit_bias=some({3: 5.0, 11: -100.0}, None),
-        allowed_token_ids=some(draw.sample(range(VOCAB), 40), None),
-        min_tokens=some(4, 0),
-    )
-    prompt = [draw.randrange(VOCAB) for _ in range(5)]
-    output = [draw.randrange(VOCAB) for _ in range(draw.randrange(8))]
-    return Request(params, draw.getrandbits(60), prompt, output, frozenset((2, 3)))
 
 
 def both(

@@ -1,0 +1,55 @@
+"""Settings: each is checked by name, none is ignored."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, replace
+from typing import Any
+
+import pytest
+
+from multilora.config.engine import EngineConfig
+from multilora.errors import ConfigError
+
+
+def test_an_unknown_setting_lists_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"'max_lora'; known settings: .*max_loras"):
+        EngineConfig.from_kwargs(model="x", max_lora=3)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"block_size": 0},
+        {"max_num_seqs": True},
+        {"max_model_len": -1},
+        {"dtype": "int8"},
+        {"max_lora_rank": 12},
+        {"device": "gpu"},
+        {"device": "cuda:"},
+        {"load_format": "gguf"},
+        {"gpu_memory_utilization": 0},
+        {"gpu_memory_utilization": True},
+        {"seed": 1.5},
+        {"kv_cache_dtype": "int4"},
+        {"quantization": "int2"},
+        {"quantization": 8},
+        {"quantization_group_size": 48, "quantization": "int4"},
+        {"quantization_group_size": True, "quantization": "int4"},
+        {"quantization_group_size": 32},
+    ],
+)
+def test_a_wrong_setting_is_named(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        EngineConfig.from_kwargs(model="x", **wrong)
+
+
+def test_a_config_cannot_be_changed() -> None:
+    config = EngineConfig(model="x")
+    with pytest.raises(FrozenInstanceError):
+        config.seed = 1  # type: ignore[misc]
+    assert replace(config, seed=1).seed == 1
+
+
+def test_an_unknown_load_format_is_refused() -> None:
+    with pytest.raises(ConfigError, match="load_format must be one of auto, dummy"):
+        EngineConfig(model="x", load_format="gguf")

@@ -1,0 +1,114 @@
+"""Who fails in a step ends with the reason; the others go on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from multilora.errors import EngineDeadError
+from tests.harness.recovery import FORMS, SHORT, World, sampled
+from tests.harness.tiny_engines import Job, add, drain, facts, prompt_of
+
+if TYPE_CHECKING:
+    from multilora.engine.engine import Engine
+
+
+# A file that an exception left open is closed by Python, which says so.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+class Poison(RuntimeError):
+    """What a runner raises that cannot compute a certain token."""
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_request_that_fails_alone_ends_with_the_reason_and_its_neighbours_do_not(
+    world: World, form: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = world.engine(form)
+    bad = 77
+    assert all(bad not in prompt_of(5, seed=seed) for seed in range(3))
+    jobs = [Job(prompt_of(5, seed=seed), sampled(6), "a") for seed in range(3)]
+    monkeypatch.setattr(engine.runner, "submit", _raises_for(engine, bad, failed := []))
+    ids = [add(engine, job) for job in jobs]
+    lost = engine.add_request((5, bad, 6), sampled(6))
+    finished = drain(engine)
+    for request, job in zip(ids, jobs, strict=True):
+        assert facts(finished[request]) == world.facts(job)
+    output = finished[lost]
+    assert output.outputs[0].finish_reason == "error"
+    assert output.error is not None
+    assert "Poison: a bad token" in output.error
+    assert failed[0] == 4  # all of them
+    assert failed[-2:] == [1, 1]  # alone, twice
+    assert len(failed) <= 6
+    assert sum("ends with an error" in record.message for record in caplog.records) == 1
+    assert engine.memory()["kv"] == 0
+
+
+def _raises_for(engine: Engine, token: int, failed: list[int]) -> Any:
+    submit = engine.runner.submit
+
+    def submit_or_raise(output: Any) -> Any:
+        running = {seq.request_slot: seq for seq in engine.scheduler.running}
+        for chunk in output.chunks:
+            if token in running[chunk.request_slot].tokens(chunk.start, chunk.start + chunk.count):
+                failed.append(len(output.chunks))
+                raise Poison("a bad token")
+        return submit(output)
+
+    return submit_or_raise
+
+
+def test_what_only_fails_as_a_whole_goes_on_in_smaller_steps(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = world.engine("eager")
+    submit, sizes = engine.runner.submit, []
+
+    def short_of_memory(output: Any) -> Any:
+        sizes.append(output.num_tokens)
+        if output.num_tokens > 9:
+            raise MemoryError
+        return submit(output)
+
+    monkeypatch.setattr(engine.runner, "submit", short_of_memory)
+    jobs = [Job(prompt_of(5, seed=seed), sampled(6)) for seed in range(3)]
+    ids = [add(engine, job) for job in jobs]
+    finished = drain(engine)
+    assert [facts(finished[i]) for i in ids] == [world.facts(job) for job in jobs]
+    assert max(sizes[-5:]) <= 8
+    assert any("steps have at most 8 tokens" in record.message for record in caplog.records)
+
+
+def test_an_engine_on_which_nothing_runs_says_so(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = world.engine("eager")
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(engine.runner.model, "forward", broken)
+    add(engine, Job(SHORT, sampled(4)))
+    with pytest.raises(EngineDeadError, match="the device is gone"):
+        drain(engine)
+    for call in (engine.step, engine.check_integrity, lambda: engine.add_request(SHORT)):
+        with pytest.raises(EngineDeadError, match="make a new one"):
+            call()
+
+
+def test_a_policy_that_raises_ends_the_engine_not_a_request(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = world.engine("eager")
+
+    class Bad:
+        def order(self, *_: Any) -> Any:
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(engine.scheduler, "_policy", Bad())
+    add(engine, Job(SHORT, sampled(4)))
+    with pytest.raises(EngineDeadError, match="ZeroDivisionError"):
+        drain(engine)

@@ -1,0 +1,19 @@
+"""The order in which sequences are admitted."""
+
+from __future__ import annotations
+
+import pytest
+
+from multilora.errors import ConfigError
+from multilora.scheduling.policies import Fcfs, View, policy_named
+from tests.harness.scheduler_house import House
+
+
+def test_fcfs_is_by_arrival_and_an_unknown_policy_is_named() -> None:
+    house = House()
+    seqs = [house.seq([1]) for _ in range(3)]
+    assert Fcfs().order(seqs[::-1], View((), 0)) == seqs
+    with pytest.raises(ConfigError, match="'lifo'; known policies: fcfs"):
+        policy_named("lifo")
+    with pytest.raises(ConfigError, match="lifo"):
+        House(policy="lifo")
