@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from work import Work
 
 import multilora_kernels as mk
@@ -58,9 +61,39 @@ def test_a_steps_parts_are_named_and_add_up(tmp_path: Path) -> None:
 
 def test_every_kernel_is_timed_in_both_forms() -> None:
     command = [sys.executable, "-m", "pytest", BENCH / "bench_kernels.py", "--benchmark-disable"]
-    done = subprocess.run([*command, "-q"], capture_output=True, text=True, check=False)
+    options = ["--work", "tiny", "--precision", "bf16", "--ranks", "5,16", "-q"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "28 passed" in done.stdout if mk.HAS_CPP else "14 passed, 14 skipped" in done.stdout
+    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|skipped)", done.stdout)}
+    assert counts.get("skipped", 0) == (0 if mk.HAS_CPP else counts["passed"])
+
+
+def test_a_kernel_is_timed_only_if_it_computes_its_definition() -> None:
+    from bench_kernels import assert_same
+
+    def wrong(x: torch.Tensor) -> torch.Tensor:
+        return mk.reference.silu_mul(x) * 1.001
+
+    def clobbers(x: torch.Tensor) -> torch.Tensor:
+        y = mk.reference.silu_mul(x)
+        x[0, 0] += 1
+        return y
+
+    x = torch.randn(3, 8)
+    assert_same(mk.silu_mul, mk.reference.silu_mul, (x,))
+    for op in (wrong, clobbers):
+        with pytest.raises(AssertionError):
+            assert_same(op, mk.reference.silu_mul, (x,))
+
+
+@pytest.mark.parametrize(("setting", "threads"), [("3", 3), ("4,2", 4), ("", 2), (None, 2)])
+def test_threads_are_those_that_openmp_gets(setting: str | None, threads: int) -> None:
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    if setting is not None:
+        env["OMP_NUM_THREADS"] = setting
+    code = [sys.executable, "-c", "from work import THREADS; print(THREADS)"]
+    done = subprocess.run(code, cwd=BENCH, env=env, capture_output=True, text=True, check=True)
+    assert int(done.stdout) == threads
 
 
 @pytest.mark.skipif(not mk.HAS_CPP, reason="the C++ library is not built")
