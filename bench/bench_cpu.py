@@ -27,7 +27,7 @@ import report
 from floor import measure
 from machine import machine
 from peers import AT_HOME, PRECISIONS
-from work import CASES, SHAPES, Work
+from work import CASES, SHAPES, THREADS, Work
 from work import PRECISIONS as ALL_PRECISIONS
 
 HERE = Path(__file__).resolve().parent
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=THREADS)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--ours", type=json.loads, default={}, help="our settings, as JSON")
     parser.add_argument("--save", type=Path, help="write the results without tokens")

@@ -6,7 +6,8 @@ Every linear has as many copies as fill `COLD` bytes, and they take turns, as la
 read their weights from memory. Ours are timed in C++, torch's `linear` of x's type, not quantised,
 around its call; both in every round. The floor is `max(flops / peak, bytes of weights / bandwidth)`
 as in bench_step.py; `GB/s` are ours. int8 has one scale for an output, int4 one for 32 inputs, the
-engine's defaults (which keep an int4 model's head at int8).
+engine's defaults (which keep an int4 model's head at int8). Before it is timed, some of each result
+is compared with the definition.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from machine import save
 from report import markdown
 from torch import Tensor
 from torch.nn.functional import linear
-from work import SHAPES, WEIGHT_BYTES
+from work import SHAPES, THREADS, WEIGHT_BYTES
 
 import multilora_kernels as mk
+from multilora_kernels.testing.precision import assert_close
 
 COLD = 128 << 20
 QUANTIZED = {"int8": (8, None), "int4": (4, 32)}  # bits, group
@@ -52,10 +54,18 @@ class Copies:
         self.weights = [torch.randn(out, in_, dtype=self.dtype) for _ in range(count)]
         self.packed = [packed(weight, precision) for weight in self.weights]
 
+    def check(self, x: Tensor) -> None:
+        """Some columns of our result against the definition."""
+        some = torch.randperm(self.out)[:64]
+        expected = mk.reference.linear(x, mk.unpack_rows(self.packed[0], some))
+        assert_close(mk.linear(x, self.packed[0])[:, some], expected)
+
     def timed(self, rows: int, rounds: int) -> tuple[float, float]:
         """Median seconds of ours and of torch's; the results of one round are `COLD` bytes."""
         count = math.ceil(COLD / (self.bytes + rows * self.out * self.dtype.itemsize))
-        x = mk.empty_huge((rows, self.in_), self.dtype).copy_(torch.randn(rows, self.in_))
+        values = torch.randn(rows, self.in_) * self.in_**-0.5
+        x = mk.empty_huge((rows, self.in_), self.dtype).copy_(values)
+        self.check(x)
         ours: list[float] = []
         torchs: list[float] = []
         with mk.capture(mk.BufferPool()) as captured:
@@ -101,7 +111,7 @@ def main() -> None:
     parser.add_argument("--rows", default="1,4,8,16,32,64,128,512,2048")
     parser.add_argument("--sites", default="qkv,o,gate_up,down,lm_head")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=THREADS)
     parser.add_argument("--save", type=Path)
     args = parser.parse_args()
     if not mk.HAS_CPP:

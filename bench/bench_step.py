@@ -41,6 +41,7 @@ from work import (
     ADAPTER_BYTES,
     CASES,
     SHAPES,
+    THREADS,
     WEIGHT_BYTES,
     Shape,
     Work,
@@ -206,7 +207,7 @@ def main() -> None:
     parser.add_argument("--case", default="distinct", choices=CASES)
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=THREADS)
     parser.add_argument("--settings", type=json.loads, default={}, help="our settings, as JSON")
     parser.add_argument("--save", type=Path)
     args = parser.parse_args()

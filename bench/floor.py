@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from work import ADAPTER_BYTES, WEIGHT_BYTES, Shape, adapters_of, rank_of
+from work import ADAPTER_BYTES, THREADS, WEIGHT_BYTES, Shape, adapters_of, rank_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -147,5 +147,5 @@ def _sgemm(threads: int, size: int = 2048) -> float:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=THREADS)
     print(json.dumps(asdict(measure(parser.parse_args().threads))))

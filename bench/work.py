@@ -5,12 +5,15 @@ Plain Python, because every peer's environment imports it.
 
 from __future__ import annotations
 
+import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
 RANKS = (8, 16, 32, 64)  # of the adapters, in turn
 NUM_ADAPTERS = 16
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "").split(",")[0] or 2)
+"""Of the processor, unless `--threads` says otherwise."""
 CASES = ("distinct", "identical", "base")
 PRECISIONS = ("fp32", "bf16", "int8", "int4")
 WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}  # scales left out

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from peers.base import NotSupportedError, Peer
-from work import Work, adapters_of, prompts
+from work import THREADS, Work, adapters_of, prompts
 
 PACKAGES = {
     "ours": ("multilora", "torch"),
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--work", required=True)
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--precision", default="fp32")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=THREADS)
     parser.add_argument("--settings", type=json.loads, default={})
     args = parser.parse_args()
     answers = os.fdopen(os.dup(1), "w", buffering=1)

@@ -1,6 +1,10 @@
 """Segmented-gather LoRA (SGMV, BGMV), paged attention and what goes with them, as torch ops.
 
-Knows tensors, not adapters, requests or models. The meaning of each op is in `reference`.
+Knows tensors, not adapters, requests or models. The meaning of each op is in `reference`; the page
+with examples is docs/kernels.md. Floating tensors are float32, bfloat16 or float16. Every op raises
+ValueError for shapes that disagree, on CUDA also for dtypes and strides that its kernel does not
+read, and NotDifferentiable for an argument whose gradient would be wanted. On a CPU those that take
+indices look at them first: IndexError for one out of range; a GPU does not look.
 """
 
 from __future__ import annotations

@@ -44,13 +44,13 @@ class PackedWeight(NamedTuple):
 
 
 def worth_packing(weight: Tensor) -> bool:
-    """Whether a linear reads this floating weight faster when it is packed."""
+    """Whether a linear reads this floating weight [out, in] faster when it is packed."""
     floats = weight.dtype in FLOATS.values() and weight.device.type == "cpu"
     return floats and panels.usable(weight.shape[1], weight.shape[1])
 
 
 def pack(weight: Tensor) -> PackedWeight:
-    """A floating weight [out, in], packed without loss."""
+    """A floating weight [out, in], packed without loss. ValueError for what is none."""
     kind = str(weight.dtype).removeprefix("torch.")
     if kind not in FLOATS or weight.dim() != 2:
         raise ValueError(f"a weight must be a matrix of {', '.join(FLOATS)}, not {kind}")
@@ -64,7 +64,8 @@ def quantize(weight: Tensor, bits: int, group: int | None) -> tuple[Tensor, Tens
 
     `group` input columns share a scale, the last group may have fewer; None = all of them. int8
     codes are within +-127 of a scale of max/127. int4 codes are within -8..7: see `_four_bits`.
-    A group of zeros has scale 0 and codes 0. ValueError for a weight that is not finite.
+    A group of zeros has scale 0 and codes 0. ValueError for a weight that is not finite, and for
+    other bits and groups.
     """
     out, in_ = weight.shape
     group = in_ if group is None else group
@@ -117,7 +118,10 @@ def pack_quantized(
     bits: int,
     group: int | None = None,
 ) -> PackedWeight:
-    """Packs what `quantize` made; `group` None = in / groups, which must be whole."""
+    """Packs what `quantize` made; `group` None = in / groups, which must be whole.
+
+    ValueError for other bits, and for scales that do not fit.
+    """
     out, in_ = codes.shape
     if group is None:
         group = in_ // max(scales.shape[1], 1)

@@ -35,6 +35,7 @@ def linear_packed(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tenso
 def _cpp_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """Summed in f32; a row's bits do not depend on the other rows."""
     x = x if x.stride(1) == 1 else x.contiguous()
+    bias = None if bias is None else bias.contiguous()
     y = graph.empty((len(x), weight.out), x.dtype)
     scales = weight.scales
     args = native.LinearArgs(

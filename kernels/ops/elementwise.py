@@ -10,8 +10,17 @@ from ..library import register
 from .arguments import check, refuse_gradients
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
-    """RMS norm of x [tokens, hidden]; with `residual`, of `residual += x`, done in place."""
+def rms_norm(
+    x: Tensor,  # [tokens, hidden]
+    weight: Tensor,  # [hidden]
+    eps: float,
+    residual: Tensor | None = None,  # [tokens, hidden], changed in place
+) -> Tensor:  # [tokens, hidden], of x's dtype
+    """`weight * x / sqrt(mean(x^2) + eps)`; with `residual`, of `residual += x`, in x's place.
+
+    The mean runs in fp32; the normalised value is rounded before the product. ValueError for shapes
+    that disagree.
+    """
     refuse_gradients(x, weight, residual)
     check(x.shape[-1:] == weight.shape, "weight must have as many elements as x has columns")
     check(residual is None or residual.shape == x.shape, "residual must be like x")
@@ -21,7 +30,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
 
 
 def silu_mul(x: Tensor) -> Tensor:
-    """`silu(gate) * up` of x = [gate | up], [tokens, 2 * inter] -> [tokens, inter]."""
+    """`silu(gate) * up` of x = [gate | up], [tokens, 2 * inter] -> [tokens, inter], in x's dtype.
+
+    ValueError for an odd number of columns.
+    """
     refuse_gradients(x)
     check(x.shape[-1] % 2 == 0, "x must have an even number of columns")
     y: Tensor = _SILU(x)
@@ -38,12 +50,13 @@ def rope_store_kv_(
     kv_slots: Tensor,  # int64 [tokens], block * block_size + offset, -1 = do not store
     k_blocks: Tensor,  # [blocks, block_size, kv_heads, head_dim], written in place
     v_blocks: Tensor,
-    k_scale: Tensor | None = None,  # fp32 [kv_heads], for e4m3 pages, on CPU for int8 ones too
+    k_scale: Tensor | None = None,  # fp32 [kv_heads], for e4m3 blocks, on CPU for int8 ones too
     v_scale: Tensor | None = None,
 ) -> None:
-    """Rotates q and k by position (half against half) and stores k and v in their pages.
+    """Rotates q and k by position (half against half) and stores k and v in their blocks.
 
-    With scales, k and v are divided by their head's and cut to the pages' finite range. On CPU
+    With scales, k and v are divided by their head's and cut to the blocks' finite range. ValueError
+    for shapes that disagree and for one scale without the other. On CPU
     IndexError, with all as it was, for positions and slots out of range. Nobody checks that no two
     tokens have one slot: it would then hold a mixture of them.
     """

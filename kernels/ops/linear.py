@@ -12,28 +12,35 @@ from .arguments import check, refuse_gradients
 
 
 def linear(
-    x: Tensor,
-    weight: Tensor | PackedWeight,
-    bias: Tensor | None = None,
+    x: Tensor,  # [tokens, in]
+    weight: Tensor | PackedWeight,  # [out, in]; one that is not packed has x's dtype
+    bias: Tensor | None = None,  # [out], of x's dtype
     batch_invariant: bool = False,
-) -> Tensor:
-    """`x @ weight.T + bias` of x [tokens, in] and a weight [out, in], packed or not.
+) -> Tensor:  # [tokens, out], of x's dtype
+    """`x @ weight.T + bias`, of a weight packed or not.
 
     With `batch_invariant` a row's bits do not depend on the number of rows; on CPU they never do.
+    ValueError for shapes that disagree and a bias of another dtype. Packed weights are for CPU:
+    NoCudaKernel on CUDA.
     """
     if isinstance(weight, PackedWeight):
         refuse_gradients(x, weight.data, weight.scales, bias)
-        _check_columns(x, weight.in_)
+        check(x.dim() == 2, "x must be [tokens, in]")
+        _check(x, weight.out, weight.in_, bias)
         packed_y: Tensor = _PACKED(x, *weight, bias)
         return packed_y
     refuse_gradients(x, weight, bias)
-    _check_columns(x, weight.shape[1])
+    check(weight.dim() == 2, "weight must be [out, in]")
+    _check(x, weight.shape[0], weight.shape[1], bias)
     y: Tensor = _LINEAR(x, weight, bias, batch_invariant)
     return y
 
 
-def _check_columns(x: Tensor, columns: int) -> None:
-    check(x.shape[-1] == columns, f"x has {x.shape[-1]} columns, weight {columns}")
+def _check(x: Tensor, out: int, in_: int, bias: Tensor | None) -> None:
+    check(x.shape[-1] == in_, f"x has {x.shape[-1]} columns, weight {in_}")
+    if bias is not None:
+        fits = bias.shape == (out,) and bias.dtype == x.dtype
+        check(fits, f"bias must be [{out}] of {x.dtype}, not {list(bias.shape)} of {bias.dtype}")
 
 
 def _product(

@@ -15,11 +15,17 @@ from ..tiles import Table, Tiles
 from .arguments import check, refuse_gradients
 
 
-def lora_shrink(x: Tensor, a_pages: Tensor, table: Table, tiles: Tiles, split_k: int = 1) -> Tensor:
-    """The first stage of `lora_`, into rank space: fp32 [split_k, tokens, slices * max_pages * 8].
+def lora_shrink(
+    x: Tensor,  # [tokens, in]
+    a_pages: Tensor,  # [pages, slices, 8, in]
+    table: Table,
+    tiles: Tiles,
+    split_k: int = 1,  # parts of `in`, a plane for each
+) -> Tensor:  # fp32 [split_k, tokens, slices * max_pages * 8]
+    """The first stage of `lora_`, into rank space: the products of A.
 
-    x [tokens, in]; a_pages [pages, slices, 8, in]. Entries beyond a row's own pages are 0 on a CPU
-    and undefined on a GPU.
+    Entries beyond a row's own pages are 0 on a CPU and undefined on a GPU. ValueError for shapes
+    that disagree and a `split_k` that is not within 1..in; on CPU IndexError like `lora_`.
     """
     refuse_gradients(x, a_pages, table.page_weights, table.scale, table.bias)
     check(
@@ -33,20 +39,26 @@ def lora_shrink(x: Tensor, a_pages: Tensor, table: Table, tiles: Tiles, split_k:
 
 
 def lora_splits(x: Tensor, a_pages: Tensor) -> int:
-    """The `split_k` with which `lora_` computes: with it, the two stages give the same bits."""
+    """The `split_k` with which `lora_` computes: with it, the two stages give the same bits.
+
+    x [tokens, in]; a_pages [pages, slices, 8, in]. On a CPU 1.
+    """
     found: int = _SPLITS(x, a_pages)
     return found
 
 
 def lora_expand_(
-    y: Tensor,
-    planes: Tensor,
-    b_pages: Tensor,
+    y: Tensor,  # [tokens, out], changed in place
+    planes: Tensor,  # fp32 [split_k, tokens, slices * max_pages * 8]
+    b_pages: Tensor,  # [pages, 8, out]
     table: Table,
     tiles: Tiles,
-    slice_starts: Sequence[int],
+    slice_starts: Sequence[int],  # [slices + 1]
 ) -> None:
-    """The second stage of `lora_`: sums the planes in order, adds B times them, rounds once."""
+    """The second stage of `lora_`: sums the planes in order, adds B times them, rounds once.
+
+    ValueError for shapes that disagree; on CPU IndexError like `lora_`.
+    """
     refuse_gradients(y, planes, b_pages, table.page_weights, table.scale, table.bias)
     _check_out(y, b_pages, slice_starts)
     _EXPAND(y, planes, b_pages, *table, *tiles, list(slice_starts))
@@ -59,7 +71,7 @@ def lora_(
     b_pages: Tensor,  # [pages, 8, out]
     table: Table,
     tiles: Tiles,
-    slice_starts: Sequence[int],
+    slice_starts: Sequence[int],  # [slices + 1], first output column of each slice, then `out`
 ) -> None:
     """Adds to each row of `y` the low-rank delta of that row's slot; base rows stay untouched.
 
@@ -71,7 +83,7 @@ def lora_(
     refuse_gradients(y, x, a_pages, b_pages, table.page_weights, table.scale, table.bias)
     _check_out(y, b_pages, slice_starts)
     check(x.dim() == 2 and len(x) == len(y), "x and y must have as many rows")
-    check(a_pages.shape[2:3] == (8,), "a_pages must be [pages, slices, 8, in]")
+    check(a_pages.dim() == 4 and a_pages.shape[2] == 8, "a_pages must be [pages, slices, 8, in]")
     check(x.shape[1] == a_pages.shape[3], f"x has {x.shape[1]} columns, a_pages {a_pages.shape[3]}")
     check(
         a_pages.shape[1] == len(slice_starts) - 1, "a_pages and slice_starts disagree on the slices"
@@ -80,11 +92,17 @@ def lora_(
 
 
 def lora_embed_(
-    y: Tensor, ids: Tensor, a_pages: Tensor, b_pages: Tensor, table: Table, tiles: Tiles
+    y: Tensor,  # [tokens, hidden], changed in place
+    ids: Tensor,  # int64 [tokens]
+    a_pages: Tensor,  # [pages, vocab, 8]
+    b_pages: Tensor,  # [pages, 8, hidden]
+    table: Table,
+    tiles: Tiles,
 ) -> None:
-    """`lora_` for an embedding: ids int64 [tokens] choose rows of a_pages [pages, vocab, 8].
+    """`lora_` for an embedding: a token's row of A's pages stands for `A @ one_hot`.
 
-    Of `ids` those are looked at, and on CPU checked, that stand in a tile.
+    Of `ids` those are looked at that stand in a tile. ValueError for shapes that disagree; on CPU
+    IndexError like `lora_`, and for an id out of the vocabulary.
     """
     refuse_gradients(y, a_pages, b_pages, table.page_weights, table.scale, table.bias)
     _check_out(y, b_pages, (0, y.shape[1]))
@@ -94,9 +112,14 @@ def lora_embed_(
 
 
 def lora_head_(
-    y: Tensor, x: Tensor, a_pages: Tensor, b_pages: Tensor, table: Table, tiles: Tiles
+    y: Tensor,  # [rows, vocab], logits, changed in place
+    x: Tensor,  # [rows, hidden]
+    a_pages: Tensor,  # [pages, 1, 8, hidden]
+    b_pages: Tensor,  # [pages, 8, vocab]
+    table: Table,
+    tiles: Tiles,
 ) -> None:
-    """`lora_` on logits y [rows, vocab] of hidden x [rows, hidden], with tiles over those rows."""
+    """`lora_` on logits, with tiles over their rows; errors as there."""
     lora_(y, x, a_pages, b_pages, table, tiles, (0, y.shape[1]))
 
 

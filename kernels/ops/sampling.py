@@ -11,8 +11,14 @@ from ..library import register
 from .arguments import check, refuse_gradients
 
 
-def apply_token_mask_(logits: Tensor, mask: Tensor) -> None:
-    """Sets logits [rows, vocab] to -inf where mask, int32 [rows, ceil(vocab / 32)], has bit 0."""
+def apply_token_mask_(
+    logits: Tensor,  # [rows, vocab], changed in place
+    mask: Tensor,  # int32 [rows, ceil(vocab / 32)], bit i of word j is token 32 * j + i
+) -> None:
+    """Sets logits to -inf where the mask has bit 0.
+
+    ValueError for a mask of another shape or dtype.
+    """
     refuse_gradients(logits)
     check(mask.dtype == torch.int32, "mask must be int32")
     check(
@@ -30,10 +36,11 @@ def top_logprobs(
     """Of each row the target and the `top` likeliest tokens, with log probabilities and ranks.
 
     A rank is 1 + the number of larger logits; of equal ones the lowest ids come first. `top` is cut
-    to the vocabulary. A row's bits are its own. On CPU IndexError for a target outside of it.
+    to the vocabulary. A row's bits are its own. ValueError for shapes that disagree and a negative
+    `top`; on CPU IndexError for a target out of the vocabulary.
     """
     refuse_gradients(logits)
-    check(logits.dim() == 2 and len(targets) == len(logits), "targets must be [rows]")
+    check(logits.dim() == 2 and targets.shape == logits.shape[:1], "targets must be [rows]")
     check(top >= 0, f"top must not be negative, but is {top}")
     found: tuple[Tensor, Tensor, Tensor] = _TOP(logits, targets, min(top, logits.shape[1]))
     return found
@@ -50,7 +57,7 @@ def draw(
     """A random token for each row: the inverse of its cumulative probability, likeliest first.
 
     A row with NaN or +inf, or without anything finite, fails and has token 0. A row's token is its
-    own.
+    own. ValueError for shapes that disagree; the ranges above are the caller's to keep.
     """
     each = (temperature, top_k, top_p, log_min_p, numbers)
     refuse_gradients(logits, *each)

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
+import pytest
 from work import SHAPES, adapters_of, prompts
+
+from tests.harness.paths import ROOT
+
+BENCH = ROOT / "bench"
 
 
 def test_the_work_of_the_figures_is_what_it_says() -> None:
@@ -23,3 +32,13 @@ def test_cases_choose_adapters() -> None:
     assert adapters_of("base", 2) == [None, None]
     assert len(set(adapters_of("identical", 16))) == 1
     assert sorted(adapters_of("distinct", 16)) == list(range(16))  # type: ignore[type-var]
+
+
+@pytest.mark.parametrize(("setting", "threads"), [("3", 3), ("4,2", 4), ("", 2), (None, 2)])
+def test_threads_are_those_that_openmp_gets(setting: str | None, threads: int) -> None:
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    if setting is not None:
+        env["OMP_NUM_THREADS"] = setting
+    code = [sys.executable, "-c", "from work import THREADS; print(THREADS)"]
+    done = subprocess.run(code, cwd=BENCH, env=env, capture_output=True, text=True, check=True)
+    assert int(done.stdout) == threads
