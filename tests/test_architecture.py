@@ -242,6 +242,22 @@ def test_decisions_need_no_torch(name: str) -> None:
     assert name in reached, f"{name} does not exist; WITHOUT_TORCH is out of date"
 
 
+CLOCKS = {"time", "datetime", "sched"}
+TIMED = {  # these say in the log how long a start took
+    "multilora.engine.builder",
+    "multilora.runtime.graph_runner",
+}
+
+
+@pytest.mark.parametrize("package", ["scheduling", "engine", "runtime", "sampling"])
+def test_no_decision_asks_for_the_time(package: str) -> None:
+    """What a step does follows from what was asked alone, so that it can be done again."""
+    for name in MODULES:
+        if name.startswith(f"multilora.{package}.") and name not in TIMED:
+            found = {target.partition(".")[0] for target in imports_of(name)} & CLOCKS
+            assert not found, f"{name} imports {found.pop()}: hand it in, so that a test can set it"
+
+
 # What no file does --------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def open_regular(path: Path, max_bytes: int) -> BinaryIO:
     """A regular file of at most `max_bytes` bytes, open for reading. Symbolic links are followed.
 
-    Anything else (missing, folder, pipe, device, too large) is an AdapterInvalid.
+    Anything else (missing, folder, pipe, device, empty, too large) is an AdapterInvalid.
     """
     # Looked at before it is opened, since opening a pipe waits for its writer and opening a device
     # may act on it; looked at again afterwards, since the name may lead elsewhere by then.
@@ -33,6 +33,8 @@ def open_regular(path: Path, max_bytes: int) -> BinaryIO:
     try:
         info = os.fstat(file.fileno())
         _check_regular(path, info)
+        if not info.st_size:  # so are most files of /proc, which may wait for ever
+            raise AdapterInvalid(f"{path.name} is cut short: it is empty")
         if info.st_size > max_bytes:
             raise AdapterInvalid(
                 f"{path.name} has {info.st_size} bytes, above the limit of {max_bytes}"

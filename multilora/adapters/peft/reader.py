@@ -64,13 +64,16 @@ class Adapter:
 def read_adapter(folder: str | Path, config: ModelConfig, *, max_rank: int = 512) -> Adapter:
     """Reads a PEFT LoRA folder for a base model of shape `config`.
 
-    Raises AdapterInvalid when a file is missing or malformed, does not fit the model, or uses a
-    feature that is not supported; AdapterTooLarge when a rank is above `max_rank`.
+    Raises AdapterInvalid when a file is missing, unreadable or malformed, does not fit the model,
+    or uses a feature that is not supported; AdapterTooLarge when a rank is above `max_rank`.
     """
     try:
         return _read(Path(folder), config, max_rank)
     except AdapterError as error:
         raise type(error)(f"adapter at {show(str(folder))}: {error}") from error
+    except OSError as error:  # the disk, the network, or a file that is none
+        why = error.strerror or error
+        raise AdapterInvalid(f"adapter at {show(str(folder))} cannot be read: {why}") from error
 
 
 def _read(folder: Path, config: ModelConfig, max_rank: int) -> Adapter:

@@ -3,6 +3,10 @@
 A trace is what happens between steps, which are its clock: requests, aborts, adapters that come, go
 and are replaced, loads that fail, and exceptions at any call within a step or a load. Each finished
 answer is compared with the same request on an engine of its own, to the bit.
+
+No other clock is needed: scheduling, sampling, engine and runtime never ask for the time, but to
+say in the log how long a start took (`test_architecture.test_no_decision_asks_for_the_time`). The
+patterns of an adapter alone have a time limit; those of these adapters are names.
 """
 
 from __future__ import annotations

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
 import pickle
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from multilora.adapters.peft.files import open_regular
 from multilora.errors import AdapterError, AdapterInvalid
 from multilora.tokenization.tokenizer import load_tokenizer
 from tests.harness.adapter_folders import change_config
-from tests.harness.tiny_engines import facts, make_engine, run
+from tests.harness.tiny_engines import Job, facts, make_engine, run
 
 if TYPE_CHECKING:
     from .conftest import World
@@ -101,6 +106,61 @@ def test_a_pickle_in_place_of_the_weights(
         engine.load_adapter("a", folder)
     assert not marker.exists()
     world.check(engine, [world.job("a")])
+
+
+STRANGE = ("mem", "environ", "clear_refs", "attr/current", "pagemap")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="has no /proc")
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_file_that_the_system_made(name: str, world: World, tmp_path: Path) -> None:
+    """CVE-2026-24208, CVE-2024-37032: a name led to /proc. Its files only look regular."""
+    engine = world.engine()
+    for number, target in enumerate([*STRANGE, "../kmsg"]):
+        folder = tmp_path / str(number)
+        shutil.copytree(world.root / "a", folder)
+        (folder / name).unlink()
+        (folder / name).symlink_to(f"/proc/self/{target}")
+        with pytest.raises(AdapterInvalid) as caught:
+            engine.load_adapter("a", folder)
+        assert str(folder) in str(caught.value)
+    assert engine.adapters == {}
+
+
+class _FailingFile(io.BufferedReader):
+    """A file of which one read fails, after `left` that do not."""
+
+    left = 0
+
+    def _count(self) -> None:
+        if not _FailingFile.left:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        _FailingFile.left -= 1
+
+    def read(self, size: int | None = -1) -> bytes:
+        self._count()
+        return super().read(size)
+
+    def readinto(self, buffer: Any) -> int:
+        self._count()
+        return super().readinto(buffer)
+
+
+def test_a_disk_that_fails(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A load that fails midway leaves what was there, at whichever read, and can be repeated."""
+    engine, job = world.engine("a"), world.job("a")
+    before = engine.adapters
+    for number in range(6):
+        with monkeypatch.context() as patch:
+            _FailingFile.left = number
+            opened = lambda *args: _FailingFile(open_regular(*args).detach())  # noqa: E731
+            patch.setattr("multilora.adapters.peft.reader.open_regular", opened)
+            with pytest.raises(AdapterInvalid, match="cannot be read: Input/output error"):
+                engine.load_adapter("a", world.root / "b")
+        assert engine.adapters == before
+    world.check(engine, [job])
+    engine.load_adapter("a", world.root / "b")
+    assert facts(run(engine, [job])[0]) == world.alone(Job(job.prompt, job.params, "b"))
 
 
 @pytest.mark.parametrize(
