@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
+from multilora.engine.output_processor import CompletionState
+from multilora.outputs import FinishReason
+from tests.harness.scheduler_house import House
 from tests.harness.tiny_engines import Job, greedy, prompt_of, run
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from multilora.engine.engine import Engine
 
 PROMPT = prompt_of(20)
 
 
-# Steps and outputs
 def test_outputs_are_cumulative_and_the_last_one_is_finished(engine: Engine) -> None:
     request = engine.add_request(list(PROMPT), greedy(4), adapter="a", request_id="mine")
     assert request == "mine"
@@ -72,3 +76,63 @@ def test_logprobs_are_absent_unless_asked_for(engine: Engine) -> None:
     output = run(engine, [Job(PROMPT, greedy(2))])[0]
     answer = output.outputs[0]
     assert (output.prompt_logprobs, answer.logprobs, answer.cumulative_logprob) == (None,) * 3
+
+
+# An answer alone, of a tokenizer whose token i is letter i --------------------------------------
+
+
+class Letters:
+    """Tokens 0.. are the letters from a on."""
+
+    vocab_size, special_ids = 26, frozenset[int]()
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        return "".join(chr(ord("a") + i) for i in ids)
+
+
+def answer_of(text: str, **params: Any) -> CompletionState:
+    """An answer to which the letters of a text come one by one, until a stop string ends it."""
+    seq = House().seq([25], **params)
+    answer = CompletionState(seq, cast("Any", Letters()))
+    for letter in text:
+        seq.output_ids.append(ord(letter) - ord("a"))
+        answer.advance()
+        if answer.stop is not None:
+            break
+    return answer
+
+
+def test_the_stop_string_that_begins_first_cuts_the_text() -> None:
+    answer = answer_of("xabcd", stop=["bcd", "abcd", "zz"])
+    assert (answer.text, answer.stop) == ("x", "abcd")
+
+
+def test_a_stop_string_before_min_tokens_is_text() -> None:
+    answer = answer_of("abcabd", stop=["ab"], min_tokens=4)
+    assert (answer.text, answer.stop) == ("abc", "ab")
+    assert answer_of("abc", stop=["ab"], min_tokens=4).stop is None
+
+
+def test_what_may_become_a_stop_string_is_held_back_until_the_end() -> None:
+    answer = answer_of("abcd", stop=["xyz"])
+    assert answer.output().text == "ab"
+    answer.seq.finish_reason = FinishReason.LENGTH
+    answer.advance()
+    assert answer.output().text == "abcd"
+
+
+def test_the_token_that_stopped_an_answer_is_not_part_of_its_text() -> None:
+    seq = House().seq([25], stop_token_ids=[3])
+    answer = CompletionState(seq, cast("Any", Letters()))
+    seq.output_ids += [0, 1, 3]
+    seq.finish_reason = FinishReason.STOP
+    answer.advance()
+    assert answer.output().text == "ab"
+    assert answer.output().token_ids == [0, 1, 3]
+
+
+def test_an_answer_without_text_has_its_tokens() -> None:
+    answer = answer_of("ab")
+    answer.give_up()
+    answer.advance()
+    assert (answer.output().text, answer.output().token_ids) == ("", [0, 1])
