@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -274,3 +275,14 @@ def test_any_order_of_operations_keeps_the_store_whole(
         for mix, slot in pinned:
             if mix:
                 check_content(store, slot, [(VERSIONS[d], w) for d, w in mix])
+
+
+def test_the_order_of_names_does_not_change_a_mix() -> None:
+    store = make_store()
+    for name in "xyz":
+        store.load(name, make_adapter("a"))
+    weights = {"x": 0.1, "y": 0.2, "z": 0.3}  # 0.6 or 0.6000000000000001, added one by one
+    found = {
+        store.resolve({name: weights[name] for name in names}) for names in permutations("xyz")
+    }
+    assert found == {(("a", 0.6),)}

@@ -139,7 +139,6 @@ def test_an_adapter_too_large_or_badly_named_is_refused(root: Path, tmp_path: Pa
     assert (engine.memory(), engine.adapters) == before
 
 
-# Adapters that come and go
 def test_a_replaced_adapter_serves_its_old_requests_to_the_end(engine: Engine, root: Path) -> None:
     old = tokens(engine, "a")
     first = engine.add_request(PROMPT, greedy(), adapter="a")

@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from multilora.engine.failures import FailureIsolation
 from multilora.errors import EngineDeadError
 from tests.harness.recovery import FORMS, SHORT, World, sampled
 from tests.harness.tiny_engines import Job, add, drain, facts, prompt_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from multilora.engine.engine import Engine
 
 
@@ -112,3 +115,49 @@ def test_a_policy_that_raises_ends_the_engine_not_a_request(
     add(engine, Job(SHORT, sampled(4)))
     with pytest.raises(EngineDeadError, match="ZeroDivisionError"):
         drain(engine)
+
+
+# The trials themselves, without an engine: `broken` says which steps fail ------------------------
+
+
+def run_trials(size: int, broken: Callable[[frozenset[int]], bool]) -> tuple[list[list[int]], Any]:
+    """Steps of what may run until all have one token; the steps' members, and who was given up."""
+    isolation, done = FailureIsolation(), dict.fromkeys(range(size), 0)
+    steps, lost, whole = [], [], False
+    while waiting := frozenset(i for i, tokens in done.items() if tokens == 0):
+        whole |= isolation.settle(done.get)
+        members = isolation.members
+        step = waiting if members is None else waiting & members
+        steps.append(sorted(step))
+        if broken(step):
+            for seq_id in isolation.failed(dict.fromkeys(sorted(step), 1)):
+                lost.append(seq_id)
+                del done[seq_id]
+        else:
+            done |= dict.fromkeys(step, 1)
+        assert len(steps) < 50
+    whole |= isolation.settle(done.get)
+    assert isolation.members is None
+    return steps, (lost, whole)
+
+
+def test_a_step_that_fails_once_is_only_repeated() -> None:
+    calls = iter([True, False])
+    assert run_trials(4, lambda _: next(calls)) == ([[0, 1, 2, 3]] * 2, ([], False))
+
+
+def test_the_one_that_fails_is_found_by_halves_and_tried_twice_alone() -> None:
+    steps, found = run_trials(4, lambda step: 2 in step)
+    assert steps == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1], [2, 3], [2], [2], [3]]
+    assert found == ([2], False)
+
+
+def test_two_that_fail_are_both_found() -> None:
+    _, (lost, whole) = run_trials(8, lambda step: bool(step & {1, 6}))
+    assert (sorted(lost), whole) == ([1, 6], False)
+
+
+def test_what_passes_in_halves_failed_as_a_whole() -> None:
+    steps, found = run_trials(4, lambda step: len(step) > 2)
+    assert steps == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1], [2, 3]]
+    assert found == ([], True)

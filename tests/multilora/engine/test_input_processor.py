@@ -47,7 +47,6 @@ def test_a_text_prompt_is_encoded(writer: Engine) -> None:
     assert output.prompt_token_ids == writer.tokenizer.encode("Hello")
 
 
-# Sampling
 def test_n_answers_are_those_of_consecutive_seeds(engine: Engine) -> None:
     params = SamplingParams(temperature=1.5, seed=7, n=3, max_tokens=8, ignore_eos=True)
     answers = run(engine, [Job(PROMPT, params, "a")])[0].outputs
@@ -71,7 +70,6 @@ def test_requests_without_a_seed_differ_and_repeat_with_the_engine(root: Path) -
     assert drawn(2) != first
 
 
-# What is refused
 @pytest.mark.parametrize(
     ("prompt", "fields", "adapter", "error"),
     [

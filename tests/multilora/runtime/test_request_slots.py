@@ -49,3 +49,21 @@ def test_a_request_slot_forgets_who_had_it() -> None:
     assert list(step.num_scored) == [0]
     ids, is_known = slots.tokens(np.array([0]), np.array([6]))
     assert (ids.tolist(), is_known.tolist()) == ([0], [False])
+
+
+def test_prompt_logprobs_score_all_but_the_first_token_of_a_prompt() -> None:
+    slots = new_slots()
+    scored = new_sequence(0, [8] * 9, 9, prompt_logprobs=0)
+    with_output = new_sequence(1, [8] * 9, 7, prompt_logprobs=2)
+    slots.take(SchedulerOutput((scored, with_output, new_sequence(2, [8] * 9, 9)), (), ()))
+    assert slots.num_scored(np.array([0, 1, 2])).tolist() == [8, 6, 0]
+
+
+def test_a_slot_is_known_from_its_first_step_until_it_is_freed() -> None:
+    slots = new_slots()
+    slots.take(SchedulerOutput((new_sequence(0, [8], 1), new_sequence(3, [8], 1)), (), ()))
+    assert slots.known == {0, 3}
+    slots.take(SchedulerOutput((new_sequence(1, [8], 1),), (), freed_request_slots=(3,)))
+    assert slots.known == {0, 1}
+    slots.reset()
+    assert slots.known == set()

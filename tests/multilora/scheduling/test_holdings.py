@@ -69,3 +69,14 @@ def test_nothing_is_taken_from_a_sequence_that_is_being_computed() -> None:
     assert third is not None
     assert len(third.chunks) == house.scheduler.num_preemptions == 1
     house.check()
+
+
+def test_the_lowest_free_row_is_taken_first() -> None:
+    house = House(max_num_seqs=4)
+    seqs = [house.seq([1], max_tokens=9) for _ in range(4)]
+    house.step()
+    for seq in (seqs[2], seqs[0], seqs[1]):
+        house.scheduler.abort(seq)
+    later = [house.seq([1]) for _ in range(3)]
+    house.step()
+    assert [seq.request_slot for seq in later] == [0, 1, 2]

@@ -17,3 +17,11 @@ def test_fcfs_is_by_arrival_and_an_unknown_policy_is_named() -> None:
         policy_named("lifo")
     with pytest.raises(ConfigError, match="lifo"):
         House(policy="lifo")
+
+
+def test_answers_to_one_request_come_in_their_order() -> None:
+    house = House()
+    answers = [house.seq([1]) for _ in range(3)]
+    for answer in answers:
+        answer.arrival = 0
+    assert Fcfs().order(answers[::-1], View((), 0)) == answers
