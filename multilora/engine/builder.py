@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,8 @@ class EngineParts:
     max_model_len: int
     needs: MemoryNeeds  # bytes, for `Engine.memory`
     end_ids: frozenset[int]  # that end an answer, unless a request ignores them
+    clock: Callable[[], float] = time.monotonic  # of the metrics: no step depends on it
+    wall_clock: Callable[[], float] = time.time  # seconds since 1970
 
 
 def build(config: EngineConfig) -> EngineParts:

@@ -8,7 +8,6 @@ changes the core is torn; `recover` throws all of it away and makes it anew.
 from __future__ import annotations
 
 import logging
-import time
 from collections import deque
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
@@ -39,13 +38,14 @@ class EngineCore:
         store: AdapterStore,
         runner: ModelRunner,
         depth: int,  # steps in flight
+        clock: Callable[[], float],  # seconds
     ) -> None:
         self.scheduler, self.pool, self.store, self.runner = scheduler, pool, store, runner
         self.requests: dict[str, RequestState] = {}
         self.is_torn = False
         self.dead: str | None = None  # why nothing runs any more
         self.num_steps = 0
-        self._depth = depth
+        self._depth, self._clock = depth, clock
         self._handles: deque[StepHandle] = deque()
         self._by_seq: dict[int, RequestState] = {}  # the sequences that have not ended
         self.news: dict[str, RequestState] = {}  # what the next step tells
@@ -156,7 +156,7 @@ class EngineCore:
         self._num_unexplained = 0
 
     def _mark_scheduled(self) -> None:
-        now = time.monotonic()
+        now = self._clock()
         for seq in self.scheduler.running:
             if (state := self._by_seq.get(seq.seq_id)) is not None:
                 state.mark(now, was_scheduled=True)
@@ -180,7 +180,7 @@ class EngineCore:
         """Takes in what is new of an answer, to be told by this step."""
         answer, seq = state.answers[index], state.answers[index].seq
         self.news[state.request_id] = state
-        state.mark(time.monotonic())
+        state.mark(self._clock())
         answer.advance()
         if answer.stop is not None and seq.finish_reason in (None, FinishReason.LENGTH):
             self.scheduler.finish(seq, FinishReason.STOP, answer.stop)

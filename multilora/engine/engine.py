@@ -17,7 +17,7 @@ from ..adapters.store import AdapterInfo
 from ..checkpoint.reader import read_base_weight
 from ..config.engine import EngineConfig
 from ..errors import CapacityError, RequestError
-from ..outputs import RequestOutput
+from ..outputs import RequestMetrics, RequestOutput
 from ..sampling_params import SamplingParams
 from .builder import build
 from .core import EngineCore
@@ -65,7 +65,10 @@ class Engine:
             is_gpu=parts.device.is_cuda,
         )
         depth = 2 if config.is_async(parts.device.is_cuda) else 1
-        self._core = EngineCore(self.scheduler, self.pool, self.store, self.runner, depth)
+        self._core = EngineCore(
+            self.scheduler, self.pool, self.store, self.runner, depth, parts.clock
+        )
+        self._clock, self._wall_clock = parts.clock, parts.wall_clock
         self._gate = Gate(self._core)
         self._arrivals = itertools.count()
         self._needs, self._compilations = parts.needs, parts.device.compilations
@@ -94,10 +97,11 @@ class Engine:
             raise RequestError(f"request id {request_id!r} is in use; give another or none")
         ids, bad_words = self._inputs.prompt_ids(prompt, params), self._inputs.bad_words(params)
         text = prompt if isinstance(prompt, str) else None
+        metrics = RequestMetrics(self._wall_clock(), self._clock())
         with Change(self._core):
             mix, identity = self.store.acquire(adapter)
             state = RequestState(
-                request_id, text, ids, params, adapter, mix, bad_words, self.tokenizer
+                request_id, text, ids, params, adapter, mix, metrics, bad_words, self.tokenizer
             )
             try:
                 self._core.add(state, self._inputs.start(state, identity, number))

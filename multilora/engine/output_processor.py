@@ -6,7 +6,6 @@ made from them, token by token, and can be made again.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
@@ -113,7 +112,7 @@ class CompletionState:
             keep = len(self.stop) if params.include_stop_str_in_output else 0
             self.text = self.text[: at + keep]
 
-    def output(self, *, is_delta: bool) -> CompletionOutput:
+    def output(self, *, is_delta: bool = False) -> CompletionOutput:
         """The answer so far, or what has come since it was told last.
 
         What may yet become a stop string is held back.
@@ -187,12 +186,13 @@ class RequestState:
         params: SamplingParams,
         adapter: str | Mapping[str, float] | None,
         mix: Mix,
+        metrics: RequestMetrics,
         bad_words: tuple[tuple[int, ...], ...] = (),  # of `params`, as token ids
         tokenizer: Tokenizer | None = None,
     ) -> None:
         self.request_id, self.prompt, self.prompt_ids = request_id, prompt, prompt_ids
         self.params, self.adapter, self.mix, self.bad_words = params, adapter, mix, bad_words
-        self.metrics = RequestMetrics(time.time(), time.monotonic())
+        self.metrics = metrics
         self._tokenizer = tokenizer
         self._shown_logprobs: list[TokenLogprobs | None] = [None]  # of the prompt, likewise
         self.answers: list[CompletionState] = []

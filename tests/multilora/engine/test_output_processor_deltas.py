@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -174,7 +175,11 @@ def test_all_log_probabilities_when_the_engine_allows_them(teller: Engine) -> No
             limited.add_request(PROMPT, greedy(2, **wrong))
 
 
-def test_times_are_in_order(teller: Engine) -> None:
+def test_times_are_the_clocks(teller: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes on by one second whenever it is asked."""
+    seconds = itertools.count(100)
+    for owner in (teller, teller._core):
+        monkeypatch.setattr(owner, "_clock", lambda: float(next(seconds)))
     request = start(teller, max_tokens=3)
     before = teller.output(request).metrics
     assert before is not None
@@ -182,7 +187,8 @@ def test_times_are_in_order(teller: Engine) -> None:
     (output,) = drain(teller).values()
     found = output.metrics
     assert found is not None
-    assert found.queued_ts <= found.scheduled_ts <= found.first_token_ts < found.last_token_ts
+    assert (found.queued_ts, found.scheduled_ts, found.first_token_ts) == (100, 101, 102)
+    assert found.last_token_ts == 104
     assert found.num_generation_tokens == 3
     assert found.first_token_latency == found.first_token_ts - found.queued_ts
     assert output.outputs[0].finished()
