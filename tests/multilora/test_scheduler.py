@@ -14,7 +14,7 @@ from multilora.config.engine import EngineConfig
 from multilora.errors import CapacityError, ConfigError
 from multilora.outputs import FinishReason
 from multilora.sampling_params import SamplingParams
-from multilora.scheduling.block_pool import BlockPool
+from multilora.scheduling.block_pool import ROOT_KEY, BlockPool, block_key
 from multilora.scheduling.policies import Fcfs, View, policy_named
 from multilora.scheduling.scheduler import Scheduler
 from multilora.scheduling.scheduler_output import ChunkResult, SchedulerOutput, StepResult
@@ -225,8 +225,10 @@ def test_a_failed_row_ends_with_an_error_and_publishes_nothing() -> None:
     assert house.step(failed=0) == [bad, good]
     assert (bad.finish_reason, bad.output_ids) == (FinishReason.ERROR, [])
     assert good.finish_reason is None
-    assert house.pool.match([1] * 8, b"", 8) == []
-    assert len(house.pool.match([3] * 8, b"", 8)) == 2
+    for token, found in ((1, 0), (3, 2)):
+        first = block_key(ROOT_KEY, ((0, b""),), [token] * 4)
+        keys = [first, block_key(first, ((0, b""),), [token] * 4)]
+        assert len(house.pool.match(keys)) == found
 
 
 def test_only_chunks_with_something_to_tell_are_reported() -> None:
