@@ -16,16 +16,19 @@ if TYPE_CHECKING:
     from .config.engine import EngineConfig
     from .engine.engine import Engine
     from .entrypoints.llm import LLM
+    from .lora_request import LoRARequest
     from .outputs import CompletionOutput, RequestOutput
-    from .sampling_params import SamplingParams
+    from .sampling_params import RequestOutputKind, SamplingParams
 
 __all__ = [
     "LLM",
     "CompletionOutput",
     "Engine",
     "EngineConfig",
+    "LoRARequest",
     "MultiloraError",
     "RequestOutput",
+    "RequestOutputKind",
     "SamplingParams",
     "__version__",
     "errors",
@@ -36,7 +39,9 @@ _HOMES = {
     "CompletionOutput": ".outputs",
     "Engine": ".engine.engine",
     "EngineConfig": ".config.engine",
+    "LoRARequest": ".lora_request",
     "RequestOutput": ".outputs",
+    "RequestOutputKind": ".sampling_params",
     "SamplingParams": ".sampling_params",
 }
 

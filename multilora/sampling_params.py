@@ -32,63 +32,73 @@ class RequestOutputKind(enum.Enum):
 class SamplingParams:
     """How the tokens of a request are sampled. Names, meanings and defaults are vLLM's.
 
-    Immutable: `clone(temperature=0)` makes a changed copy. Numpy's numbers count as Python's.
-    Raises RequestError for a value out of range, and for a name that is not a parameter.
+    Immutable: `clone(temperature=0)` makes a changed copy. Numbers of numpy and torch count as
+    Python's. Raises RequestError for a value out of range, and for a name that is no parameter.
+
+    Attributes:
+        n: Answers to the prompt, at most 128; the i-th samples with seed + i.
+        temperature: Divides the logits: below 1 likely tokens are likelier still. 0 = greedy.
+        top_k: Samples from so many of the likeliest tokens only. 0 or -1 = from all.
+        top_p: Samples from the likeliest tokens that together have this probability, in (0, 1].
+        min_p: Least probability of a token, as a share of the likeliest one's, in [0, 1].
+        repetition_penalty: Divides positive logits of tokens in prompt and output, multiplies
+            negative ones.
+        presence_penalty: Taken off the logits of tokens in the output, -2 to 2.
+        frequency_penalty: Taken off the logits of tokens in the output for each occurrence, -2 to
+            2.
+        logit_bias: Token id -> number that is added to its logit, -100 to 100. Ids may be strings
+            of digits.
+        allowed_token_ids: The only tokens that may be generated. None = all.
+        bad_words: Words that are not generated: the token that would complete one, as the tokenizer
+            writes it at the start of a text or after a space, is impossible.
+        logits_processors: Called, in order, with (output ids, logits) or (prompt ids, output ids,
+            logits); they return the logits, fp32 [vocab], which they may change in place. On a CPU
+            only.
+        seed: Of the random numbers, which depend on it and the position alone. None = one of its
+            own.
+        max_tokens: Most tokens of an answer. None = up to `max_model_len`.
+        min_tokens: No end of sequence, stop token or stop string before so many tokens.
+        stop: Texts that end an answer where they first occur. They are not part of its text.
+        stop_token_ids: Tokens that end an answer. They are not part of its text.
+        include_stop_str_in_output: Whether what ended an answer, a stop text or token, is part of
+            its text.
+        ignore_eos: Whether the model's own end tokens do not end an answer.
+        logprobs: Log probabilities of so many of the likeliest tokens at each place, and of the one
+            that was sampled: of the model's own distribution. 0 = of that one alone, -1 = of all,
+            None = none.
+        prompt_logprobs: The same for the tokens of the prompt, from its second on.
+        detokenize: Whether answers have text. Stop texts need it.
+        skip_special_tokens: Whether special tokens are left out of the text.
+        output_kind: What each output of `Engine.step` tells.
+        stream_interval: Tokens of an answer from one output to the next, but for its first and its
+            last. None = 1.
     """
 
     n: int = 1
-    """Answers to the prompt, at most 128; the i-th samples with seed + i."""
     temperature: float = 1.0
-    """Divides the logits: below 1 likely tokens are likelier still. 0 = greedy."""
     top_k: int = 0
-    """Samples from so many of the likeliest tokens only. 0 or -1 = from all."""
     top_p: float = 1.0
-    """Samples from the likeliest tokens that together have this probability, in (0, 1]."""
     min_p: float = 0.0
-    """Least probability of a token, as a share of the likeliest one's, in [0, 1]."""
     repetition_penalty: float = 1.0
-    """Divides positive logits of tokens in prompt and output, multiplies negative ones."""
     presence_penalty: float = 0.0
-    """Taken off the logits of tokens in the output, -2 to 2."""
     frequency_penalty: float = 0.0
-    """Taken off the logits of tokens in the output for each occurrence, -2 to 2."""
     logit_bias: Mapping[int, float] | None = None
-    """Token id -> number that is added to its logit, -100 to 100. Ids may be strings of digits."""
     allowed_token_ids: Ids[int] | None = None
-    """The only tokens that may be generated. None = all."""
     bad_words: Ids[str] | None = None
-    """Words that are not generated: the token that would complete one, as the tokenizer writes it
-    at the start of a text or after a space, is impossible."""
     logits_processors: Ids[LogitsProcessorLike] | None = None
-    """Called, in order, with (output ids, logits) or (prompt ids, output ids, logits); they return
-    the logits, fp32 [vocab], which they may change in place. On a CPU only."""
     seed: int | None = None
-    """Of the random numbers, which depend on it and the position alone. None = one of its own."""
     max_tokens: int | None = 16
-    """Most tokens of an answer. None = up to `max_model_len`."""
     min_tokens: int = 0
-    """No end of sequence, stop token or stop string before so many tokens."""
     stop: str | Ids[str] | None = None
-    """Texts that end an answer where they first occur. They are not part of its text."""
     stop_token_ids: Ids[int] | None = None
-    """Tokens that end an answer. They are not part of its text."""
     include_stop_str_in_output: bool = False
-    """Whether what ended an answer, a stop text or token, is part of its text."""
     ignore_eos: bool = False
-    """Whether the model's own end tokens do not end an answer."""
     logprobs: int | None = None
-    """Log probabilities of so many of the likeliest tokens at each place, and of the one that was
-    sampled: of the model's own distribution. 0 = of that one alone, -1 = of all, None = none."""
     prompt_logprobs: int | None = None
-    """The same for the tokens of the prompt, from its second on."""
     detokenize: bool = True
-    """Whether answers have text. Stop texts need it."""
     skip_special_tokens: bool = True
-    """Whether special tokens are left out of the text."""
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
-    """What each output of `Engine.step` tells."""
     stream_interval: int | None = None
-    """Tokens of an answer from one output to the next, but for its first and its last. None = 1."""
 
     def __post_init__(self) -> None:
         for field in fields(self):

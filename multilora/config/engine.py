@@ -6,9 +6,11 @@ import re
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 from .model import DTYPES
+from .vllm_settings import without_vllms
 
+DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 QUANTIZATIONS = ("int8", "int4")
 GROUP_SIZES = (32, 64, 128)
 KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3", "int8")
@@ -18,38 +20,76 @@ DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """Everything about how a model is served. Names and defaults are vLLM's where it has one."""
+    """Everything about how a model is served. Names are vLLM's where it has one.
 
-    model: str  # folder of the base checkpoint
-    tokenizer: str | None = None  # folder of the tokenizer; None = the model's
-    skip_tokenizer_init: bool = False  # serve token ids only
-    load_format: str = "auto"  # "dummy" = random weights; `model` may then be a shape's name
-    device: str = "cpu"  # "cuda", "cuda:1", or "auto" = a GPU if there is one
-    dtype: str = "auto"  # "auto" = the checkpoint's own
-    quantization: str | None = None  # of the base's linears, when loaded: "int8" or "int4"
-    quantization_group_size: int | None = None  # columns that share a scale; None: all, int4: 32
-    seed: int = 0  # of requests that set none
-    max_logprobs: int = 20  # most that a request may ask for; -1 = all of the vocabulary
+    Settings that only vLLM has are accepted by `from_kwargs` (and so by `LLM`) while they ask for
+    nothing, and otherwise are a ConfigError that says what to do instead. Defaults that differ from
+    vLLM's are in docs/vllm.md, with the reason.
 
-    max_model_len: int | None = None  # prompt + output tokens; None = the model's own limit
-    block_size: int = 16  # tokens in a KV block
-    kv_cache_dtype: str = "auto"  # "auto" = the model's; "int8" on a CPU, "fp8" (e4m3) on a GPU
-    num_kv_blocks: int | None = None  # None = enough for max_num_seqs full requests or 4 GiB
-    max_num_seqs: int = 64  # requests that run at once
-    max_num_batched_tokens: int = 512  # tokens in one step: the prefill chunk
+    Attributes:
+        model: Folder of the base checkpoint.
+        tokenizer: Folder of the tokenizer. None = the model's.
+        skip_tokenizer_init: Serve token ids only.
+        load_format: "auto", or "dummy" = random weights; `model` may then be a shape's name.
+        device: "cpu", "cuda", "cuda:1", or "auto" = a GPU if there is one.
+        dtype: Of weights and activations: "float32", "bfloat16", "float16", "half", "float" or a
+            torch.dtype. "auto" = the checkpoint's own.
+        quantization: Of the base's linears when they are loaded: "int8", "int4" or None.
+        quantization_group_size: Input columns that share a scale: 32, 64 or 128. None = all for
+            int8, 32 for int4.
+        seed: Of the requests that set none.
+        max_logprobs: Most log probabilities a place that a request may ask for. -1 = all.
+        max_model_len: Prompt and output tokens of a request at most. None = the model's own limit.
+        block_size: Tokens in a KV block.
+        kv_cache_dtype: "auto" = the model's; "int8" on a CPU, "fp8" (e4m3) on a GPU.
+        num_kv_blocks: KV blocks. None = enough for `max_num_seqs` full requests, or 4 GiB; on a GPU
+            what is left of its memory.
+        max_num_seqs: Requests that run at once.
+        max_num_batched_tokens: Tokens in one step; prompts are taken in chunks of at most so many.
+        enable_prefix_caching: Whether the KV of a prompt's beginning is used again by requests with
+            the same beginning and the same adapters.
+        max_loras: Mixes of adapters resident at once: slots of the adapter table.
+        max_lora_rank: Largest rank of one mix at one site, a multiple of 8.
+        lora_pages: Rank pages, of 8 rank rows each, at each site. None = 8 a slot, 4 on a GPU.
+        lora_dtype: Of the rank pages. "auto" = the model's dtype.
+        policy: Order of the waiting requests; "fcfs" = as they came.
+        gpu_memory_utilization: Share of a GPU's memory for all of this, above 0 and at most 1.
+        enforce_eager: True = decode steps are not captured.
+        async_scheduling: Whether a step is prepared while the one before it runs. None = on a GPU.
+        overlap_lora: Whether LoRA's first half runs beside the base's work. None = on a GPU.
+        batch_invariant: Whether a row's bits never depend on its neighbours on a GPU, too.
+    """
+
+    model: str
+    tokenizer: str | None = None
+    skip_tokenizer_init: bool = False
+    load_format: str = "auto"
+    device: str = "cpu"
+    dtype: str = "auto"
+    quantization: str | None = None
+    quantization_group_size: int | None = None
+    seed: int = 0
+    max_logprobs: int = 20
+
+    max_model_len: int | None = None
+    block_size: int = 16
+    kv_cache_dtype: str = "auto"
+    num_kv_blocks: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
     enable_prefix_caching: bool = True
 
-    max_loras: int = 16  # mixes resident at once: slots of the adapter table
-    max_lora_rank: int = 512  # largest rank of one mix at one site
-    lora_pages: int | None = None  # rank pages (8 rows) per site; None = 8 a slot, 4 on a GPU
-    lora_dtype: str = "auto"  # of the rank pages; "auto" = the model's dtype
-    policy: str = "fcfs"  # order of the waiting requests
+    max_loras: int = 16
+    max_lora_rank: int = 512
+    lora_pages: int | None = None
+    lora_dtype: str = "auto"
+    policy: str = "fcfs"
 
-    gpu_memory_utilization: float = 0.9  # share of a GPU's memory for all of this
-    enforce_eager: bool = False  # True = no captured decode steps
-    async_scheduling: bool | None = None  # prepare a step while the last one runs; None = on a GPU
-    overlap_lora: bool | None = None  # LoRA's first half beside the base's work; None = on a GPU
-    batch_invariant: bool = False  # on a GPU too, no row's bits depend on its neighbours
+    gpu_memory_utilization: float = 0.9
+    enforce_eager: bool = False
+    async_scheduling: bool | None = None
+    overlap_lora: bool | None = None
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         for name in (
@@ -64,10 +104,15 @@ class EngineConfig:
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name))
         for name in ("dtype", "lora_dtype"):
+            text = str(getattr(self, name)).removeprefix("torch.")
+            object.__setattr__(self, name, DTYPE_ALIASES.get(text, text))
             if getattr(self, name) not in ("auto", *DTYPES):
                 raise ConfigError(
-                    f"{name} must be one of auto, {', '.join(DTYPES)}, not {getattr(self, name)!r}"
+                    f"{name} must be one of auto, {', '.join(DTYPES)}, not {shown(text)}"
                 )
+        count = self.max_logprobs
+        if not isinstance(count, int) or isinstance(count, bool) or count < -1:
+            raise ConfigError(f"max_logprobs must be an integer >= -1, not {shown(count)}")
         if self.kv_cache_dtype not in KV_CACHE_DTYPES:
             raise ConfigError(
                 f"kv_cache_dtype must be one of {', '.join(KV_CACHE_DTYPES)}, not "
@@ -126,12 +171,11 @@ class EngineConfig:
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> EngineConfig:
-        """Like the constructor, but an unknown name is a ConfigError that lists the known ones."""
-        known = [f.name for f in fields(cls)]
-        for name in kwargs:
-            if name not in known:
-                raise ConfigError(f"unknown setting {name!r}; known settings: {', '.join(known)}")
-        return cls(**kwargs)
+        """Like the constructor, and takes vLLM's settings while they ask for nothing we lack.
+
+        An unknown name is a ConfigError that lists the known ones.
+        """
+        return cls(**without_vllms(kwargs, [f.name for f in fields(cls)]))
 
 
 def _positive(name: str, value: object) -> None:

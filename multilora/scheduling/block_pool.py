@@ -57,17 +57,13 @@ class BlockPool:
         """Blocks that hold so many tokens."""
         return -(-num_tokens // self.block_size)
 
-    def match(self, seq_tokens: Sequence[int], identity: bytes, max_tokens: int) -> list[int]:
-        """The longest chain of published blocks that starts a sequence, of at most `max_tokens`.
+    def match(self, keys: Iterable[bytes]) -> list[int]:
+        """The published blocks of these keys, up to the first key that none has.
 
         Takes no reference: `acquire` the blocks before anything else is allocated.
         """
         found: list[int] = []
-        if not self.enable_prefix_caching:
-            return found
-        key, size = ROOT_KEY, self.block_size
-        for end in range(size, min(max_tokens, len(seq_tokens)) + 1, size):
-            key = block_key(key, ((0, identity),), seq_tokens[end - size : end])
+        for key in keys if self.enable_prefix_caching else ():
             block = self._block_of.get(key)
             if block is None:
                 break

@@ -10,6 +10,7 @@ import pytest
 
 from multilora.errors import RequestError
 from multilora.sampling_params import SamplingParams
+from multilora.scheduling import prefix_cache
 from multilora.scheduling.block_pool import ROOT_KEY, block_key
 from tests.harness.failpoints import calls_of
 from tests.harness.tiny_engines import Job, add, drain, facts, greedy, prompt_of, run
@@ -129,6 +130,31 @@ def test_a_step_beside_a_long_queue(world: World) -> None:
     short, long = (calls_with_a_queue_of(world, count) for count in (100, 800))
     assert short > 100
     assert long <= 9 * short
+
+
+def test_a_long_prompt_that_waits_for_room(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill-and-Squeeze (arXiv 2602.07878): one prompt that waits must not cost all others a step.
+
+    Its cached start was hashed anew in every step.
+    """
+    engine = world.engine(num_kv_blocks=24)
+    cached = prompt_of(160)
+    run(engine, [Job(cached, greedy(1))])
+    for length in (200, 10):  # with the ten blocks of the cached prompt they fill the pool
+        add(engine, world.job(length=length, count=40, seed=1))
+    for _ in range(5):
+        engine.step()
+    waits = Job((*cached, *prompt_of(60, seed=2)), greedy(2, logprobs=2))
+    request = add(engine, waits)
+    hashed: list[int] = []
+    real = prefix_cache.block_key
+    with monkeypatch.context() as patch:
+        patch.setattr(prefix_cache, "block_key", lambda *a: hashed.append(1) or real(*a))
+        for _ in range(10):
+            engine.step()
+    assert engine.stats.waiting == 1
+    assert 10 <= len(hashed) <= 16
+    assert facts(drain(engine)[request]) == world.alone(waits)
 
 
 def poison(engine: Engine, used: set[int]) -> None:

@@ -12,12 +12,18 @@ SIZE = 4
 TOKENS = list(range(100, 120))
 
 
+def keys_of(tokens: list[int], identity: bytes = b"a") -> list[bytes]:
+    """The keys of a sequence's full blocks."""
+    keys = [ROOT_KEY]
+    for i in range(len(tokens) // SIZE):
+        keys.append(block_key(keys[-1], [(0, identity)], tokens[i * SIZE : (i + 1) * SIZE]))
+    return keys[1:]
+
+
 def publish(pool: BlockPool, blocks: list[int], tokens: list[int], identity: bytes) -> None:
     """Publishes the full blocks of a sequence, as the scheduler does."""
-    key = ROOT_KEY
-    for i in range(len(tokens) // SIZE):
-        key = block_key(key, [(0, identity)], tokens[i * SIZE : (i + 1) * SIZE])
-        pool.publish(blocks[i], key)
+    for block, key in zip(blocks, keys_of(tokens, identity), strict=False):
+        pool.publish(block, key)
 
 
 def pool_with_cached(tokens: list[int], num_blocks: int = 8) -> tuple[BlockPool, list[int]]:
@@ -50,30 +56,28 @@ def test_a_key_tells_apart_parent_runs_and_tokens(
 
 
 @pytest.mark.parametrize(
-    ("asked", "limit", "found"),
+    ("asked", "found"),
     [
-        (TOKENS[:12], 12, 3),
-        (TOKENS[:12], 11, 2),
-        (TOKENS[:7], 100, 1),
-        (TOKENS[:3], 100, 0),
-        ([*TOKENS[:4], 0, *TOKENS[5:12]], 12, 1),
-        (TOKENS[4:12], 12, 0),  # the same tokens elsewhere are another prefix
+        (TOKENS[:12], 3),
+        (TOKENS[:11], 2),
+        (TOKENS[:7], 1),
+        (TOKENS[:3], 0),
+        ([*TOKENS[:4], 0, *TOKENS[5:12]], 1),
+        (TOKENS[4:12], 0),  # the same tokens elsewhere are another prefix
     ],
 )
-def test_match_finds_the_longest_chain_within_the_limit(
-    asked: list[int], limit: int, found: int
-) -> None:
+def test_match_finds_the_longest_chain(asked: list[int], found: int) -> None:
     pool, blocks = pool_with_cached(TOKENS[:12])
-    assert pool.match(asked, b"a", limit) == blocks[:found]
+    assert pool.match(keys_of(asked)) == blocks[:found]
 
 
 def test_another_identity_or_no_caching_matches_nothing() -> None:
     pool, _ = pool_with_cached(TOKENS)
-    assert pool.match(TOKENS, b"b", 100) == []
+    assert pool.match(keys_of(TOKENS, b"b")) == []
     plain = BlockPool(8, SIZE, False)
     blocks = plain.allocate(5)
     publish(plain, blocks, TOKENS, b"a")
-    assert plain.match(TOKENS, b"a", 100) == []
+    assert plain.match(keys_of(TOKENS)) == []
     plain.free(blocks)
     plain.check_integrity([])
     assert plain.num_free == 8
@@ -98,10 +102,10 @@ def test_eviction_takes_free_blocks_then_the_least_recent_tail() -> None:
     publish(pool, second, [7] * 8, b"a")
     pool.free(second)
     pool.allocate(3)  # what was free
-    assert pool.match(TOKENS[:12], b"a", 12) == first
+    assert pool.match(keys_of(TOKENS[:12])) == first
     assert pool.allocate(2) == [first[2], first[1]]
-    assert pool.match(TOKENS[:12], b"a", 12) == first[:1]
-    assert pool.match([7] * 8, b"a", 8) == second
+    assert pool.match(keys_of(TOKENS[:12])) == first[:1]
+    assert pool.match(keys_of([7] * 8)) == second
     assert pool.allocate(3) == [first[0], second[1], second[0]]
     assert pool.num_free == 0
 
@@ -114,7 +118,7 @@ def test_use_makes_a_prefix_recent() -> None:
     pool.acquire(first)
     pool.free(first)
     assert pool.allocate(2) == [second[1], second[0]]
-    assert pool.match(TOKENS[:8], b"a", 8) == first
+    assert pool.match(keys_of(TOKENS[:8])) == first
 
 
 def test_the_first_block_published_under_a_key_stays() -> None:
@@ -123,16 +127,16 @@ def test_the_first_block_published_under_a_key_stays() -> None:
     publish(pool, one, TOKENS[:4], b"a")
     publish(pool, two, TOKENS[:4], b"a")
     pool.free(two)
-    assert pool.match(TOKENS[:4], b"a", 4) == one
+    assert pool.match(keys_of(TOKENS[:4])) == one
     pool.check_integrity([one])
 
 
 def test_an_evicted_block_forgets_its_key_and_can_be_published_again() -> None:
     pool, _ = pool_with_cached(TOKENS[:4], num_blocks=1)
     block = pool.allocate(1)
-    assert pool.match(TOKENS[:4], b"a", 4) == []
+    assert pool.match(keys_of(TOKENS[:4])) == []
     publish(pool, block, [7] * 4, b"a")
-    assert pool.match([7] * 4, b"a", 4) == block
+    assert pool.match(keys_of([7] * 4)) == block
     pool.check_integrity([block])
 
 
@@ -159,18 +163,16 @@ def test_no_block_is_lost_in_any_order_of_use(steps: list[tuple[int, int]]) -> N
             pool.free(owned.pop(value % len(owned)))
         else:
             tokens = [value % 3] * (SIZE * (1 + value % 4))
-            found = pool.match(tokens, b"a", len(tokens)) if action == 1 else []
+            found = pool.match(keys_of(tokens)) if action == 1 else []
             pool.acquire(found)
             missing = len(tokens) // SIZE - len(found)
             if missing > pool.num_free:
                 pool.free(found)
             else:
                 owned.append(found + pool.allocate(missing))
-                key = ROOT_KEY
-                for i, block in enumerate(owned[-1]):
-                    key = block_key(key, [(0, b"a")], tokens[i * SIZE : (i + 1) * SIZE])
-                    if i >= len(found):
-                        pool.publish(block, key)
+                new = slice(len(found), None)
+                for block, key in zip(owned[-1][new], keys_of(tokens)[new], strict=True):
+                    pool.publish(block, key)
         pool.check_integrity(owned)
     for blocks in owned:
         pool.free(blocks)

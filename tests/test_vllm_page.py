@@ -1,0 +1,129 @@
+"""docs/vllm.md: every field of vLLM's SamplingParams and LLM, and what becomes of it here.
+
+The tables are made from the code and a list of vLLM's fields, `tests/data/vllm_fields.json`; write
+them anew with `MULTILORA_UPDATE_DOCS=1 pytest tests/test_vllm_page.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from typing import Any
+
+import pytest
+
+from multilora.config import vllm_settings
+from multilora.config.engine import EngineConfig
+from multilora.errors import ConfigError
+from multilora.sampling_params import REFUSED, RequestOutputKind, SamplingParams
+from tests.harness.paths import ROOT
+
+PAGE = ROOT / "docs" / "vllm.md"
+VLLM: dict[str, Any] = json.loads((ROOT / "tests/data/vllm_fields.json").read_text())
+SAMPLING: dict[str, Any] = VLLM["SamplingParams"]
+DIFFERS = {
+    "n": "at most 128; the i-th answer samples with seed + i",
+    "logit_bias": "refused outside of -100 to 100, not cut to it; at most 1,024 tokens",
+    "stop": "at most 16 texts of at most 1,024 characters",
+    "bad_words": "after a space, too, where that takes another number of tokens",
+    "temperature": "at most 100",
+    "repetition_penalty": "at most 100",
+    "logits_processors": "vLLM took them away; callables as before, on a CPU",
+}
+"""Fields that both have, and what is not the same."""
+
+SETTINGS = {
+    "model": "a folder; nothing is downloaded",
+    "tokenizer": "a folder",
+    "dtype": "float32 stays float32 (vLLM: becomes float16): a CPU is exact in it",
+    "quantization": "int8 and int4 are made when the base is loaded; checkpoints that are "
+    "quantised already are refused by name",
+    "max_num_seqs": "default 64 (vLLM: 256 or more, by the GPU): what a CPU serves well",
+    "max_num_batched_tokens": "default 512 (vLLM: 2,048 or more, by the GPU): running answers wait "
+    "for a chunk of prompt, on a CPU four times as long",
+    "max_loras": "default 16 (vLLM: 1): a slot costs pages of the ranks in it, not of the largest",
+    "max_lora_rank": "default 512 (vLLM: 16): a bound, which costs nothing; any multiple of 8",
+    "lora_dtype": "dtypes by name",
+    "kv_cache_dtype": "auto, fp8 or fp8_e4m3 on a GPU, int8 on a CPU",
+    "async_scheduling": "default None: on a GPU",
+    "enable_prefix_caching": "default True, as in vLLM's V1; keyed by the adapters' content",
+    "seed": "of requests without one; each then has a seed of its own that follows from it",
+}
+
+
+def sampling_rows() -> list[tuple[str, str]]:
+    ours = {field.name for field in dataclasses.fields(SamplingParams)}
+    rows = []
+    for name in (*SAMPLING, *sorted(ours - SAMPLING.keys())):
+        if name in ours:
+            rows.append((name, DIFFERS.get(name, "same")))
+        else:
+            rows.append((name, "refused" + told(*REFUSED[name])))
+    return rows
+
+
+def setting_rows() -> list[tuple[str, str]]:
+    ours = {field.name for field in dataclasses.fields(EngineConfig)}
+    rows = []
+    for name in VLLM["LLM"]:
+        if name in ours:
+            rows.append((name, SETTINGS.get(name, "same")))
+        else:
+            rows.append((name, "refused" + told(*vllm_settings.REFUSED[name])))
+    rows += [(name, f"ours alone: {meaning(name)}") for name in sorted(ours - set(VLLM["LLM"]))]
+    return rows
+
+
+def told(inert: tuple[Any, ...], why: str) -> str:
+    values = [f"`{value!r}`" for value in inert if value is not None or len(inert) == 1]
+    return f" unless {', '.join(values[:4])}: {why}"
+
+
+def meaning(name: str) -> str:
+    """The first sentence of a setting in EngineConfig's docstring."""
+    text = re.sub(r"\s+", " ", EngineConfig.__doc__ or "")
+    found = re.search(rf" {name}: (.*?)(?:\. |\.?$| \w+: )", text)
+    assert found, name
+    return found[1][0].lower() + found[1][1:]
+
+
+def table(rows: list[tuple[str, str]]) -> str:
+    return "\n".join(["| vLLM | here |", "|---|---|", *(f"| `{n}` | {what} |" for n, what in rows)])
+
+
+TABLES = {"sampling": sampling_rows, "settings": setting_rows}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_tables_are_those_of_the_code(name: str) -> None:
+    page, new = PAGE.read_text(encoding="utf-8"), table(TABLES[name]())
+    begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+    before, after = page.index(begin) + len(begin), page.index(end)
+    if os.environ.get("MULTILORA_UPDATE_DOCS"):
+        PAGE.write_text(page[:before] + new + page[after:], encoding="utf-8")
+    else:
+        assert page[before:after] == new
+
+
+def test_every_field_is_taken_at_vllms_default() -> None:
+    kinds = {"CUMULATIVE": RequestOutputKind.CUMULATIVE}
+    for name, default in SAMPLING.items():
+        value = kinds.get(default, default) if isinstance(default, str) else default
+        assert SamplingParams(**{name: value}) == SamplingParams(), name
+
+
+def test_every_other_setting_is_refused_by_name() -> None:
+    asks_for_more = object()
+    for name, (inert, why) in vllm_settings.REFUSED.items():
+        for value in inert:
+            assert EngineConfig.from_kwargs(model="x", **{name: value}) == EngineConfig(model="x")
+        with pytest.raises(ConfigError, match=re.escape(why)):
+            EngineConfig.from_kwargs(model="x", **{name: asks_for_more})
+
+
+def test_every_field_of_ours_has_its_meaning_in_the_docstring() -> None:
+    for owner in (EngineConfig, SamplingParams):
+        documented = re.findall(r"^        (\w+): ", owner.__doc__ or "", re.MULTILINE)
+        assert documented == [field.name for field in dataclasses.fields(owner)]
