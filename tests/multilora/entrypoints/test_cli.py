@@ -77,12 +77,12 @@ def test_generate_streams_an_adapters_answer(capsys: pytest.CaptureFixture[str])
 
 
 def test_generate_quantizes_the_base(capsys: pytest.CaptureFixture[str]) -> None:
-    args = generate_args("--prompt", PROMPT, "--use", "feedback", "--max-tokens", 12)
+    args = generate_args("--prompt", PROMPT, "--use", "feedback", "--max-tokens", 4)
     options = ("--quantization", "int4", "--quantization-group-size", "128")
     options += ("--kv-cache-dtype", "int8")
     code, out, err = run(capsys, *args, *options)
     assert (code, err) == (0, "")
-    assert len(out) > 20
+    assert len(out) > 4
 
 
 def test_generate_can_run_a_shape_with_random_weights(
