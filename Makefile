@@ -8,7 +8,7 @@ CPU_LIBRARY := kernels/_cpu*.so
 
 TRITON36 := build/triton-3.6.0
 
-.PHONY: install typing check test test-triton test-codegen test-triton36 test-slow fuzz sanitize \
+.PHONY: install typing check test test-fast test-triton test-codegen test-triton36 test-slow fuzz sanitize \
         csrc-check bench demo wheel clean
 
 install: $(STAMP)
@@ -37,6 +37,10 @@ check: install typing
 test: check
 	$(BIN)/pytest -m "not slow and not gpu"
 	$(MAKE) test-triton test-codegen
+
+# The first case of every quick test of every layer: under a minute, for the daily loop.
+test-fast: install
+	$(BIN)/pytest -q --fast tests/kernels tests/multilora --ignore tests/multilora/end_to_end
 
 # Triton interprets kernels or compiles them, for the life of a process: two runs.
 test-triton: install

@@ -1,4 +1,7 @@
-"""What every test has: the packages (installed or not), a fixed seed, and poisoned memory."""
+"""What every test has: the packages (installed or not), a fixed seed, and poisoned memory.
+
+And the choice of `--fast`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +39,66 @@ else:
     # No deadline: a busy machine is no failure. In CI the examples are the same in every run.
     settings.register_profile("multilora", deadline=None, derandomize="CI" in os.environ)
     settings.load_profile("multilora")
+
+
+# `make test-fast` ---------------------------------------------------------------------------------
+
+TESTS = Path(__file__).parent
+LEFT_OUT = ("slow", "seconds", "gpu")
+TOO_LONG = 3.0  # seconds of a test that should be marked, on a quiet machine
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fast",
+        action="store_true",
+        help=f"the first case of every test that is none of: {', '.join(LEFT_OUT)}",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --fast: some test of every folder, or a UsageError that names the one without."""
+    if not config.getoption("--fast"):
+        return
+    kept: dict[str, pytest.Item] = {}
+    for item in items:
+        if not any(item.get_closest_marker(name) for name in LEFT_OUT):
+            kept.setdefault(item.nodeid.partition("[")[0], item)
+    chosen = set(kept.values())
+    empty = {_folder(item) for item in items} - {_folder(item) for item in chosen}
+    if empty:
+        raise pytest.UsageError(f"--fast leaves no test of {', '.join(sorted(empty))}")
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = [item for item in items if item in chosen]
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """With --fast: how many ran of each folder, and which should be marked."""
+    if not config.getoption("--fast"):
+        return
+    calls = [
+        report
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.stats.get(outcome, ())
+        if report.when == "call"
+    ]
+    counts = Counter(str(Path(report.nodeid.partition("::")[0]).parent) for report in calls)
+    left = len(terminalreporter.stats.get("deselected", ()))
+    terminalreporter.section("fast")
+    terminalreporter.line(f"{len(calls)} tests ran, {left} were left out; of each folder:")
+    terminalreporter.line(", ".join(f"{name} {count}" for name, count in sorted(counts.items())))
+    for report in calls:
+        if report.duration > TOO_LONG:
+            terminalreporter.line(f"{report.duration:.0f} s, mark it `seconds`: {report.nodeid}")
+
+
+def _folder(item: pytest.Item) -> str:
+    return str(item.path.parent.relative_to(TESTS))
+
+
+# What tests get -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")

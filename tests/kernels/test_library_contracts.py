@@ -31,11 +31,13 @@ def test_there_is_a_call_of_every_op() -> None:
     assert sorted(library.KERNELS["CPU"]) == OPS
 
 
+@pytest.mark.seconds
 @by_op
 def test_opcheck(name: str) -> None:
     torch.library.opcheck(getattr(torch.ops.multilora, name).default, all_op_calls()[name].flat)
 
 
+@pytest.mark.seconds
 @compiles
 @by_op
 def test_compiled_it_gives_the_same(name: str) -> None:
@@ -75,6 +77,7 @@ def test_an_argument_that_requires_grad_is_refused(name: str, place: int) -> Non
     leaf.requires_grad_(False)
 
 
+@pytest.mark.seconds
 @compiles
 def test_compiled_it_refuses_gradients_too() -> None:
     x = torch.randn(2, 8, requires_grad=True)

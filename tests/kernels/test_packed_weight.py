@@ -234,6 +234,7 @@ def test_panels_made_in_parts_are_the_same(kind: str, monkeypatch: pytest.Monkey
     assert torch.equal(packed_of(weight, kind).data, whole.data)
 
 
+@pytest.mark.seconds
 @kinds
 def test_opcheck(kind: str) -> None:
     args = (torch.randn(4, 64), *packed_of(random_weight((5, 64)), kind), torch.randn(5))

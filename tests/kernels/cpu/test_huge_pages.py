@@ -49,6 +49,7 @@ print((before - mapped()) >> 20)
 """
 
 
+@pytest.mark.seconds
 @has_huge_pages
 def test_huge_pages_are_wanted_and_given_back(run_python: Callable[..., str]) -> None:
     wanted, freed = run_python(ASK).strip().splitlines()

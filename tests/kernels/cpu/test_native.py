@@ -134,12 +134,14 @@ def test_a_library_of_another_abi_version_is_refused_with_the_cure(
     assert "Delete the file and install multilora again" in caplog.text
 
 
+@pytest.mark.seconds
 @needs_cpp
 def test_the_environment_can_switch_it_off(run_python: Callable[..., str]) -> None:
     code = "from multilora_kernels.cpu import native; print(native.HAS_CPP, native.LIB)"
     assert run_python(code, MULTILORA_DISABLE_CPP="1").split() == ["False", "None"]
 
 
+@pytest.mark.seconds
 @needs_cpp
 def test_the_environment_can_name_another_build(
     run_python: Callable[..., str], tmp_path: Path
@@ -154,6 +156,7 @@ def test_the_environment_can_name_another_build(
         run_python(code, MULTILORA_CPP_LIBRARY=str(other))
 
 
+@pytest.mark.seconds
 @needs_cpp
 @pytest.mark.skipif(hasattr(native.LIB, "__asan_init"), reason="sanitizers need all addresses")
 def test_a_kernel_without_memory_says_so_and_ends_the_process(

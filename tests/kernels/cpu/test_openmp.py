@@ -23,6 +23,7 @@ needs_gcc = pytest.mark.skipif(
 # Runtimes -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.seconds
 @needs_gcc
 def test_the_process_has_torchs_runtime_alone(run_python: Callable[..., str]) -> None:
     paths = run_python(

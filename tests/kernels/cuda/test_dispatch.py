@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
+@pytest.mark.seconds
 def test_importing_the_package_does_not_import_triton(run_python: Callable[..., str]) -> None:
     """It is an extra; and TRITON_INTERPRET could not be set any more."""
     code = "import sys, multilora_kernels; print('triton' in sys.modules)"

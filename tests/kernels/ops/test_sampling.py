@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from typing import TYPE_CHECKING
 
 import pytest
@@ -26,9 +27,10 @@ def assert_right(logits: Tensor, targets: list[int], top: int) -> None:
     assert (ids.dtype, logprobs.dtype, ranks.dtype) == (torch.int64, torch.float32, torch.int64)
     for i, (row, target) in enumerate(zip(logits.double(), targets, strict=True)):
         values = row.tolist()
-        order = sorted(range(len(values)), key=lambda j: (-values[j], j))[:top]
-        assert ids[i].tolist() == [target, *order]
-        assert ranks[i].tolist() == [1 + sum(v > values[j] for v in values) for j in ids[i]]
+        order = sorted(range(len(values)), key=lambda j: (-values[j], j))
+        assert ids[i].tolist() == [target, *order[:top]]
+        falling = [-values[j] for j in order]
+        assert ranks[i].tolist() == [1 + bisect_left(falling, -values[j]) for j in ids[i]]
         expected = row.log_softmax(-1)[ids[i]].float()
         torch.testing.assert_close(logprobs[i], expected, rtol=1e-6, atol=3e-6)
 

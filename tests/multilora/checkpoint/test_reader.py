@@ -193,6 +193,7 @@ print(max(samples) - before)
 """
 
 
+@pytest.mark.seconds
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 @pytest.mark.parametrize("layout", ["hf", "meta"])
 def test_peak_memory_is_the_model_and_one_tensor(

@@ -89,6 +89,7 @@ def test_calls_in_a_row_are_one_program_whose_results_share_memory() -> None:
         assert recording.output.data_ptr() == recordings[0].output.data_ptr()
 
 
+@pytest.mark.seconds
 def test_a_capture_does_not_import_torchs_compiler(run_python: Callable[..., str]) -> None:
     code = (
         "import sys, torch; from multilora.device.cpu_graph import CpuGraph; x = torch.ones(2); "

@@ -259,7 +259,7 @@ def live(world: World, way: str, examples: int, steps: int) -> None:
 
 @every_way
 def test_a_short_life_leaks_nothing_and_changes_no_answer(world: World, way: str) -> None:
-    live(world, way, examples=100 if way == "plain" else 50, steps=20)
+    live(world, way, examples=50 if way == "plain" else 25, steps=20)
 
 
 @pytest.mark.slow

@@ -65,6 +65,7 @@ def engine_of(root: Path, **settings: object) -> Engine:
     return make_engine(root / "base", {name: root / name for name in RANKS}, **settings)
 
 
+@pytest.mark.seconds
 def test_a_gpus_way_to_run_gives_the_answers_of_a_cpu(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,6 +107,7 @@ def test_a_gpus_memory_decides_the_blocks(
     assert caplog.messages[0].startswith("memory: base 0.00 GB, activations 2.00 GB, rank pages")
 
 
+@pytest.mark.seconds
 def test_an_engine_on_a_cpu_needs_no_triton(root: Path, run_python: Callable[..., str]) -> None:
     code = f"""
 import sys
@@ -118,6 +120,7 @@ print('triton' in sys.modules, engine.stats.late_compilations)
     assert run_python(code).split() == ["False", "0"]
 
 
+@pytest.mark.seconds
 def test_a_gpu_is_warmed_up_before_its_graphs_are_captured(
     root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -135,6 +138,7 @@ def test_a_gpu_is_warmed_up_before_its_graphs_are_captured(
     assert engine.stats.late_compilations == 0
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("wanted", [False, True])
 def test_batch_invariance_reaches_every_product_and_attention(
     root: Path, monkeypatch: pytest.MonkeyPatch, wanted: bool

@@ -51,6 +51,7 @@ def test_threads_spin_shortly_unless_the_user_says_how_they_wait(
             assert os.environ.get("GOMP_SPINCOUNT") == spins
 
 
+@pytest.mark.seconds
 def test_the_command_line_sets_it_before_torch_and_the_library_never(
     run_python: Callable[..., str],
 ) -> None:
@@ -68,6 +69,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in out for name in ("generate", "demo", "adapters", "version"))
 
 
+@pytest.mark.seconds
 def test_generate_streams_an_adapters_answer(capsys: pytest.CaptureFixture[str]) -> None:
     args = generate_args("--prompt", PROMPT, "--use", "feedback", "--max-tokens", 12)
     code, out, err = run(capsys, *args)
@@ -76,15 +78,17 @@ def test_generate_streams_an_adapters_answer(capsys: pytest.CaptureFixture[str])
     assert ANSWER.startswith(out.rstrip("\n"))
 
 
+@pytest.mark.seconds
 def test_generate_quantizes_the_base(capsys: pytest.CaptureFixture[str]) -> None:
-    args = generate_args("--prompt", PROMPT, "--use", "feedback", "--max-tokens", 12)
+    args = generate_args("--prompt", PROMPT, "--use", "feedback", "--max-tokens", 4)
     options = ("--quantization", "int4", "--quantization-group-size", "128")
     options += ("--kv-cache-dtype", "int8")
     code, out, err = run(capsys, *args, *options)
     assert (code, err) == (0, "")
-    assert len(out) > 20
+    assert len(out) > 4
 
 
+@pytest.mark.seconds
 def test_generate_can_run_a_shape_with_random_weights(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -110,6 +114,7 @@ def test_a_missing_gpu_is_one_line_on_stderr(
     assert err.count("\n") == 1
 
 
+@pytest.mark.seconds
 def test_generate_answers_several_prompts_under_their_headings(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -119,6 +124,7 @@ def test_generate_answers_several_prompts_under_their_headings(
     assert out.index("== One ==") < out.index("== Two ==")
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     ("options", "words"),
     [

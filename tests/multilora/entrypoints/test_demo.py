@@ -37,12 +37,14 @@ def plain() -> str:
     return out.getvalue()
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("expert", demo.EXPERTS)
 def test_the_demo_prints_each_experts_expected_answer(plain: str, expert: str) -> None:
     expected = demo.load_scene(1).answers[expert]
     assert f"== {expert} ==\n{expected}\n" in plain
 
 
+@pytest.mark.seconds
 def test_the_demo_ends_with_what_happened(plain: str) -> None:
     end = plain[plain.index("What happened") :]
     assert "tokens/s over 4 experts" in end
@@ -50,12 +52,14 @@ def test_the_demo_ends_with_what_happened(plain: str) -> None:
     assert "4 merged models: 45" in end  # four times 11.26 MiB
 
 
+@pytest.mark.seconds
 def test_the_analysis_is_json(plain: str) -> None:
     body = plain.partition("== job-analysis ==\n")[2].partition("\n\n==")[0]
     found: dict[str, Any] = json.loads(body.partition("\n\nWhat happened")[0])
     assert found["client"] == "Cedar Toys"
 
 
+@pytest.mark.seconds
 def test_the_demo_draws_four_panels_on_a_terminal() -> None:
     out = Terminal()
     demo.show(out, scene=2, max_tokens=5)

@@ -179,6 +179,7 @@ def test_a_progress_bar_counts_prompts_and_tokens_on_a_terminal(
 # With a tokenizer ---------------------------------------------------------------------------------
 
 
+@pytest.mark.seconds
 def test_text_prompts_are_encoded_and_answers_decoded(uma: LLM) -> None:
     (output,) = uma.generate("## Job post", GREEDY)
     assert uma.engine.tokenizer is not None
@@ -187,6 +188,7 @@ def test_text_prompts_are_encoded_and_answers_decoded(uma: LLM) -> None:
     assert output.outputs[0].text == uma.engine.tokenizer.decode(output.outputs[0].token_ids)
 
 
+@pytest.mark.seconds
 def test_chat_takes_one_conversation_or_many(uma: LLM) -> None:
     one = [{"role": "user", "content": load_scene(1).prompts["feedback"]}]
     params = SamplingParams(temperature=0, max_tokens=8)

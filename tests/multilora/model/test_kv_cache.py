@@ -49,6 +49,7 @@ LENGTHS = [256, 2048]
 HUGE_PAGE = 2 << 20  # the kernel may back a touched byte by as much
 
 
+@pytest.mark.seconds
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel with mincore")
 def test_memory_grows_with_the_tokens_held_not_with_the_longest_request_allowed(
     tmp_path: Path, run_python: Callable[..., str]

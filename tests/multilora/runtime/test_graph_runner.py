@@ -142,6 +142,7 @@ def eager(root: Path, work: list[Job]) -> list[Any]:
     return [facts(output) for output in run(engine_of(root, enforce_eager=True), work)]
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("case", MIXES)
 def test_replays_give_the_bits_of_eager_steps(
     root: Path, case: str, style: str, monkeypatch: pytest.MonkeyPatch
@@ -157,6 +158,7 @@ def test_replays_give_the_bits_of_eager_steps(
         assert {tokens for tokens, _ in seen.sizes} <= set(range(1, len(MIXES[case]) + 1))
 
 
+@pytest.mark.seconds
 def test_many_adapters_take_the_next_graph_and_none_is_cut_off(
     root: Path, like_a_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,6 +193,7 @@ def test_graphs_survive_an_adapter_that_comes_and_goes(root: Path, style: str) -
     assert answers[0] == answers[1]
 
 
+@pytest.mark.seconds
 def test_all_graphs_write_their_logits_to_one_place(root: Path, like_a_gpu: None) -> None:
     engine = engine_of(root)
     assert engine.runner.graphs is not None
@@ -214,6 +217,7 @@ def test_the_capture_says_what_it_took(
     )
 
 
+@pytest.mark.seconds
 def test_uncaptured_steps_have_room_for_their_own_ranks_and_captured_ones_for_all(
     root: Path, like_a_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,6 +267,7 @@ def test_a_site_that_a_later_adapter_needs_first_is_in_the_graph_from_then_on(ro
     assert found == [fact for job in work for fact in eager(root, [job])]
 
 
+@pytest.mark.seconds
 @needs_cpp
 def test_one_graph_serves_all_positions(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Rope, "STEP", 16)
@@ -274,6 +279,7 @@ def test_one_graph_serves_all_positions(root: Path, monkeypatch: pytest.MonkeyPa
     assert len(seen.sizes) > 30
 
 
+@pytest.mark.seconds
 @needs_cpp
 def test_more_rows_than_graphs_are_made_for_run_uncaptured(
     root: Path, monkeypatch: pytest.MonkeyPatch
@@ -291,6 +297,7 @@ def test_more_rows_than_graphs_are_made_for_run_uncaptured(
     assert max(came) <= MAX_ON_DEMAND_TOKENS  # and the first steps had all rows
 
 
+@pytest.mark.seconds
 def test_shrinking_beside_the_base_gives_the_same_answers(root: Path) -> None:
     work = jobs(MIXES["mixed ranks"])
     plain = run(engine_of(root), work)

@@ -135,6 +135,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("case", SETTINGS)
 def test_a_reset_runner_goes_on_with_the_same_bits_wherever_it_was_interrupted(
     root: Path, case: str
@@ -187,6 +188,7 @@ def test_a_reset_waits_for_the_device_and_raises_what_it_raises(
     assert answers(runner) == wanted
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("case", SETTINGS)
 def test_a_health_check_changes_nothing(root: Path, case: str) -> None:
     runner = engine_of(root, **SETTINGS[case]).runner

@@ -36,6 +36,7 @@ def both(
     return sample_on_device(CPU, logits, requests), sample(logits, requests)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_samples_the_same_tokens(dtype: torch.dtype) -> None:
     draw = random.Random(1)

@@ -66,6 +66,7 @@ def test_the_clock_runs_with_the_work_of_the_thread_not_with_the_load_of_the_mac
     assert template_of("{% for i in range(3) %}x{% endfor %}").render(CHAT) == "xxx"
 
 
+@pytest.mark.seconds
 def test_limits_hold_in_other_threads_and_for_each_rendering_anew():
     template = template_of(
         "{% for m in messages %}{% if m.content == 'loop' %}{% for i in range(99999) %}"

@@ -84,6 +84,7 @@ def test_fuzzed_headers_raise_typed_errors_only(fuzzed: Path, header: Any) -> No
         path.write_bytes(good)
 
 
+@pytest.mark.seconds
 @FUZZ
 @given(edits=EDITS)
 def test_fuzzed_config_bytes_raise_typed_errors_only(fuzzed: Path, edits: Any) -> None:
@@ -96,6 +97,7 @@ def test_fuzzed_config_bytes_raise_typed_errors_only(fuzzed: Path, edits: Any) -
         path.write_bytes(good)
 
 
+@pytest.mark.seconds
 @FUZZ
 @given(fields=st.dictionaries(st.sampled_from([*HONOURED, "bias", "new"]), JSON, max_size=3))
 def test_fuzzed_config_values_raise_typed_errors_only(fuzzed: Path, fields: Any) -> None:

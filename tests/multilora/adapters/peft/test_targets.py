@@ -86,6 +86,7 @@ NAMES = st.lists(ENDINGS | st.sampled_from(["q", "proj", "c_attn"]), max_size=4)
 LAYERS_PATTERNS = st.sampled_from(["layers", "h", "layer.", "model.layers", r"\w+"])
 
 
+@pytest.mark.seconds
 @settings(max_examples=100)
 @given(data=st.data())
 def test_matches_as_peft_does(data: Any) -> None:
