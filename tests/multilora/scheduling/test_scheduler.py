@@ -6,6 +6,7 @@ import pytest
 
 from multilora.errors import CapacityError
 from multilora.outputs import FinishReason
+from multilora.scheduling.block_pool import ROOT_KEY, block_key
 from multilora.scheduling.scheduler_output import ChunkResult, SchedulerOutput, StepResult
 from tests.harness.scheduler_house import EOS, House
 
