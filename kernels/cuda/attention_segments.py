@@ -23,6 +23,17 @@ SCALES = ("k_scale_ptr", "v_scale_ptr")
 
 
 @triton.jit
+def _widened(x, dtype: tl.constexpr):
+    """x in q's dtype; e4m3 by way of fp16, which holds it exactly.
+
+    From e4m3 to bf16 at once Triton 3.6 writes an instruction that sm_89 has not.
+    """
+    if x.dtype.is_fp8():
+        x = x.to(tl.float16)
+    return x.to(dtype)
+
+
+@triton.jit
 def segment_start(segment, UNIT: tl.constexpr, OCTAVE: tl.constexpr):
     """First KV position: OCTAVE segments of UNIT, as many again, then lengths double."""
     doubled = tl.maximum(segment // OCTAVE - 1, 0)
@@ -89,11 +100,11 @@ def _walk(
         k_ptrs = k_ptr + offs_k[None, :] + offs_dim[:, None]
         v_ptrs = v_ptr + offs_v[:, None] + offs_dim[None, :]
         if MASKED:
-            k = tl.load(k_ptrs, mask=mask_kv[None, :], other=0.0).to(q.dtype)
-            v = tl.load(v_ptrs, mask=mask_kv[:, None], other=0.0).to(q.dtype)
+            k = _widened(tl.load(k_ptrs, mask=mask_kv[None, :], other=0.0), q.dtype)
+            v = _widened(tl.load(v_ptrs, mask=mask_kv[:, None], other=0.0), q.dtype)
         else:
-            k = tl.load(k_ptrs).to(q.dtype)
-            v = tl.load(v_ptrs).to(q.dtype)
+            k = _widened(tl.load(k_ptrs), q.dtype)
+            v = _widened(tl.load(v_ptrs), q.dtype)
         scores = tl.dot(q, k, input_precision=PRECISION)
         if MASKED:
             seen = mask_kv[None, :] & (place[None, :] <= positions[:, None])
