@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from itertools import count
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from multilora.errors import RequestError, TokenizerError
-from multilora.tokenization import template_sandbox
-from multilora.tokenization.chat_template import SENTINELS, ChatTemplate
-from multilora.tokenization.tokenizer import LLAMA3_SPECIALS, load_tokenizer
+from multilora.tokenization.chat_template import ChatTemplate
+from multilora.tokenization.tiktoken_tokenizer import LLAMA3_SPECIALS
+from multilora.tokenization.tokenizer import load_tokenizer
 
 BASE = Path(__file__).resolve().parents[2] / "multilora" / "assets" / "uma" / "base"
 TOOL_TEMPLATE = """\
@@ -118,6 +116,10 @@ def reader_with(folder: Path, template: str | list | None):
     return load_tokenizer(folder)
 
 
+def render(template, messages, **ask):
+    return template.render(messages, **ask).text
+
+
 def template_of(source: str, **limits: float) -> ChatTemplate:
     return ChatTemplate({"default": source}, origin="the test", variables={}, **limits)
 
@@ -178,7 +180,6 @@ def test_special_tokens_in_messages_stay_text(tmp_path):
     assert specials(evil)[0] == specials(good)[0]
     text = specials(evil)[1]
     assert text.count("<|eot_id|>") == 8
-    assert not any(sentinel in text for sentinel in SENTINELS)
 
 
 def test_shielded_ids_spell_the_rendered_text(tmp_path):
@@ -204,13 +205,6 @@ def test_two_strings_of_a_caller_cannot_join_into_a_special_token(tmp_path):
     ids = reader.apply_chat_template(messages)
     assert not reader.special_ids.intersection(ids)
     assert reader.decode(ids) == "<|eot_id|><|eot_id|>"
-
-
-def test_text_with_every_sentinel_is_refused(tmp_path):
-    reader = reader_with(tmp_path, DEFAULT)
-    assert reader.apply_chat_template([{"role": "user", "content": "".join(SENTINELS[1:])}])
-    with pytest.raises(RequestError, match="noncharacter"):
-        reader.apply_chat_template([{"role": "user", "content": "".join(SENTINELS)}])
 
 
 def test_template_file_wins_over_the_config(tmp_path):
@@ -263,7 +257,7 @@ def test_wrong_template_field_is_refused(tmp_path, template):
         "{{ ('a' * 9999)|replace('a', 'b' * 9999) }}",
         "{{ ('a' * 9999).replace('a', 'b' * 9999) }}",
         "{{ ('a' * 9999).join(['b'] * 9999) }}",
-        "{{ ('\\n' * 9999)|indent('b' * 9999) }}",
+        "{{ ('\\n' * 9999)|indent('b' * 9999, blank=true) }}",
         "{% set ns = namespace(s='a') %}{% for i in range(99) %}{% set ns.s = ns.s ~ ns.s %}"
         "{% endfor %}",
         "{% set ns = namespace(s='a') %}{% for i in range(99) %}{% set ns.s = ns.s + ns.s %}"
@@ -274,21 +268,11 @@ def test_wrong_template_field_is_refused(tmp_path, template):
         "{{ lipsum(n=99999) }}",
     ],
 )
-@pytest.mark.timeout(60)  # for what would compute without a look at the clock
-def test_bomb_ends_within_the_limits(bomb, monkeypatch):
-    looks = count(step=1)
-    monkeypatch.setattr(template_sandbox, "time", SimpleNamespace(thread_time=looks.__next__))
-    template = template_of(bomb, time_limit=300_000)
+def test_bomb_ends_within_the_limits(bomb):
+    template = template_of(bomb, time_limit=0.3)
     with pytest.raises((TokenizerError, RequestError)) as caught:
-        template.render(CHAT)
-    assert next(looks) <= 300_002  # the first begins the time, the last finds that it is over
+        render(template, CHAT)
     assert "lipsum" in bomb or isinstance(caught.value, TokenizerError)
-
-
-def test_the_clock_runs_with_the_work_of_the_thread_not_with_the_load_of_the_machine(monkeypatch):
-    monkeypatch.setattr("time.monotonic", count(step=10**6).__next__)
-    monkeypatch.setattr("time.perf_counter", count(step=10**6).__next__)
-    assert template_of("{% for i in range(3) %}x{% endfor %}").render(CHAT) == "xxx"
 
 
 def test_limits_hold_in_other_threads_and_for_each_rendering_anew():
@@ -301,7 +285,7 @@ def test_limits_hold_in_other_threads_and_for_each_rendering_anew():
 
     def loop():
         try:
-            template.render([{"role": "user", "content": "loop"}])
+            render(template, [{"role": "user", "content": "loop"}])
         except TokenizerError as error:
             errors.append(str(error))
 
@@ -312,14 +296,14 @@ def test_limits_hold_in_other_threads_and_for_each_rendering_anew():
         thread.join()
     assert len(errors) == 2
     assert all("longer than 0.3 s" in error for error in errors)
-    assert template.render(CHAT) == "fine"
+    assert render(template, CHAT) == "fine"
 
 
 def test_large_numbers_in_messages_are_no_bomb():
     template = template_of(
         "{% macro m(x) %}{{ x }}{% endmacro %}{{ m(messages[0].n)|default(9**9) }}"
     )
-    assert template.render([{"role": "user", "content": "", "n": 10**12}]) == str(10**12)
+    assert render(template, [{"role": "user", "content": "", "n": 10**12}]) == str(10**12)
 
 
 @pytest.mark.parametrize(
@@ -341,23 +325,24 @@ def test_large_numbers_in_messages_are_no_bomb():
 )
 def test_injection_is_blocked(payload):
     with pytest.raises(TokenizerError, match="the test"):
-        template_of(payload).render(CHAT)
+        render(template_of(payload), CHAT)
 
 
 def test_template_that_does_not_compile_is_named():
     with pytest.raises(TokenizerError, match=r"the test does not compile.*endfor"):
-        template_of("{% for m in messages %}").render(CHAT)
+        render(template_of("{% for m in messages %}"), CHAT)
 
 
 def test_what_a_template_refuses_is_the_callers_mistake():
     with pytest.raises(RequestError, match="roles must alternate"):
-        template_of(INST_TEMPLATE).render([{"role": "assistant", "content": "first"}])
+        render(template_of(INST_TEMPLATE), [{"role": "assistant", "content": "first"}])
     with pytest.raises(RequestError, match="no attribute 'function'"):
-        template_of("{{ messages[0].tool_calls[0].function.name }}").render(
-            [{"role": "assistant", "tool_calls": [{}]}]
+        render(
+            template_of("{{ messages[0].tool_calls[0].function.name }}"),
+            [{"role": "assistant", "tool_calls": [{}]}],
         )
     with pytest.raises(RequestError, match="no place for tools"):
-        template_of("{{ messages }}").render(CHAT, tools=TOOLS)
+        render(template_of("{{ messages }}"), CHAT, tools=TOOLS)
 
 
 @pytest.mark.parametrize(
@@ -381,7 +366,7 @@ def test_what_a_template_refuses_is_the_callers_mistake():
 )
 def test_wrong_messages_are_named(messages, why):
     with pytest.raises(RequestError, match=why):
-        template_of("x").render(messages)
+        render(template_of("x"), messages)
 
 
 def test_text_parts_are_joined_and_arguments_parsed():
@@ -394,15 +379,15 @@ def test_text_parts_are_joined_and_arguments_parsed():
     template = template_of(
         "{{ messages[0].content }} {{ messages[1].tool_calls[0].function.arguments.x + 1 }}"
     )
-    assert template.render(messages) == "a\nb 2"
+    assert render(template, messages) == "a\nb 2"
     assert call["function"]["arguments"] == '{"x": 1}'
 
 
 def test_too_long_messages_are_the_callers_mistake():
     template = template_of("{{ messages[0].content|trim }}!", max_chars=2000)
-    assert len(template.render([{"role": "user", "content": "x" * 980}])) == 981
+    assert len(render(template, [{"role": "user", "content": "x" * 980}])) == 981
     with pytest.raises(RequestError, match="at most 1000"):
-        template.render([{"role": "user", "content": "x" * 1000}])
+        render(template, [{"role": "user", "content": "x" * 1000}])
 
 
 def test_lone_surrogate_in_a_message_is_refused(tmp_path):

@@ -12,16 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from multilora.errors import RequestError, TokenizerError
-from multilora.tokenization.tokenizer import (
+from multilora.tokenization.hf_tokenizer import HFTokenizer
+from multilora.tokenization.sentencepiece_tokenizer import SentencePieceTokenizer
+from multilora.tokenization.tiktoken_tokenizer import (
     LLAMA3_PATTERN,
     LLAMA3_SPECIALS,
     MAX_CHUNK,
     MAX_RUN,
-    HFTokenizer,
-    SentencePieceTokenizer,
     TiktokenTokenizer,
-    load_tokenizer,
 )
+from multilora.tokenization.tokenizer import load_tokenizer
 
 BASE = Path(__file__).resolve().parents[2] / "multilora" / "assets" / "uma" / "base"
 TEXTS = (
@@ -178,7 +178,8 @@ def test_tiktoken_specials_follow_metas_order(readers):
     reader = readers["tiktoken"]
     first = reader.vocab_size - 256
     assert len(LLAMA3_SPECIALS) == len(set(LLAMA3_SPECIALS)) == 256
-    assert LLAMA3_SPECIALS[-1] == "<|reserved_special_token_246|>"
+    assert LLAMA3_SPECIALS[11:13] == ("<|image|>", "<|reserved_special_token_2|>")
+    assert LLAMA3_SPECIALS[-1] == "<|reserved_special_token_245|>"
     assert reader.encode_with_special("<|eot_id|><|python_tag|>") == [first + 9, first + 10]
     assert reader.special_ids == set(range(first, first + 256))
     assert reader.bos_token_id == first
