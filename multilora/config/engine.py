@@ -23,6 +23,7 @@ class EngineConfig:
     model: str  # folder of the base checkpoint
     tokenizer: str | None = None  # folder of the tokenizer; None = the model's
     skip_tokenizer_init: bool = False  # serve token ids only
+    split_special_tokens: bool = False  # True = special tokens in text prompts are plain text
     load_format: str = "auto"  # "dummy" = random weights; `model` may then be a shape's name
     device: str = "cpu"  # "cuda", "cuda:1", or "auto" = a GPU if there is one
     dtype: str = "auto"  # "auto" = the checkpoint's own

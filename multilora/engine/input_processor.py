@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Sequence as Ids
 
 from ..config.engine import EngineConfig
-from ..errors import RequestError
+from ..errors import CapacityError, RequestError
 from ..sampling_params import SamplingParams
 from ..scheduling.sequence import Sequence
 from ..tokenization.tokenizer import Tokenizer
@@ -26,19 +26,33 @@ class InputProcessor:
         end_ids: frozenset[int],
     ) -> None:
         self._seed, self._tokenizer = config.seed, tokenizer
+        self._split = config.split_special_tokens
         self._vocab_size, self._max_len, self._end_ids = vocab_size, max_model_len, end_ids
         self._seq_ids = itertools.count()
 
     def prompt_ids(self, prompt: str | Ids[int], params: SamplingParams) -> list[int]:
-        """The prompt's token ids. A RequestError for them, or for ids that the parameters name."""
-        if not isinstance(prompt, str):
-            ids = list(prompt)
-        elif self._tokenizer is None:
-            raise RequestError("skip_tokenizer_init=True serves token ids only; give a list of ids")
-        else:
-            ids = self._tokenizer.encode(prompt)
+        """The prompt's token ids. A RequestError for them, or for ids that the parameters name.
+
+        A CapacityError for text that is too long whatever its tokens are, before they are found.
+        """
+        ids = self._encode(prompt) if isinstance(prompt, str) else list(prompt)
         self._check_ids(ids, params)
         return ids
+
+    def _encode(self, prompt: str) -> list[int]:
+        tokenizer = self._tokenizer
+        if tokenizer is None:
+            raise RequestError("skip_tokenizer_init=True serves token ids only; give a list of ids")
+        fewest = tokenizer.fewest_tokens(prompt)
+        if fewest >= self._max_len:
+            raise CapacityError(
+                f"a prompt of {len(prompt)} characters, {fewest} tokens or more, and one new token "
+                f"exceed max_model_len {self._max_len} tokens; shorten the prompt or raise "
+                "max_model_len"
+            )
+        if self._split:
+            return tokenizer.encode(prompt)
+        return tokenizer.encode_with_special(prompt, add_special_tokens=True)
 
     def start(self, state: RequestState, identity: bytes, arrival: int) -> list[Sequence]:
         """The answers of a request: its sequences, as yet unknown to the scheduler."""

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 TIME_LIMIT = 2.0  # seconds of processor time for one rendering
 MAX_CHARS = 1 << 21  # of the rendered text; messages, tools and variables: half of it
-TAKEN = ("messages", "tools", "add_generation_prompt")  # names of variables that are not free
+# Arguments of a rendering, which are no free variables of a template.
+TAKEN = ("messages", "tools", "add_generation_prompt", "continue_final_message")
 CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG "  # stands, while it renders, where the text shall end
 
 LLAMA3_TEMPLATE = """\
@@ -71,6 +72,7 @@ class ChatTemplate:
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
+        /,
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool | str = False,  # or the field to go on with, not "content"
@@ -78,9 +80,6 @@ class ChatTemplate:
         **variables: Any,  # of the template, such as date_string or enable_thinking
     ) -> RenderedChat:
         """The prompt text, equal to transformers'. Arguments as in its `apply_chat_template`."""
-        for name in TAKEN:
-            if name in variables:
-                raise RequestError(f"{name} is no variable of a template; give it as an argument")
         conversation = Conversation(self._limits[1] // 2)
         chat = conversation.messages(messages)
         plain_tools = conversation.tools(tools)

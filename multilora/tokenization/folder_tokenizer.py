@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from ..errors import RequestError, TokenizerError
+from ..config.model import read_json
+from ..errors import CheckpointError, RequestError, TokenizerError
 from .chat_template import ChatTemplate, find_templates
 from .settings import Settings
 from .vocabulary import AddedToken, AddedTokenFinder, Vocabulary
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 BRACKETED = re.compile(r"[<\[{(|].*\w.*[>\]})|]", re.DOTALL)  # such as <|im_end|> or [INST]
+MAX_TEMPLATE_FILE = 4 << 20  # bytes of what is looked at in an adapter's folder
 
 
 class FolderTokenizer:
@@ -28,12 +30,14 @@ class FolderTokenizer:
         *,
         pieces: Mapping[str, int] | None = None,  # the other tokens by name
         strip_space: bool = False,
+        keeps_all_text: bool,  # every byte that is no white space is in some token
         built_in_template: str | None = None,
     ) -> None:
         added = settings.added_tokens(own, pieces or {})
         self._vocabulary = vocabulary = Vocabulary(table, added, strip_space=strip_space)
         self._settings = settings
         self._finder = AddedTokenFinder(added)
+        self._longest = vocabulary.longest if keeps_all_text else None
         self.vocab_size = vocabulary.size
         self.special_ids = vocabulary.special_ids
         self.bos_token_id = settings.bos(vocabulary)
@@ -69,11 +73,21 @@ class FolderTokenizer:
         before = [] if ids[: len(before)] == before else before
         return [*before, *ids, *([] if after and ids[-len(after) :] == after else after)]
 
+    def fewest_tokens(self, text: str) -> int:
+        """No encoding of the text has fewer tokens. Costs far less than to encode."""
+        if self._longest is None or not isinstance(text, str):
+            return 0
+        # Added tokens may take white space around them, as much as there is.
+        solid = "".join(text.split())
+        return -(-len(solid.encode("utf-8", "surrogatepass")) // self._longest)
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of ids. Ids outside the vocabulary have none."""
         return self._vocabulary.decode(ids, skip_special_tokens=skip_special_tokens)
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **ask: Any) -> list[int]:
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], /, **ask: Any
+    ) -> list[int]:
         """Ids of a conversation, where control tokens are those that the template wrote alone."""
         rendered = self._template().render(messages, **ask)
 
@@ -82,7 +96,7 @@ class FolderTokenizer:
 
         return self._ids(_checked(rendered.text), accept)
 
-    def render_chat_template(self, messages: Sequence[Mapping[str, Any]], **ask: Any) -> str:
+    def render_chat_template(self, messages: Sequence[Mapping[str, Any]], /, **ask: Any) -> str:
         """The text of a conversation, as transformers renders it with `tokenize=False`."""
         return self._template().render(messages, **ask).text
 
@@ -122,6 +136,21 @@ def _is_structure(content: str, templates: Iterable[str]) -> bool:
     """
     written = not content.isspace() and any(content in source for source in templates)
     return written or BRACKETED.fullmatch(content) is not None
+
+
+def has_other_template(folder: Path, templates: Mapping[str, str]) -> bool:
+    """Whether a folder, e.g. an adapter's, brings a chat template that is none of these."""
+    config = folder / "tokenizer_config.json"
+    more = folder.glob("additional_chat_templates/*.jinja")
+    files = [p for p in (config, folder / "chat_template.jinja", *more) if p.is_file()]
+    try:
+        if not files or max(path.stat().st_size for path in files) > MAX_TEMPLATE_FILE:
+            return False
+        found = find_templates(folder, read_json(config) if config in files else {})
+    except (CheckpointError, TokenizerError, OSError, RecursionError):
+        return False  # it is not used, so what is wrong with it is no matter
+    known = {source.strip() for source in templates.values()}
+    return any(source.strip() not in known for source in found.values())
 
 
 def unreadable(path: Path, why: str) -> TokenizerError:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import TokenizerError
 from .folder_tokenizer import FolderTokenizer
-from .hf_vocabulary import read_hf_vocabulary, starts_differently
+from .hf_vocabulary import keeps_all_text, read_hf_vocabulary, starts_differently
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class HFTokenizer(FolderTokenizer):
             found.added,
             pieces=self._hf.get_vocab(with_added_tokens=False),
             strip_space=found.strip_space,
+            keeps_all_text=keeps_all_text(self._hf),
         )
         # Set once, before any use: for this object, added tokens in text are plain text.
         self._hf.add_special_tokens(

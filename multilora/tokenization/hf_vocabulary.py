@@ -55,6 +55,24 @@ def starts_differently(hf: tokenizers.Tokenizer) -> bool:
     return any(s["type"] == "Metaspace" and s.get("prepend_scheme") == "first" for s in steps)
 
 
+def keeps_all_text(hf: tokenizers.Tokenizer) -> bool:
+    """Whether every byte of a text is in some token: none is normalized away or part of `unk`."""
+    for step in _flat(_declared(hf.normalizer), "normalizers"):
+        old = step["pattern"].get("String") if step["type"] == "Replace" else None
+        grows = old is not None and len(step["content"].encode()) >= len(old.encode())
+        if step["type"] != "Prepend" and not grows:
+            return False
+    steps = list(_flat(_declared(hf.pre_tokenizer), "pretokenizers"))
+    if any(
+        step["type"] not in ("ByteLevel", "Metaspace", "Split", "Digits")
+        or step.get("behavior") == "Removed"
+        for step in steps
+    ):
+        return False
+    is_bytes = any(step["type"] == "ByteLevel" for step in steps)
+    return is_bytes or bool(getattr(hf.model, "byte_fallback", False))
+
+
 def _byte_reader(steps: list[dict[str, Any]], path: Path) -> Callable[[str], bytes]:
     """The function from a piece of the vocabulary to its bytes."""
     kinds = [step["type"] for step in steps]

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SPACE = "\u2581"  # how pieces write a space
+ODD = "\u2460\ufb01e\u0301\x07\u200b"  # what normalizers would change
 
 
 class SentencePieceTokenizer(FolderTokenizer):
@@ -37,6 +38,7 @@ class SentencePieceTokenizer(FolderTokenizer):
             own,
             pieces={model.IdToPiece(i): i for i in table},
             strip_space=self._strips_space(),
+            keeps_all_text=model.Normalize(ODD).endswith(ODD) and any(map(model.IsByte, table)),
         )
         if settings.config.get("add_bos_token", True) and self.bos_token_id is not None:
             self._prefix = [self.bos_token_id]

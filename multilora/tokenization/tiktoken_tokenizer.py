@@ -74,7 +74,9 @@ class TiktokenTokenizer(FolderTokenizer):
             for i, token in enumerate(LLAMA3_SPECIALS)
         }
         settings = Settings(path.parent)
-        super().__init__(settings, table, own, built_in_template=LLAMA3_TEMPLATE)
+        super().__init__(
+            settings, table, own, keeps_all_text=True, built_in_template=LLAMA3_TEMPLATE
+        )
         if settings.config.get("add_bos_token", True) and self.bos_token_id is not None:
             self._prefix = [self.bos_token_id]
 

@@ -29,6 +29,11 @@ class Tokenizer(Protocol):
     eos_token_ids: tuple[int, ...]  # every id that ends a turn or a text
     special_ids: frozenset[int]
 
+    @property
+    def chat_templates(self) -> Mapping[str, str]:
+        """The chat templates by name; none for a tokenizer without."""
+        ...
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of text that may come from anybody: control tokens in it are plain text.
 
@@ -44,6 +49,10 @@ class Tokenizer(Protocol):
         """
         ...
 
+    def fewest_tokens(self, text: str) -> int:
+        """A bound for the length of any encoding of the text, found in far less time."""
+        ...
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of ids. Ids outside the vocabulary, e.g. of padded rows, have no text."""
         ...
@@ -51,6 +60,7 @@ class Tokenizer(Protocol):
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
+        /,
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool | str = False,
