@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from ..errors import TokenizerError
 
 MEMORY = 512 << 20  # bytes of address space
 WAIT = 10.0  # seconds of the clock for each of the processor's, on a busy machine
+KEPT = ("LD_LIBRARY_PATH", "TZ")  # of the environment
 PROGRAM = (
     "import sys; sys.path += sys.argv[2:]; from tokenization.template_sandbox import serve; "
     "serve(int(sys.argv[1]), sys.stdin.buffer, sys.stdout.buffer)"
@@ -49,25 +51,28 @@ class TemplateProcess:
         """
         message = json.dumps({**request, "seconds": seconds}).encode()
         with self._lock:
-            if self._child is None or self._child.poll() is not None:
-                self._child = self._start()
-            child = self._child
+            child, self._child = self._child, None
+            if child is not None and child.poll() is not None:
+                _end(child)
+                child = None
+            child = child or self._start()
             try:
-                return _exchange(child, message, time.monotonic() + WAIT * max(seconds, 0.5))
+                deadline = time.monotonic() + WAIT * max(seconds, 0.5)
+                reply = _exchange(child, message, deadline)
             except (EOFError, TimeoutError, BrokenPipeError) as error:
-                child.kill()
                 raise TemplateLimitError(_end_of(child, error, seconds)) from error
             except BaseException:  # a reply may still come, and is nobody's
-                child.kill()
+                _end(child)
                 raise
+            self._child = child
+            return reply
 
     def close(self) -> None:
         """Ends the process; the next request starts another."""
         with self._lock:
-            if self._child is not None:
-                self._child.kill()
-                self._child.communicate()
-                self._child = None
+            child, self._child = self._child, None
+            if child is not None:
+                _end(child)
 
     def forget(self) -> None:
         """In a fork: the process belongs to the parent."""
@@ -90,7 +95,7 @@ class TemplateProcess:
                 stderr=subprocess.DEVNULL,
                 bufsize=0,
                 cwd="/",
-                env={},
+                env={name: os.environ[name] for name in KEPT if name in os.environ},
                 start_new_session=True,  # Ctrl-C is not for it
             )
         except OSError as error:
@@ -126,12 +131,23 @@ def _read(file: int, size: int, deadline: float) -> bytes:
     return b"".join(parts)
 
 
+def _end(child: subprocess.Popen[bytes]) -> None:
+    child.kill()
+    child.communicate()
+
+
 def _end_of(child: subprocess.Popen[bytes], error: Exception, seconds: float) -> str:
     """Why there is no reply: words that follow "the template"."""
-    child.communicate()
-    if isinstance(error, TimeoutError) or child.returncode == -signal.SIGPROF:
+    if not isinstance(error, TimeoutError):
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(timeout=1)  # it is about to end, and has a reason
+    _end(child)
+    status = child.returncode
+    if isinstance(error, TimeoutError) or status == -signal.SIGPROF:
         return f"took longer than {seconds:g} s"
-    return f"ended its process ({child.returncode}), as too much memory or too deep a recursion do"
+    if status > 0:
+        return f"has no process to run in: `{sys.executable} -I -c 'import jinja2'` must work"
+    return f"ended its process by signal {-status}, as a lack of memory does"
 
 
 PROCESS = TemplateProcess()
