@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import RequestError
 
 MAX_DEPTH = 64
-MAX_VALUES = 100_000  # strings, numbers, lists and objects of one conversation
+MAX_VALUES = 50_000  # strings, numbers, lists and objects of one conversation
 MAX_BITS = 1024  # of an integer
 MAX_SHOWN = 80  # characters of a caller's value in an error
 REASONING = ("reasoning_content", "thinking", "reasoning")  # one thing by three names
@@ -69,8 +69,8 @@ class Conversation:
         kind = type(value).__name__
         raise RequestError(f"{_spell(path)} has type {kind}; only JSON's types are supported")
 
-    def _count(self, value: Any) -> None:
-        self._values += 1
+    def _count(self, value: Any, values: int = 1) -> None:
+        self._values += values
         if self._values > MAX_VALUES:
             raise RequestError(f"messages and tools hold more than {MAX_VALUES} values")
         self._chars += len(value) if isinstance(value, str) else 0
@@ -114,9 +114,10 @@ class Conversation:
             if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
                 continue
             where = (path, i)
-            function["arguments"] = function["arguments"] or "{}"
+            function["arguments"] = text = function["arguments"] or "{}"
+            self._count(None, sum(map(text.count, ",[{")))  # values at most, before there are any
             try:
-                value = json.loads(function["arguments"])
+                value = json.loads(text)
             except (ValueError, RecursionError) as error:
                 why = str(error)[:MAX_SHOWN]
                 raise RequestError(f"{_spell(where)}: arguments are not JSON: {why}") from error
