@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .folder_tokenizer import FolderTokenizer, unreadable
+from .folder_tokenizer import BRACKETED, FolderTokenizer, unreadable
 from .settings import Settings
 from .vocabulary import AddedToken
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 SPACE = "\u2581"  # how pieces write a space
+# In the file: the field of pieces, and in a piece its text and its kind.
+PIECES, TEXT, KIND = 1, 1, 3
+CONTROL, USER_DEFINED = 3, 4
 ODD = "\u2460\ufb01e\u0301\x07\u200b"  # what normalizers would change
 
 
@@ -26,12 +30,17 @@ class SentencePieceTokenizer(FolderTokenizer):
 
         self._model = model = sentencepiece.SentencePieceProcessor()
         try:
-            loaded = model.LoadFromSerializedProto(path.read_bytes())
-        except (OSError, RuntimeError) as error:
+            proto = bytearray(path.read_bytes())
+            loaded = model.LoadFromSerializedProto(bytes(proto))
+            structure = _hide_structure(proto)
+            if structure:
+                model.LoadFromSerializedProto(bytes(proto))
+        except (OSError, RuntimeError, IndexError) as error:
             raise unreadable(path, str(error)) from error
         if not loaded or not model.GetPieceSize():
             raise unreadable(path, "it holds no pieces")
         table, own = self._read_pieces()
+        own |= {i: AddedToken(own[i].content) for i in structure}
         super().__init__(
             settings := Settings(path.parent),
             table,
@@ -75,3 +84,47 @@ class SentencePieceTokenizer(FolderTokenizer):
             if piece.startswith(SPACE) and piece.count(SPACE) == 1 and len(piece) > 1:
                 return not self._model.DecodeIds([i]).startswith(" ")
         return False
+
+
+def _hide_structure(proto: bytearray) -> set[int]:
+    """Ids of pieces in brackets that the model would find in any text; now it finds them in none.
+
+    Pieces that are "user defined" become "control", as a trainer may make them as well. What the
+    file says of them stands in no function of the library.
+    """
+    hidden: set[int] = set()
+    pieces = (field for field in _fields(proto, 0, len(proto)) if field[0] == PIECES)
+    for i, (_, start, end) in enumerate(pieces):
+        found = {number: (at, stop) for number, at, stop in _fields(proto, start, end)}
+        kind, _ = found.get(KIND, (0, 0))
+        if kind and proto[kind] == USER_DEFINED:
+            text = proto[slice(*found[TEXT])].decode("utf-8", "replace")
+            if BRACKETED.fullmatch(text):
+                proto[kind] = CONTROL
+                hidden.add(i)
+    return hidden
+
+
+def _fields(data: bytearray, at: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Number, start and end of each field of a protocol buffer that lies in data[at:end]."""
+    while at < end:
+        key, at = _number(data, at)
+        if key & 7 == 2:
+            size, at = _number(data, at)
+        elif key & 7 == 0:
+            size = _number(data, at)[1] - at
+        else:
+            size = 4 if key & 7 == 5 else 8
+        yield key >> 3, at, at + size
+        at += size
+
+
+def _number(data: bytearray, at: int) -> tuple[int, int]:
+    """A number of seven bits to a byte, the lowest first, and where it ends."""
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 127) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 128:
+            return value, at

@@ -163,3 +163,5 @@ def _read_optional(path: Path) -> dict[str, Any]:
         return read_json(path) if path.is_file() else {}
     except CheckpointError as error:
         raise TokenizerError(f"{error}; fetch the file again or remove it") from error
+    except RecursionError as error:
+        raise TokenizerError(f"{path} is nested too deep; fetch the file again") from error

@@ -77,11 +77,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     Raises TokenizerError when the folder has neither or a file cannot be read.
     """
     folder = Path(folder)
-    path = folder / "tokenizer.json"
-    if path.is_file():
-        return HFTokenizer(path)
-    path = folder / "tokenizer.model"
-    if not path.is_file():
+    paths = [folder / name for name in ("tokenizer.json", "tokenizer.model")]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
         raise TokenizerError(
             f"{folder} holds neither tokenizer.json nor tokenizer.model; "
             "copy the tokenizer's files there or name the folder that has them"
@@ -93,6 +91,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise unreadable(path, str(error)) from error
     if head.startswith(b"version https://git-lfs"):
         raise unreadable(path, "it is a Git LFS pointer")
+    if path.suffix == ".json":
+        return HFTokenizer(path)
     if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", head):
         return TiktokenTokenizer(path)
     return SentencePieceTokenizer(path)

@@ -39,6 +39,37 @@ HERMES = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
 """
+QWEN = """\
+{%- set ns = namespace(last=messages|length - 1) %}
+{%- for m in messages[::-1] %}
+    {%- if m.role == 'user' and m.content is string and not (m.content.startswith('<tool_response>')
+        and m.content.endswith('</tool_response>')) %}
+        {%- set ns.last = messages|length - 1 - loop.index0 %}{% break %}
+    {%- endif %}
+{%- endfor %}
+{%- for m in messages %}
+    {%- set content = m.content if m.content is string else '' %}
+    {%- if m.role == 'assistant' %}
+        {%- set reasoning = '' %}
+        {%- if m.reasoning_content is string %}
+            {%- set reasoning = m.reasoning_content %}
+        {%- elif '</think>' in content %}
+            {%- set reasoning = content.split('</think>')[0].rstrip('\n').split('<think>')[-1] %}
+            {%- set content = content.split('</think>')[-1].lstrip('\n') %}
+        {%- endif %}
+        {{- '<|im_start|>' + m.role + '\n<think>\n' + reasoning.strip('\n') + '\n</think>\n\n' }}
+        {{- content.lstrip('\n') + '<|im_end|>\n' }}
+    {%- else %}
+        {{- '<|im_start|>' + m.role + '\n' + content + '<|im_end|>' + '\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\n\n</think>\n\n' }}
+    {%- endif %}
+{%- endif %}
+"""
 LOOP = "{% for m in messages %}"
 
 
@@ -128,6 +159,7 @@ TEMPLATES = {
     "condition": LOOP + "{% if '<|im_end|>' in m.content or m.content == 'x' %}<|im_start|>A"
     "{% else %}<|im_start|>B{% endif %}{{ m.content }}<|im_end|>{% endfor %}",
     "hermes": HERMES,
+    "qwen": QWEN,
 }
 
 

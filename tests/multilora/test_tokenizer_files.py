@@ -46,7 +46,7 @@ def hf(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def train(folder: Path, corpus: list[str], size: int = 330) -> Path:
+def train(folder: Path, corpus: list[str], size: int = 330, **more: Any) -> Path:
     sentencepiece = pytest.importorskip("sentencepiece")
     folder.mkdir(exist_ok=True)
     sentencepiece.SentencePieceTrainer.train(
@@ -59,6 +59,7 @@ def train(folder: Path, corpus: list[str], size: int = 330) -> Path:
         allow_whitespace_only_pieces=True,  # as in Llama 2
         remove_extra_whitespaces=False,
         minloglevel=2,
+        **more,
     )
     return folder
 
@@ -275,6 +276,38 @@ def test_reserved_names_are_those_since_llama_3_2(tmp_path: Path) -> None:
     assert reader.decode([first + 255], skip_special_tokens=False) == (
         "<|reserved_special_token_245|>"
     )
+
+
+def test_user_defined_pieces_in_brackets_are_found_in_prompts_alone(tmp_path: Path) -> None:
+    """As in Yi's vocabulary; sentencepiece itself finds them in any text."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    names = ["<|im_start|>", "<|im_end|>", "foo"]
+    train(tmp_path, WORDS, user_defined_symbols=names)
+    oracle = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    reader = load_tokenizer(tmp_path)
+    start, end, foo = map(oracle.piece_to_id, names)
+    text = "the foo<|im_end|>"
+    assert {end, foo} <= set(oracle.encode(text))
+    ids = reader.encode(text)
+    assert end not in ids
+    assert foo in ids
+    assert reader.decode(ids) == text
+    want = [start, *oracle.encode("the foo"), end]
+    assert reader.encode_with_special("<|im_start|>the foo<|im_end|>") == want
+    for plain in ("the cat foo", "", "a  b"):
+        assert reader.encode(plain) == [1, *oracle.encode(plain)]
+
+
+def test_a_git_lfs_pointer_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json.*Git LFS pointer"):
+        load_tokenizer(tmp_path)
+
+
+def test_settings_that_are_nested_too_deep_are_named(hf: Path) -> None:
+    (hf / "tokenizer_config.json").write_text('{"a":' * 100_000)
+    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json is nested too deep"):
+        load_tokenizer(hf)
 
 
 # Prompts that a caller wrote ----------------------------------------------------------------------
