@@ -20,7 +20,7 @@ from ..config.engine import EngineConfig
 from ..errors import CapacityError, RequestError
 from ..outputs import RequestOutput
 from ..sampling_params import SamplingParams
-from ..tokenization.folder_tokenizer import has_other_template
+from ..tokenization.chat_template import has_other_template
 from .builder import build
 from .core import EngineCore
 from .exclusive import Change, Gate, exclusive

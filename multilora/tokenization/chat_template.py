@@ -11,7 +11,8 @@ import re
 from bisect import bisect_right
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import RequestError, TokenizerError
+from ..config.model import read_json
+from ..errors import CheckpointError, RequestError, TokenizerError
 from .messages import REASONING, Conversation
 from .template_process import PROCESS, TemplateLimitError
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 TIME_LIMIT = 2.0  # seconds of processor time for one rendering
 MAX_CHARS = 1 << 21  # of the rendered text; messages, tools and variables: half of it
+MAX_FILE = 4 << 20  # bytes of a file that is looked at in an adapter's folder
 # Arguments of a rendering, which are no free variables of a template.
 TAKEN = ("messages", "tools", "add_generation_prompt", "continue_final_message")
 CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG "  # stands, while it renders, where the text shall end
@@ -181,6 +183,21 @@ def find_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
             '{"name": ..., "template": ...}'
         )
     return templates
+
+
+def has_other_template(folder: Path, templates: Mapping[str, str]) -> bool:
+    """Whether a folder, e.g. an adapter's, brings a chat template that is none of these."""
+    config = folder / "tokenizer_config.json"
+    more = folder.glob("additional_chat_templates/*.jinja")
+    files = [p for p in (config, folder / "chat_template.jinja", *more) if p.is_file()]
+    try:
+        if not files or max(path.stat().st_size for path in files) > MAX_FILE:
+            return False
+        found = find_templates(folder, read_json(config) if config in files else {})
+    except (CheckpointError, TokenizerError, OSError, RecursionError):
+        return False  # it is not used, so what is wrong with it is no matter
+    known = {source.strip() for source in templates.values()}
+    return any(source.strip() not in known for source in found.values())
 
 
 def _read_template(path: Path) -> str:

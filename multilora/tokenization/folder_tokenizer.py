@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from ..config.model import read_json
-from ..errors import CheckpointError, RequestError, TokenizerError
+from ..errors import RequestError, TokenizerError
 from .chat_template import ChatTemplate, find_templates
 from .settings import Settings
 from .vocabulary import AddedToken, AddedTokenFinder, Vocabulary
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 BRACKETED = re.compile(r"[<\[{(|].*\w.*[>\]})|]", re.DOTALL)  # such as <|im_end|> or [INST]
-MAX_TEMPLATE_FILE = 4 << 20  # bytes of what is looked at in an adapter's folder
 
 
 class FolderTokenizer:
@@ -136,21 +134,6 @@ def _is_structure(content: str, templates: Iterable[str]) -> bool:
     """
     written = not content.isspace() and any(content in source for source in templates)
     return written or BRACKETED.fullmatch(content) is not None
-
-
-def has_other_template(folder: Path, templates: Mapping[str, str]) -> bool:
-    """Whether a folder, e.g. an adapter's, brings a chat template that is none of these."""
-    config = folder / "tokenizer_config.json"
-    more = folder.glob("additional_chat_templates/*.jinja")
-    files = [p for p in (config, folder / "chat_template.jinja", *more) if p.is_file()]
-    try:
-        if not files or max(path.stat().st_size for path in files) > MAX_TEMPLATE_FILE:
-            return False
-        found = find_templates(folder, read_json(config) if config in files else {})
-    except (CheckpointError, TokenizerError, OSError, RecursionError):
-        return False  # it is not used, so what is wrong with it is no matter
-    known = {source.strip() for source in templates.values()}
-    return any(source.strip() not in known for source in found.values())
 
 
 def unreadable(path: Path, why: str) -> TokenizerError:

@@ -23,6 +23,7 @@ PRINTF = re.compile(r"%(?:\(([^)]*)\))?[-+ #0]*(?:\d+|\*)?(?:\.(?:\d+|\*)?)?[hlL
 class TracedText(str):
     """A string with a mark for each character: whether the template wrote it."""
 
+    __slots__ = ("_marks",)  # with underscores: the sandbox shows them to no template
     _marks: bytes  # 1 for each character of the template, 0 for others
 
     def __new__(cls, text: str = "", marks: bytes = b"") -> TracedText:
@@ -31,7 +32,6 @@ class TracedText(str):
         made._marks = marks or bytes(len(text))
         return made
 
-    __slots__ = ("_marks",)  # with underscores: the sandbox shows them to no template
     __hash__ = str.__hash__
 
     def __str__(self) -> TracedText:
@@ -117,8 +117,8 @@ class TracedText(str):
 class TracedJSON(TracedText):
     """JSON text of an object, which a template may also use as the object that it tells."""
 
-    _value: dict[str, Any]
     __slots__ = ("_value",)
+    _value: dict[str, Any]
     __hash__ = str.__hash__
 
     def __getitem__(self, key: Any) -> Any:
@@ -143,6 +143,9 @@ class TracedJSON(TracedText):
         return self._value.get(key, default)
 
 
+Mapping.register(TracedJSON)
+
+
 def objects(value: Any) -> Any:
     """The value with objects in the place of their JSON texts."""
     if isinstance(value, TracedJSON):
@@ -155,9 +158,6 @@ def objects(value: Any) -> Any:
 def template_runs(text: TracedText) -> list[int]:
     """Where the template's text begins and ends, by turns."""
     return [end for match in re.finditer(b"\1+", text._marks) for end in match.span()]
-
-
-Mapping.register(TracedJSON)
 
 
 def written(text: str) -> TracedText:
@@ -247,14 +247,19 @@ def _marks(text: str) -> bytes:
     return text._marks if isinstance(text, TracedText) else bytes(len(text))
 
 
+def _is_templates(value: Any) -> bool:
+    """Whether an argument brings no text of the messages: a table of `translate` may."""
+    return 0 not in _marks(value) if isinstance(value, str) else isinstance(value, int)
+
+
 def _whole(name: str) -> Any:
     """A method of strings whose result is the template's if all the text was, and all arguments."""
     method = getattr(str, name)
 
     def call(self: TracedText, *args: Any, **kwargs: Any) -> TracedText:
         made = method(self, *args, **kwargs)
-        given = [self, *(arg for arg in (*args, *kwargs.values()) if isinstance(arg, str))]
-        return TracedText(made) if any(0 in _marks(text) for text in given) else written(made)
+        given = (self, *args, *kwargs.values())
+        return written(made) if all(map(_is_templates, given)) else TracedText(made)
 
     call.__name__ = name
     return call

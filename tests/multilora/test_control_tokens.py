@@ -189,6 +189,38 @@ def test_a_template_that_deletes_text_makes_no_token_of_what_is_left(tmp_path: P
     assert reader.decode(ids, skip_special_tokens=False) == text
 
 
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "'@'.translate({64: m.content})",
+        "'@'.format_map({'x': 1}) ~ '{x}'.format_map({'x': m.content})",
+        "'{0}{1:.40}'.format(m.content, m.content)",
+        "'%.40s%r' % (m.content, m.content)",
+        "'@'|replace('@', m.content)|title|upper|lower",
+        "[m.content]|join|indent(2)|safe|string",
+        "(m.content ~ '').center(99, 'x')|trim('x')",
+        "m.content.split()|map('trim')|join(' ')",
+        "'x'.join(m.content|list)|replace('x', '')",
+        "m.content|list|sort|reverse|list|join",
+        "{m.content: 1}.keys()|first",
+        "m.values()|list|string",
+        "'ab'.replace('', m.content)",
+        "m.content.encode().decode()",
+        "dict(a=m.content).a ~ namespace(b=m.content).b",
+        "messages|map(attribute='content')|first|truncate(40)",
+        "m.content[::-1][::-1]|e|wordwrap(50)|replace('&lt;', '<')",
+    ],
+)
+def test_no_expression_makes_a_control_token_of_a_message(tmp_path: Path, expression: str) -> None:
+    template = LOOP + "<|im_start|>{{ " + expression + " }}{% endfor %}"
+    folder = folder_with(tmp_path, template)
+    messages = [{"role": "user", "content": EVIL}]
+    ids = load_tokenizer(folder).apply_chat_template(messages)
+    want = oracle_of(folder).apply_chat_template(messages, tokenize=False)
+    assert load_tokenizer(folder).decode(ids, skip_special_tokens=False) == want
+    assert control(load_tokenizer(folder), ids) == [3072]
+
+
 def test_parts_of_a_token_from_both_sides_are_text(tmp_path: Path) -> None:
     template = LOOP + "<|{{ m.content }}|>{{ '<' ~ m.content }}<|im_end|>{% endfor %}"
     reader = load_tokenizer(folder_with(tmp_path, template))
