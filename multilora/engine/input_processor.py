@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Sequence as Ids
 
 from ..config.engine import EngineConfig
-from ..errors import CapacityError, RequestError
+from ..errors import RequestError
 from ..sampling_params import SamplingParams
 from ..scheduling.sequence import Sequence
 from ..tokenization.tokenizer import Tokenizer
@@ -43,16 +43,10 @@ class InputProcessor:
         tokenizer = self._tokenizer
         if tokenizer is None:
             raise RequestError("skip_tokenizer_init=True serves token ids only; give a list of ids")
-        fewest = tokenizer.fewest_tokens(prompt)
-        if fewest >= self._max_len:
-            raise CapacityError(
-                f"a prompt of {len(prompt)} characters, {fewest} tokens or more, and one new token "
-                f"exceed max_model_len {self._max_len} tokens; shorten the prompt or raise "
-                "max_model_len"
-            )
+        most = self._max_len - 1  # and one new token
         if self._split:
-            return tokenizer.encode(prompt)
-        return tokenizer.encode_with_special(prompt, add_special_tokens=True)
+            return tokenizer.encode(prompt, max_length=most)
+        return tokenizer.encode_with_special(prompt, add_special_tokens=True, max_length=most)
 
     def start(self, state: RequestState, identity: bytes, arrival: int) -> list[Sequence]:
         """The answers of a request: its sequences, as yet unknown to the scheduler."""

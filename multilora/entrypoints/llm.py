@@ -125,6 +125,7 @@ class LLM:
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 tools=tools,
+                max_length=self.engine.max_model_len - 1,  # and one new token
                 **given,
             )
             for one in _as_conversations(messages)

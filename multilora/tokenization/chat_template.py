@@ -24,7 +24,7 @@ TIME_LIMIT = 2.0  # seconds of processor time for one rendering
 MAX_CHARS = 1 << 21  # of the rendered text; messages, tools and variables: half of it
 MAX_FILE = 4 << 20  # bytes of a file that is looked at in an adapter's folder
 # Arguments of a rendering, which are no free variables of a template.
-TAKEN = ("messages", "tools", "add_generation_prompt", "continue_final_message")
+TAKEN = ("messages", "tools", "add_generation_prompt", "continue_final_message", "max_length")
 CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG "  # stands, while it renders, where the text shall end
 
 LLAMA3_TEMPLATE = """\

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from ..errors import RequestError, TokenizerError
+from ..errors import CapacityError, RequestError, TokenizerError
 from .chat_template import ChatTemplate, find_templates
 from .settings import Settings
 from .vocabulary import AddedToken, AddedTokenFinder, Vocabulary
@@ -57,14 +57,20 @@ class FolderTokenizer:
         """The folder's chat templates by name."""
         return {} if self._chat is None else self._chat.sources
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, max_length: int | None = None
+    ) -> list[int]:
         """Ids of text that may come from anybody: control tokens in it are plain text."""
-        ids = self._ids(_checked(text), lambda token, *_: token.content not in self._control)
+        self._check(text, max_length)
+        ids = self._ids(text, lambda token, *_: token.content not in self._control)
         return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
 
-    def encode_with_special(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+    def encode_with_special(
+        self, text: str, *, add_special_tokens: bool = False, max_length: int | None = None
+    ) -> list[int]:
         """Ids of a prompt with its control tokens; what should be around it is added only once."""
-        ids = self._ids(_checked(text), lambda *_: True)
+        self._check(text, max_length)
+        ids = self._ids(text, lambda *_: True)
         if not add_special_tokens:
             return ids
         before, after = self._prefix, self._suffix
@@ -73,30 +79,46 @@ class FolderTokenizer:
 
     def fewest_tokens(self, text: str) -> int:
         """No encoding of the text has fewer tokens. Costs far less than to encode."""
-        if self._longest is None or not isinstance(text, str):
+        if self._longest is None:
             return 0
         # Added tokens may take white space around them, as much as there is.
         solid = "".join(text.split())
-        return -(-len(solid.encode("utf-8", "surrogatepass")) // self._longest)
+        return -(-len(solid.encode()) // self._longest)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of ids. Ids outside the vocabulary have none."""
         return self._vocabulary.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], /, **ask: Any
+        self, messages: Sequence[Mapping[str, Any]], /, *, max_length: int | None = None, **ask: Any
     ) -> list[int]:
         """Ids of a conversation, where control tokens are those that the template wrote alone."""
         rendered = self._template().render(messages, **ask)
+        self._check(rendered.text, max_length)
 
         def accept(token: AddedToken, start: int, end: int) -> bool:
             return token.content not in self._control or rendered.is_template(start, end)
 
-        return self._ids(_checked(rendered.text), accept)
+        return self._ids(rendered.text, accept)
 
     def render_chat_template(self, messages: Sequence[Mapping[str, Any]], /, **ask: Any) -> str:
         """The text of a conversation, as transformers renders it with `tokenize=False`."""
         return self._template().render(messages, **ask).text
+
+    def _check(self, text: str, max_length: int | None) -> None:
+        if not isinstance(text, str):
+            raise RequestError(f"text must be a string, not {type(text).__name__}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"the text has a lone surrogate at character {error.start}; send valid Unicode"
+            ) from error
+        if max_length is not None and (fewest := self.fewest_tokens(text)) > max_length:
+            raise CapacityError(
+                f"a prompt of {len(text)} characters has {fewest} tokens or more, and may have "
+                f"{max_length}; shorten the prompt or raise max_model_len"
+            )
 
     def _encode_plain(self, text: str, *, first: bool) -> list[int]:
         """Ids of text without any added token; `first` = the text stands at the very start."""
@@ -139,15 +161,3 @@ def _is_structure(content: str, templates: Iterable[str]) -> bool:
 def unreadable(path: Path, why: str) -> TokenizerError:
     """The error for a file that is no vocabulary."""
     return TokenizerError(f"{path} cannot be read as a tokenizer: {why}; fetch the file again")
-
-
-def _checked(text: str) -> str:
-    if not isinstance(text, str):
-        raise RequestError(f"text must be a string, not {type(text).__name__}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(
-            f"the text has a lone surrogate at character {error.start}; send valid Unicode"
-        ) from error
-    return text

@@ -34,23 +34,24 @@ class Tokenizer(Protocol):
         """The chat templates by name; none for a tokenizer without."""
         ...
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, max_length: int | None = None
+    ) -> list[int]:
         """Ids of text that may come from anybody: control tokens in it are plain text.
 
         Control tokens are the special ones, those that a chat template writes, and those in
         brackets. With `add_special_tokens` the ids have BOS, or what the model expects around text.
+        Text that cannot have so few as `max_length` tokens is a CapacityError, at little cost.
         """
         ...
 
-    def encode_with_special(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+    def encode_with_special(
+        self, text: str, *, add_special_tokens: bool = False, max_length: int | None = None
+    ) -> list[int]:
         """Ids of a prompt whose control tokens are meant, such as a rendered template.
 
         With `add_special_tokens` it has BOS once, whether the text has it or not.
         """
-        ...
-
-    def fewest_tokens(self, text: str) -> int:
-        """A bound for the length of any encoding of the text, found in far less time."""
         ...
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -65,6 +66,7 @@ class Tokenizer(Protocol):
         add_generation_prompt: bool = True,
         continue_final_message: bool | str = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        max_length: int | None = None,
         **variables: Any,
     ) -> list[int]:
         """Ids of a conversation. Control tokens in messages, tools, variables are plain text."""

@@ -122,8 +122,11 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(
 ) -> None:
     reader: Any = writer.engine.tokenizer
     monkeypatch.setattr(reader, "_encode_plain", None)
-    with pytest.raises(CapacityError, match=r"tokens or more.*exceed max_model_len 256 tokens"):
+    why = r"tokens or more, and may have 255; shorten the prompt or raise max_model_len"
+    with pytest.raises(CapacityError, match=why):
         writer.generate(text, GREEDY)
+    with pytest.raises(CapacityError, match=why):
+        writer.chat([{"role": "user", "content": text[:1_000_000]}], GREEDY)
 
 
 def test_no_text_has_fewer_tokens_than_its_bound() -> None:
@@ -131,7 +134,30 @@ def test_no_text_has_fewer_tokens_than_its_bound() -> None:
     for text in ("", "a", " ", "😀" * 99, "the cat sat. " * 50, "<|eot_id|>" * 20, "\n" * 300):
         assert reader.fewest_tokens(text) <= len(reader.encode_with_special(text))
     assert reader.fewest_tokens("😀" * 10_000) > 100
-    assert reader.fewest_tokens("\ud800") == 1  # no valid text, which encoding says
+
+
+def test_pieces_with_byte_fallback_have_a_bound(tmp_path: Path) -> None:
+    """Llama 2's kind of tokenizer.json; without the bytes, unknown text may be one token."""
+    for fallback in (True, False):
+        model = {
+            "type": "BPE", "byte_fallback": fallback, "unk_token": "<unk>", "fuse_unk": True,
+            "vocab": {"<unk>": 0, **{f"<0x{i:02X}>": i + 1 for i in range(256)}, "▁": 257},
+            "merges": [],
+        }  # fmt: skip
+        steps = [{"type": "Prepend", "prepend": "▁"},
+                 {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]  # fmt: skip
+        decoder = {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+            {"type": "ByteFallback"}, {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0}]}  # fmt: skip
+        raw = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
+               "normalizer": {"type": "Sequence", "normalizers": steps}, "pre_tokenizer": None,
+               "post_processor": None, "decoder": decoder, "model": model}  # fmt: skip
+        (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+        reader = load_tokenizer(tmp_path)
+        tokens = len(reader.encode("é" * 100))
+        assert tokens == (201 if fallback else 2)
+        assert reader.fewest_tokens("é" * 100) == (-(-200 // 5) if fallback else 0)
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,13 @@ def test_the_config_tells_flags_that_the_vocabulary_tells_otherwise(hf: Path) ->
     assert load_tokenizer(hf).encode_with_special(text) == want
 
 
+def test_a_declared_token_keeps_the_id_that_the_vocabulary_gives_it(hf: Path) -> None:
+    write(hf, tokenizer_config={"added_tokens_decoder": {"5": token("<|eot_id|>")}})
+    ids = load_tokenizer(hf).encode_with_special("a<|eot_id|>")
+    assert ids == oracle_of(hf).encode("a<|eot_id|>", add_special_tokens=False)
+    assert 5 not in ids
+
+
 def test_ordinary_added_words_are_found_in_any_text(hf: Path) -> None:
     """A domain's word that no template writes is a token wherever it stands."""
     raw = read(hf, "tokenizer")
