@@ -26,6 +26,8 @@ MAX_FILE = 4 << 20  # bytes of a file that is looked at in an adapter's folder
 # Arguments of a rendering, which are no free variables of a template.
 TAKEN = ("messages", "tools", "add_generation_prompt", "continue_final_message", "max_length")
 CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG "  # stands, while it renders, where the text shall end
+# A template that goes through the parts of a message; to others they are given as one text.
+TAKES_PARTS = re.compile(r"\bfor\s+\w+\s+in\s+[\w.]*(\bcontent\b|\[\s*['\"]content['\"]\s*\])")
 
 LLAMA3_TEMPLATE = """\
 {{- bos_token }}
@@ -83,10 +85,10 @@ class ChatTemplate:
     ) -> RenderedChat:
         """The prompt text, equal to transformers'. Arguments as in its `apply_chat_template`."""
         conversation = Conversation(self._limits[1] // 2)
-        chat = conversation.messages(messages)
         plain_tools = conversation.tools(tools)
-        given = conversation.plain(variables, "chat_template_kwargs")
         source = self._source(plain_tools)
+        chat = conversation.messages(messages, join_parts=TAKES_PARTS.search(source) is None)
+        given = conversation.plain(variables, "chat_template_kwargs")
         last = None
         if continue_final_message:
             if add_generation_prompt:
@@ -134,14 +136,17 @@ class ChatTemplate:
 
 def _mark_end(chat: list[dict[str, Any]], field: str, source: str) -> str:
     """Marks the end of the last message's text, and returns that text."""
-    text = chat[-1].get(field)
+    end, key = chat[-1], field
+    if field == "content" and isinstance(end.get(field), list) and end[field]:
+        end, key = end[field][-1], "text"
+    text = end.get(key)
     if not isinstance(text, str):
         raise RequestError(f"continue_final_message: the last message has no text as {field!r}")
-    names = [n for n in REASONING if chat[-1].get(n) == text] if field in REASONING else [field]
+    names = [n for n in REASONING if end.get(n) == text] if field in REASONING else [key]
     if not any(name in source for name in names):
         raise RequestError(f"continue_final_message: the chat template never reads {field!r}")
     for name in names:
-        chat[-1][name] = text + CONTINUE
+        end[name] = text + CONTINUE
     return text
 
 

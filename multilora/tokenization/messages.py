@@ -23,14 +23,20 @@ class Conversation:
     def __init__(self, max_chars: int) -> None:
         self._chars, self._values, self._max_chars = 0, 0, max_chars
 
-    def messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Text parts are joined, arguments of tool calls checked to be JSON."""
+    def messages(
+        self, messages: Sequence[Mapping[str, Any]], *, join_parts: bool = True
+    ) -> list[dict[str, Any]]:
+        """Text parts are checked and perhaps joined, arguments of tool calls checked to be JSON."""
         if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
             kind = type(messages).__name__
             raise RequestError(f"messages must be a list of messages, not {kind}")
         if not messages:
             raise RequestError("messages is empty; give at least one message")
-        return [self._message(item, ("messages", i)) for i, item in enumerate(messages)]
+        chat = [self._message(item, ("messages", i)) for i, item in enumerate(messages)]
+        for message in chat:
+            if join_parts and isinstance(message.get("content"), list):
+                message["content"] = "\n".join(part["text"] for part in message["content"])
+        return chat
 
     def tools(self, tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
         """Tools as JSON objects; none for an empty list."""
@@ -92,9 +98,8 @@ class Conversation:
         if calls is not None:
             plain["tool_calls"] = self._tool_calls(calls, (path, "tool_calls"))
         if isinstance(content, list):
-            parts = enumerate(content)
-            where = (path, "content")
-            plain["content"] = "\n".join(_text_of(part, (where, i)) for i, part in parts)
+            for i, part in enumerate(content):
+                _check_part(part, ((path, "content"), i))
         elif not isinstance(content, str) and not (content is None and calls):
             raise RequestError(
                 f"{_spell(path)}.content must be a string or a list of text parts, "
@@ -127,7 +132,7 @@ class Conversation:
         return calls
 
 
-def _text_of(part: Any, path: Path) -> str:
+def _check_part(part: Any, path: Path) -> None:
     where = _spell(path)
     if not isinstance(part, dict):
         raise RequestError(f"{where} must be an object such as {{'type': 'text', 'text': ...}}")
@@ -136,7 +141,6 @@ def _text_of(part: Any, path: Path) -> str:
         raise RequestError(f"{where} has type {kind}; only 'text' is supported")
     if not isinstance(part.get("text"), str):
         raise RequestError(f"{where}.text must be a string")
-    return str(part["text"])
 
 
 def _spell(path: Path) -> str:

@@ -85,7 +85,7 @@ class TemplateProcess:
             if spec is None or spec.origin is None:
                 raise TokenizerError(f"chat templates need {name}; pip install {name}")
             places.add(str(Path(spec.origin).parents[1]))
-        command = [sys.executable, "-I", "-c", PROGRAM, str(self._memory), *sorted(places)]
+        command = [sys.executable, "-I", "-S", "-c", PROGRAM, str(self._memory), *sorted(places)]
         pipe = subprocess.PIPE
         try:
             return subprocess.Popen(

@@ -374,6 +374,30 @@ def test_reasoning_has_the_names_that_templates_know(tmp_path: Path, name: str) 
     assert load_tokenizer(folder).render_chat_template(messages) == want == "because because"
 
 
+PARTS = (
+    LOOP + "<|im_start|>{% if m.content is string %}{{ m.content }}{% else %}{% for p in @ %}"
+    "{{ p.text }}{% endfor %}{% endif %}<|im_end|>{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("where", ["m.content", "m['content']", 'm["content"]', "content"])
+@pytest.mark.parametrize("ask", [{}, {"continue_final_message": True}])
+def test_parts_are_given_to_a_template_that_goes_through_them(
+    tmp_path: Path, where: str, ask: dict[str, Any]
+) -> None:
+    source = PARTS.replace("@", where)
+    if where == "content":
+        source = source.replace(LOOP, LOOP + "{% set content = m.content %}")
+    folder = folder_with(tmp_path, source)
+    parts = [{"type": "text", "text": text} for text in ("a <|im_end|>", "b", "c")]
+    messages = [{"role": "user", "content": parts}, {"role": "user", "content": parts[:2]}]
+    ask = {"add_generation_prompt": False, **ask}
+    want = oracle_of(folder).apply_chat_template(messages, tokenize=False, **ask)
+    reader = load_tokenizer(folder)
+    assert reader.render_chat_template(messages, **ask) == want
+    assert control(reader, reader.apply_chat_template(messages, **ask))[:3] == [3072, 3073, 3072]
+
+
 def test_variables_of_a_template(tmp_path: Path) -> None:
     template = (
         "{{ date_string|default('today') }} {{ enable_thinking }} {{ bos_token }} {{ documents }}"
