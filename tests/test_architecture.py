@@ -337,6 +337,15 @@ TESTED_ELSEWHERE = {
         "multilora.outputs": "multilora/engine/test_output_processor.py",
         "multilora.scheduling.scheduler_output": "multilora/scheduling/test_scheduler.py",
     },
+    "the tests of a tokenizer run each of its readers": {
+        f"multilora.tokenization.{name}": "multilora/tokenization/test_tokenizer.py"
+        for name in (
+            "folder_tokenizer",
+            "hf_tokenizer",
+            "sentencepiece_tokenizer",
+            "tiktoken_tokenizer",
+        )
+    },
     "it is the law that every test of an op compares with": {
         "multilora_kernels.reference": "kernels/ops/test_lora.py",
     },

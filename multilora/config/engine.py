@@ -30,6 +30,8 @@ class EngineConfig:
         model: Folder of the base checkpoint.
         tokenizer: Folder of the tokenizer. None = the model's.
         skip_tokenizer_init: Serve token ids only.
+        split_special_tokens: Whether special tokens in text prompts are plain text. False: they are
+            what they are, as in vLLM.
         load_format: "auto", or "dummy" = random weights; `model` may then be a shape's name.
         device: "cpu", "cuda", "cuda:1", or "auto" = a GPU if there is one.
         dtype: Of weights and activations: "float32", "bfloat16", "float16", "half", "float" or a
@@ -63,6 +65,7 @@ class EngineConfig:
     model: str
     tokenizer: str | None = None
     skip_tokenizer_init: bool = False
+    split_special_tokens: bool = False
     load_format: str = "auto"
     device: str = "cpu"
     dtype: str = "auto"

@@ -7,6 +7,7 @@ Whatever is raised within a call, the next one finds all in order: see `core`.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,14 @@ from ..config.engine import EngineConfig
 from ..errors import CapacityError, RequestError
 from ..outputs import RequestMetrics, RequestOutput
 from ..sampling_params import SamplingParams
+from ..tokenization.chat_template import has_other_template
 from .builder import build
 from .core import EngineCore
 from .exclusive import Change, Gate, exclusive
 from .input_processor import InputProcessor
 from .output_processor import RequestState
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +182,16 @@ class Engine:
         host = self.store.pack(name, adapter, base=base)
         with Change(self._core):
             self.store.install(name, adapter.digest, host)
+        if self.tokenizer is not None and has_other_template(
+            Path(path), self.tokenizer.chat_templates
+        ):
+            logger.warning(
+                "adapter %r: %s has a chat template of its own, and chats are rendered with the "
+                "base's; start with tokenizer=%r if it was trained with that one",
+                name,
+                path,
+                str(path),
+            )
         return adapter.digest
 
     @exclusive

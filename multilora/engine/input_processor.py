@@ -30,22 +30,30 @@ class InputProcessor:
     ) -> None:
         self._seed, self._tokenizer, self._is_gpu = config.seed, tokenizer, is_gpu
         self._max_logprobs = config.max_logprobs
+        self._split = config.split_special_tokens
         self._vocab_size, self._max_len, self._end_ids = vocab_size, max_model_len, end_ids
         self._seq_ids = itertools.count()
 
     def prompt_ids(self, prompt: str | Ids[int], params: SamplingParams) -> list[int]:
-        """The prompt's token ids. A RequestError for them, or for ids that the parameters name."""
+        """The prompt's token ids. A RequestError for them, or for ids that the parameters name.
+
+        A CapacityError for text that is too long whatever its tokens are, before they are found.
+        """
         if not isinstance(prompt, Ids) or isinstance(prompt, bytes):
             what = type(prompt).__name__
             raise RequestError(f"a prompt is text or a list of token ids, not of type {what}")
-        if not isinstance(prompt, str):
-            ids = list(prompt)
-        elif self._tokenizer is None:
-            raise RequestError("skip_tokenizer_init=True serves token ids only; give a list of ids")
-        else:
-            ids = self._tokenizer.encode(prompt)
+        ids = self._encode(prompt) if isinstance(prompt, str) else list(prompt)
         self._check_ids(ids, params)
         return ids
+
+    def _encode(self, prompt: str) -> list[int]:
+        tokenizer = self._tokenizer
+        if tokenizer is None:
+            raise RequestError("skip_tokenizer_init=True serves token ids only; give a list of ids")
+        most = self._max_len - 1  # and one new token
+        if self._split:
+            return tokenizer.encode(prompt, max_length=most)
+        return tokenizer.encode_with_special(prompt, add_special_tokens=True, max_length=most)
 
     def bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
         """The ids of each bad word, at the start of a text and after a space."""

@@ -13,6 +13,7 @@ from ..engine.engine import Engine
 from ..errors import ConfigError, RequestError
 from ..outputs import RequestOutput
 from ..sampling_params import SamplingParams
+from ..tokenization.chat_template import TAKEN
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -68,7 +69,9 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answers one prompt or many; the results are in the order of the prompts.
 
-        A prompt is text or token ids. Parameters and adapter are one for all prompts, or a list
+        A prompt is text or token ids. Special tokens in text count, so that a rendered chat is a
+        prompt, and BOS is added where it is missing; `LLM(..., split_special_tokens=True)` takes
+        them for plain text. Parameters and adapter are one for all prompts, or a list
         with one for each. With `use_tqdm` a progress bar is shown on a terminal, if tqdm is
         installed. When any prompt cannot be accepted, none is answered and the error is raised.
         """
@@ -95,15 +98,38 @@ class LLM:
         *,
         adapter: AdapterSpec | Sequence[AdapterSpec] = None,
         use_tqdm: bool = True,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Like `generate`, for one conversation or a list of them, through the chat template.
 
-        Raises ConfigError without a tokenizer, TokenizerError when it has no chat template.
+        To go on with the last message, set `continue_final_message=True` and
+        `add_generation_prompt=False`. `tools` and `chat_template_kwargs`, e.g.
+        `{"enable_thinking": False}`, are for the template. Special tokens in any of these are
+        plain text. Raises ConfigError without a tokenizer, TokenizerError when it has no chat
+        template, RequestError for what the template does not take.
         """
         tokenizer = self.engine.tokenizer
         if tokenizer is None:
             raise ConfigError("chat needs a tokenizer; start without skip_tokenizer_init=True")
-        prompts = [tokenizer.apply_chat_template(one) for one in _as_conversations(messages)]
+        given = {} if chat_template_kwargs is None else chat_template_kwargs
+        if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+            raise RequestError(f"chat_template_kwargs must be a dict of names, not {given!r:.80}")
+        if taken := given.keys() & TAKEN:
+            raise RequestError(f"give {min(taken)} as an argument, not in chat_template_kwargs")
+        prompts = [
+            tokenizer.apply_chat_template(
+                one,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                max_length=self.engine.max_model_len - 1,  # and one new token
+                **given,
+            )
+            for one in _as_conversations(messages)
+        ]
         return self.generate(prompts, sampling_params, adapter=adapter, use_tqdm=use_tqdm)
 
     def _finish(self, request_ids: list[str], *, use_tqdm: bool) -> list[RequestOutput]:

@@ -1,29 +1,33 @@
 """Messages become the text of a prompt through the model folder's Jinja template.
 
-The template comes with the base model; requests never bring one. It still runs in Jinja's immutable
-sandbox, and since the sandbox does not bound time or memory, under a clock and size limits that
-`template_sandbox` adds. Its words for the caller (`raise_exception`) are a RequestError;
+The template comes with the base model; requests never bring one. It still runs in a process of its
+own (`template_process`). Its words for the caller (`raise_exception`) are a RequestError;
 everything else that goes wrong inside is a TokenizerError.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from bisect import bisect_right
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import RequestError, TokenizerError
+from ..config.model import read_json
+from ..errors import CheckpointError, RequestError, TokenizerError
+from .messages import REASONING, Conversation
+from .template_process import PROCESS, TemplateLimitError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from .vocabulary import Specials
-
 TIME_LIMIT = 2.0  # seconds of processor time for one rendering
-MAX_CHARS = 1 << 21  # of the rendered text, and of any string on the way; messages: half of it
-SENTINELS = tuple(map(chr, range(0xFDD0, 0xFDF0)))  # code points that Unicode keeps out of text
+MAX_CHARS = 1 << 21  # of the rendered text; messages, tools and variables: half of it
+MAX_FILE = 4 << 20  # bytes of a file that is looked at in an adapter's folder
+# Arguments of a rendering, which are no free variables of a template.
+TAKEN = ("messages", "tools", "add_generation_prompt", "continue_final_message", "max_length")
+CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG "  # stands, while it renders, where the text shall end
+# A template that goes through the parts of a message; to others they are given as one text.
+TAKES_PARTS = re.compile(r"\bfor\s+\w+\s+in\s+[\w.]*(\bcontent\b|\[\s*['\"]content['\"]\s*\])")
 
 LLAMA3_TEMPLATE = """\
 {{- bos_token }}
@@ -37,8 +41,20 @@ LLAMA3_TEMPLATE = """\
 """
 
 
+class RenderedChat(NamedTuple):
+    """The text of a conversation, and which of its characters the template wrote."""
+
+    text: str
+    runs: list[int]  # where the template's text begins and ends, by turns
+
+    def is_template(self, start: int, end: int) -> bool:
+        """Whether all of the text from start to end is the template's."""
+        i = bisect_right(self.runs, start)
+        return i % 2 == 1 and end <= self.runs[i]
+
+
 class ChatTemplate:
-    """The chat templates of one model folder, by name, compiled when first used."""
+    """The chat templates of one model folder, by name."""
 
     def __init__(
         self,
@@ -53,201 +69,144 @@ class ChatTemplate:
             names = ", ".join(sorted(sources)) or "none"
             raise TokenizerError(f"{origin}: no chat template is named 'default' (found: {names})")
         self.origin = origin
-        self._sources = dict(sources)
+        self.sources = dict(sources)
         self._variables = dict(variables)
         self._limits = (time_limit, max_chars)
-        self._renderers: dict[str, Callable[..., str]] = {}
 
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
+        /,
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool | str = False,  # or the field to go on with, not "content"
         tools: Sequence[Mapping[str, Any]] | None = None,
-    ) -> str:
-        """The prompt text, where special tokens of the messages look like the template's own."""
-        plain = _plain_messages(messages), _plain_tools(tools)
-        return self._run(*plain, add_generation_prompt=add_generation_prompt)
+        **variables: Any,  # of the template, such as date_string or enable_thinking
+    ) -> RenderedChat:
+        """The prompt text, equal to transformers'. Arguments as in its `apply_chat_template`."""
+        conversation = Conversation(self._limits[1] // 2)
+        plain_tools = conversation.tools(tools)
+        source = self._source(plain_tools)
+        chat = conversation.messages(messages, join_parts=TAKES_PARTS.search(source) is None)
+        given = conversation.plain(variables, "chat_template_kwargs")
+        last = None
+        if continue_final_message:
+            if add_generation_prompt:
+                raise RequestError(
+                    "continue_final_message goes on with the last message; "
+                    "set add_generation_prompt=False"
+                )
+            field = continue_final_message if isinstance(continue_final_message, str) else "content"
+            last = _mark_end(chat, field, source)
+        given |= {
+            "messages": chat,
+            "tools": plain_tools,
+            "documents": given.get("documents"),
+            "add_generation_prompt": add_generation_prompt,
+        }
+        rendered = self._run(source, given)
+        return rendered if last is None else _cut(rendered, last)
 
-    def render_shielded(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        specials: Specials,
-        *,
-        add_generation_prompt: bool = True,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-    ) -> tuple[str, str]:
-        """The prompt text and a sentinel: the character that breaks the callers' special tokens.
-
-        Every special token that is whole in the text was written by the template.
-        """
-        plain = _plain_messages(messages), _plain_tools(tools)
-        sentinel = _unused_sentinel(plain)
-        broken = [_map_strings(part, lambda s: specials.break_in(s, sentinel)) for part in plain]
-        return self._run(*broken, add_generation_prompt=add_generation_prompt), sentinel
-
-    def _run(self, messages: Any, tools: Any, *, add_generation_prompt: bool) -> str:
-        name = "tool_use" if tools and "tool_use" in self._sources else "default"
-        if tools and not re.search(r"\btools\b", self._sources[name]):
+    def _source(self, tools: list[dict[str, Any]] | None) -> str:
+        name = "tool_use" if tools and "tool_use" in self.sources else "default"
+        if tools and not re.search(r"\btools\b", self.sources[name]):
             raise RequestError(f"the chat template of {self.origin} has no place for tools")
-        size, limit = sum(map(len, _strings((messages, tools)))), self._limits[1] // 2
-        if size > limit:
-            raise RequestError(f"messages and tools hold {size} characters; at most {limit} may be")
-        return self._renderer(name)(
-            **self._variables,
-            messages=messages,
-            tools=tools,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-        )
+        return self.sources[name]
 
-    def _renderer(self, name: str) -> Callable[..., str]:
-        if name not in self._renderers:
-            from .template_sandbox import compile_template
-
-            limit, max_chars = self._limits
-            self._renderers[name] = compile_template(
-                self._sources[name], origin=self.origin, time_limit=limit, max_chars=max_chars
+    def _run(self, source: str, given: dict[str, Any]) -> RenderedChat:
+        seconds, max_chars = self._limits
+        own = {name: text for name, text in self._variables.items() if name not in given}
+        request = {"source": source, "own": own, "given": given, "max_chars": max_chars}
+        where = f"the chat template of {self.origin}"
+        try:
+            reply = PROCESS.ask(request, seconds)
+        except TemplateLimitError as error:
+            raise TokenizerError(f"{where} {error}") from error
+        if "error" not in reply:
+            return RenderedChat(reply["text"], reply["runs"])
+        if reply["error"] == "refused":
+            raise RequestError(f"{where} refuses: {reply['what']}")
+        if reply["error"] == "undefined":
+            raise RequestError(
+                f"{where} misses something in the messages or tools: {reply['what']}"
             )
-        return self._renderers[name]
+        verb = "does not compile" if reply["error"] == "compile" else "failed"
+        raise TokenizerError(f"{where} {verb}: {reply['what']}")
+
+
+def _mark_end(chat: list[dict[str, Any]], field: str, source: str) -> str:
+    """Marks the end of the last message's text, and returns that text."""
+    end, key = chat[-1], field
+    if field == "content" and isinstance(end.get(field), list) and end[field]:
+        end, key = end[field][-1], "text"
+    text = end.get(key)
+    if not isinstance(text, str):
+        raise RequestError(f"continue_final_message: the last message has no text as {field!r}")
+    names = [n for n in REASONING if end.get(n) == text] if field in REASONING else [key]
+    if not any(name in source for name in names):
+        raise RequestError(f"continue_final_message: the chat template never reads {field!r}")
+    for name in names:
+        end[name] = text + CONTINUE
+    return text
+
+
+def _cut(rendered: RenderedChat, last: str) -> RenderedChat:
+    """The text up to the end of the last message, as transformers cuts it."""
+    text, tag = rendered.text, CONTINUE.strip()
+    if tag not in text or last.strip() not in text:
+        raise RequestError(
+            "continue_final_message: the chat template leaves the last message out, or changes it"
+        )
+    at = text.rindex(tag)
+    whole = text[at : at + len(CONTINUE)] == CONTINUE
+    return rendered._replace(text=text[:at] if whole else text[:at].rstrip())
 
 
 def find_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """The chat templates of a folder by name: `chat_template.jinja`, else tokenizer_config.json's.
+    """The chat templates of a folder by name, as the table in `settings` says.
 
     Empty when it has none. Raises TokenizerError for a field or file of the wrong kind.
     """
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return {"default": path.read_text(encoding="utf-8")}
-        except (OSError, ValueError) as error:
-            raise TokenizerError(f"{path} cannot be read: {error}") from error
+    named = {"default": folder / "chat_template.jinja"}
+    if not named["default"].is_file():
+        named = {}
+    named |= {path.stem: path for path in sorted(folder.glob("additional_chat_templates/*.jinja"))}
+    if named:
+        return {name: _read_template(path) for name, path in named.items()}
     found = config.get("chat_template")
     if found is None:
         return {}
     if isinstance(found, str):
         return {"default": found}
     try:
-        named = {entry["name"]: entry["template"] for entry in found}
+        templates = {entry["name"]: entry["template"] for entry in found}
     except (TypeError, KeyError):
-        named = {0: 0}
-    if not all(isinstance(text, str) for pair in named.items() for text in pair):
+        templates = {0: 0}
+    if not all(isinstance(text, str) for pair in templates.items() for text in pair):
         raise TokenizerError(
             f"{folder / 'tokenizer_config.json'}: chat_template must be a string or a list of "
             '{"name": ..., "template": ...}'
         )
-    return named
+    return templates
 
 
-def _plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Checked copies of the messages in JSON's types only: text parts joined, arguments parsed."""
-    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
-        raise RequestError(f"messages must be a list of messages, not {type(messages).__name__}")
-    if not messages:
-        raise RequestError("messages is empty; give at least one message")
-    return [_plain_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+def has_other_template(folder: Path, templates: Mapping[str, str]) -> bool:
+    """Whether a folder, e.g. an adapter's, brings a chat template that is none of these."""
+    config = folder / "tokenizer_config.json"
+    more = folder.glob("additional_chat_templates/*.jinja")
+    files = [p for p in (config, folder / "chat_template.jinja", *more) if p.is_file()]
+    try:
+        if not files or max(path.stat().st_size for path in files) > MAX_FILE:
+            return False
+        found = find_templates(folder, read_json(config) if config in files else {})
+    except (CheckpointError, TokenizerError, OSError, RecursionError):
+        return False  # it is not used, so what is wrong with it is no matter
+    known = {source.strip() for source in templates.values()}
+    return any(source.strip() not in known for source in found.values())
 
 
-def _plain_message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
-    if not isinstance(message, Mapping):
-        raise RequestError(f"{where} must be an object, not {type(message).__name__}")
-    plain = _plain(message, where)
-    assert isinstance(plain, dict)
-    if not isinstance(plain.get("role"), str):
-        raise RequestError(f"{where}.role must be a string, not {plain.get('role')!r}")
-    calls = plain.get("tool_calls")
-    if calls is not None:
-        plain["tool_calls"] = _plain_tool_calls(calls, f"{where}.tool_calls")
-    content = plain.get("content")
-    if isinstance(content, list):
-        plain["content"] = "\n".join(
-            _text_of(part, f"{where}.content[{i}]") for i, part in enumerate(content)
-        )
-    elif not isinstance(content, str) and not (content is None and calls):
-        raise RequestError(
-            f"{where}.content must be a string or a list of text parts, "
-            f"not {type(content).__name__}"
-        )
-    return plain
-
-
-def _text_of(part: Any, where: str) -> str:
-    if not isinstance(part, dict):
-        raise RequestError(f"{where} must be an object such as {{'type': 'text', 'text': ...}}")
-    if part.get("type") != "text":
-        raise RequestError(f"{where} has type {part.get('type')!r}; only 'text' is supported")
-    if not isinstance(part.get("text"), str):
-        raise RequestError(f"{where}.text must be a string")
-    return str(part["text"])
-
-
-def _plain_tool_calls(calls: Any, where: str) -> list[Any]:
-    """Tool calls with parsed arguments: clients send JSON text, templates want the object."""
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise RequestError(f"{where} must be a list of objects")
-    for i, call in enumerate(calls):
-        function = call.get("function", call)
-        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-            try:
-                function["arguments"] = json.loads(function["arguments"] or "{}")
-            except (ValueError, RecursionError) as error:
-                raise RequestError(f"{where}[{i}]: arguments are not JSON: {error}") from error
-    return calls
-
-
-def _plain_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
-    if tools is None:
-        return None
-    if isinstance(tools, (str, bytes, Mapping)) or not isinstance(tools, Sequence):
-        raise RequestError(f"tools must be a list of objects, not {type(tools).__name__}")
-    for i, tool in enumerate(tools):
-        if not isinstance(tool, Mapping):
-            raise RequestError(f"tools[{i}] must be an object, not {type(tool).__name__}")
-    return [_plain(tool, f"tools[{i}]") for i, tool in enumerate(tools)] or None
-
-
-def _plain(value: Any, where: str, depth: int = 0) -> Any:
-    """A copy in JSON's types, so that a template meets no object with methods of its own."""
-    if value is None or type(value) in (str, int, float, bool):
-        return value
-    if depth > 64:
-        raise RequestError(f"{where} is nested more than 64 levels deep")
-    if isinstance(value, Mapping):
-        if not all(type(key) is str for key in value):
-            raise RequestError(f"{where} has a key that is not a string")
-        return {key: _plain(item, f"{where}.{key}", depth + 1) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(value)]
-    raise RequestError(f"{where} has type {type(value).__name__}; only JSON's types are supported")
-
-
-def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, dict):
-        return {change(key): _map_strings(item, change) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_map_strings(item, change) for item in value]
-    return value
-
-
-def _strings(value: Any) -> Iterable[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield key
-            yield from _strings(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _strings(item)
-
-
-def _unused_sentinel(value: Any) -> str:
-    free = set(SENTINELS)
-    for text in _strings(value):
-        free.difference_update(text)
-    if not free:
-        raise RequestError("the messages use every noncharacter from U+FDD0 to U+FDEF")
-    return min(free)
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{path} cannot be read: {error}") from error

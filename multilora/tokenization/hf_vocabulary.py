@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import TokenizerError
-from .vocabulary import Vocabulary
+from .vocabulary import AddedToken
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -18,7 +18,15 @@ if TYPE_CHECKING:
 BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-def read_hf_vocabulary(hf: tokenizers.Tokenizer, path: Path) -> Vocabulary:
+class HFVocabulary(NamedTuple):
+    """What the parts of a tokenizer.json say of its ids."""
+
+    table: dict[int, bytes]
+    added: dict[int, AddedToken]
+    strip_space: bool  # decoding takes the first space away
+
+
+def read_hf_vocabulary(hf: tokenizers.Tokenizer, path: Path) -> HFVocabulary:
     """The bytes of every id. Raises TokenizerError for a decoder that has no such table."""
     steps = list(_flat(_declared(hf.decoder), "decoders"))
     strips = any(
@@ -31,32 +39,38 @@ def read_hf_vocabulary(hf: tokenizers.Tokenizer, path: Path) -> Vocabulary:
                 raise _unsupported(path, step)
             strips = strips or step["start"] == 1
     to_bytes = _byte_reader(steps, path)
-    added = hf.get_added_tokens_decoder()
     table = {i: to_bytes(piece) for piece, i in hf.get_vocab(with_added_tokens=False).items()}
-    table.update((i, token.content.encode()) for i, token in added.items())
-    if not table:
+    added = {
+        i: AddedToken(t.content, t.special, t.lstrip, t.rstrip, t.single_word)
+        for i, t in hf.get_added_tokens_decoder().items()
+    }
+    if not table and not added:
         raise TokenizerError(f"{path} has an empty vocabulary; fetch the file again")
-    specials = {token.content: i for i, token in added.items() if token.special}
-    return Vocabulary(table, specials, strip_space=strips)
-
-
-def special_patterns(hf: tokenizers.Tokenizer) -> dict[str, str]:
-    """Regexes of the special tokens that take white space, or stand as words of their own."""
-    patterns = {}
-    for token in hf.get_added_tokens_decoder().values():
-        if token.special and (token.lstrip or token.rstrip or token.single_word):
-            word = re.escape(token.content)
-            word = rf"(?<!\w){word}(?!\w)" if token.single_word else word
-            patterns[token.content] = (
-                (r"\s*" if token.lstrip else "") + word + (r"\s*" if token.rstrip else "")
-            )
-    return patterns
+    return HFVocabulary(table, added, strips)
 
 
 def starts_differently(hf: tokenizers.Tokenizer) -> bool:
     """Whether only the start of a text gets a space put before it (not every part of it)."""
     steps = _flat(_declared(hf.pre_tokenizer), "pretokenizers")
     return any(s["type"] == "Metaspace" and s.get("prepend_scheme") == "first" for s in steps)
+
+
+def keeps_all_text(hf: tokenizers.Tokenizer) -> bool:
+    """Whether every byte of a text is in some token: none is normalized away or part of `unk`."""
+    for step in _flat(_declared(hf.normalizer), "normalizers"):
+        old = step["pattern"].get("String") if step["type"] == "Replace" else None
+        grows = old is not None and len(step["content"].encode()) >= len(old.encode())
+        if step["type"] != "Prepend" and not grows:
+            return False
+    steps = list(_flat(_declared(hf.pre_tokenizer), "pretokenizers"))
+    if any(
+        step["type"] not in ("ByteLevel", "Metaspace", "Split", "Digits")
+        or step.get("behavior") == "Removed"
+        for step in steps
+    ):
+        return False
+    is_bytes = any(step["type"] == "ByteLevel" for step in steps)
+    return is_bytes or bool(getattr(hf.model, "byte_fallback", False))
 
 
 def _byte_reader(steps: list[dict[str, Any]], path: Path) -> Callable[[str], bytes]:

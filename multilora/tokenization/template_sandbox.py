@@ -1,223 +1,73 @@
-"""Jinja's immutable sandbox with what it lacks: a clock and a limit on the size of values.
+"""Renders chat templates in Jinja's immutable sandbox; the program of the template's own process.
 
-Loops, calls, filters and operators of a template look at the clock, so no thread or signal is
-needed and rendering works in any thread. What may grow a value faster than its inputs (`*`, `**`,
-`%`, paddings, `replace`, `join`) is refused before it is computed; other results are measured
-after. Imported only when a template is first rendered, so that `import multilora` stays light.
+A template is a program: it can loop, or fill the memory, in ways that no list of forbidden
+functions names. So it runs in a process of its own, under the limits of the operating system, and
+`template_process` speaks with it: each message is its length in 8 bytes and JSON.
+
+Imports nothing but jinja2, `traced_text` and the standard library.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import threading
-import time
+import resource
+import signal
 from datetime import datetime
-from functools import wraps
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import IO, TYPE_CHECKING, Any
 
-from jinja2 import TemplateError, Undefined, UndefinedError, nodes
+from jinja2 import (
+    Template,
+    TemplateError,
+    Undefined,
+    UndefinedError,
+    nodes,
+    pass_context,
+    pass_eval_context,
+)
 from jinja2.exceptions import SecurityError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.ext import Extension, loopcontrols
+from jinja2.filters import do_join
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
+from jinja2.visitor import NodeTransformer
 
-from ..errors import RequestError, TokenizerError
+from .traced_text import (
+    TracedText,
+    formatted,
+    joined,
+    objects,
+    said,
+    said_json,
+    template_runs,
+    written,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
-    from jinja2.runtime import Context
+    from jinja2.parser import Parser
 
-# A field width that could fill the memory: five digits, or one that an argument gives.
-WIDE_FORMAT = re.compile(r"%(?:\([^)]*\))?[^a-zA-Z%]*(?:\*|\d{5,})|\{[^{}]*:[^{}]*(?:\{|\d{5,})")
-WIDENING = (  # they make as much as a number says
-    *("batch", "center", "expandtabs", "indent", "ljust"),
-    *("range", "rjust", "slice", "tojson", "zfill"),
-)
-MAX_POWER = 64  # largest exponent; chat templates do not compute
-
-
-class LimitError(TemplateError):
-    """The template took too long or made too large a value."""
+# Words of the protocol, not of the messages: a template may build a control token around them.
+ROLES = frozenset(["assistant", "developer", "function", "ipython", "system", "tool", "user"])
+MAX_ERROR = 1000  # characters of a template's complaint
 
 
 class RefusedError(TemplateError):
     """The template called `raise_exception`: it does not accept these messages."""
 
 
-def compile_template(
-    source: str, *, origin: str, time_limit: float, max_chars: int
-) -> Callable[..., str]:
-    """A function from template variables to text.
-
-    It raises RequestError when the template refuses its input and TokenizerError for everything
-    else: a template that breaks off, runs longer than `time_limit` seconds, makes a text of more
-    than `max_chars` characters, or reaches for what the sandbox forbids.
-    """
-    environment = MeteredEnvironment(time_limit, max_chars)
-    try:
-        template = environment.from_string(source)
-    except (TemplateError, RecursionError) as error:
-        raise TokenizerError(f"the chat template of {origin} does not compile: {error}") from error
-
-    def render(**variables: Any) -> str:
-        environment.start_clock()
-        pieces, size = [], 0
-        try:
-            for piece in template.generate(**variables):
-                environment.check_clock()
-                size += len(piece)
-                environment.check_size(size)
-                pieces.append(piece)
-        except RefusedError as error:
-            raise RequestError(f"the chat template of {origin} refuses: {error}") from error
-        except UndefinedError as error:
-            raise RequestError(
-                f"the chat template of {origin} misses something in the messages or tools: {error}"
-            ) from error
-        # Whatever a template does wrong, Python's own errors included, is the template's fault.
-        except Exception as error:
-            what = str(error) or type(error).__name__
-            raise TokenizerError(f"the chat template of {origin} failed: {what}") from error
-        return "".join(pieces)
-
-    return render
+class LimitError(Exception):
+    """The template made too large a text."""
 
 
-class MeteredEnvironment(ImmutableSandboxedEnvironment):
-    """The sandbox whose loops, calls, filters and operators are metered."""
-
-    intercepted_binops = frozenset(["+", "*", "**", "%"])
-
-    def __init__(self, time_limit: float, max_chars: int) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        self._time_limit = time_limit
-        self._max_chars = max_chars
-        self._clock = threading.local()  # one environment renders in several threads at once
-        self.filters["tojson"] = _tojson
-        self.filters = {name: self._metered(name, f) for name, f in self.filters.items()}
-        self.filters["_each"] = self._each
-        self.filters["_sized"] = self._sized
-        self.globals["raise_exception"] = _raise_exception
-        self.globals["strftime_now"] = _strftime_now
-        self.globals.pop("lipsum", None)
-
-    def start_clock(self) -> None:
-        """Gives the calling thread its processor time for one rendering.
-
-        Not wall-clock time: a busy machine is no fault of the template.
-        """
-        self._clock.end = time.thread_time() + self._time_limit
-
-    def check_clock(self) -> None:
-        """Raises LimitError when the time is over."""
-        if time.thread_time() > getattr(self._clock, "end", float("inf")):
-            raise LimitError(f"it took longer than {self._time_limit:g} s")
-
-    def check_size(self, size: int) -> None:
-        """Raises LimitError for a value of `size` characters, items or spaces that is too large."""
-        if size > self._max_chars:
-            raise LimitError(f"it made a value of more than {self._max_chars} characters or items")
-
-    def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
-        """Refuses at once; Jinja would print nothing and fail only at the next step."""
-        raise SecurityError(f"access to attribute {attribute!r} is not allowed")
-
-    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """Jinja's guarded `str.format`, refused for fields that could fill the memory."""
-        wrapped = super().wrap_str_format(value)
-        if wrapped is not None:
-            self._check_format(value.__self__)
-        return wrapped
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """`left operator right`, refused when the result could be too large."""
-        self.check_clock()
-        if operator == "*":
-            for value, times in ((left, right), (right, left)):
-                if isinstance(value, (str, list, tuple)) and isinstance(times, int):
-                    self.check_size(len(value) * times)
-        if operator == "**" and isinstance(right, (int, float)) and abs(right) > MAX_POWER:
-            raise LimitError(f"it raised a number to a power of more than {MAX_POWER}")
-        if operator == "%" and isinstance(left, str):
-            self._check_format(left)
-        return self._sized(super().call_binop(context, operator, left, right))
-
-    def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """Calls `obj` for the template after looking at the clock and at the arguments."""
-        name, owner = getattr(obj, "__name__", ""), getattr(obj, "__self__", None)
-        self._check_arguments(name, owner, (*args, *kwargs.values()))
-        return self._sized(super().call(context, obj, *args, **kwargs))
-
-    def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
-        """Compiles the template with its loops and concatenations metered."""
-        for loop in list(source.find_all(nodes.For)):
-            loop.iter = _filtered(loop.iter, "_each")
-        for concat in list(source.find_all(nodes.Concat)):
-            concat.nodes = [_filtered(nodes.Concat(concat.nodes, lineno=concat.lineno), "_sized")]
-        source.set_environment(self)
-        return super()._generate(source, *args, **kwargs)
-
-    def _metered(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        # Some filters are first given the context or the environment: look at all but these.
-        first = 1 if hasattr(function, "jinja_pass_arg") else 0
-
-        @wraps(function)  # keeps the mark by which Jinja knows what to pass
-        def metered(*args: Any, **kwargs: Any) -> Any:
-            value, *others = args[first:] or (None,)
-            self._check_arguments(name, value, (*others, *kwargs.values()))
-            return self._sized(function(*args, **kwargs))
-
-        return metered
-
-    def _check_arguments(self, name: str, value: Any, args: tuple[Any, ...]) -> None:
-        """Looks at the clock and refuses calls whose result could dwarf what they are given."""
-        self.check_clock()
-        if name in WIDENING:
-            for arg in args:
-                if isinstance(arg, int):
-                    self.check_size(abs(arg))
-        if name == "format" and isinstance(value, str):
-            self._check_format(value)
-        elif name in ("replace", "join", "indent", "expandtabs"):
-            self.check_size(_largest_result(name, value, args))
-
-    def _check_format(self, text: str) -> None:
-        if WIDE_FORMAT.search(text):
-            raise LimitError("it formats with a width of its own making or of more than 4 digits")
-
-    def _sized(self, value: Any) -> Any:
-        if isinstance(value, (str, list, tuple, dict)):
-            self.check_size(len(value))
-        return value
-
-    def _each(self, items: Any) -> Iterator[Any]:
-        for item in items:
-            self.check_clock()
-            yield item
-
-
-def _largest_result(name: str, value: Any, args: tuple[Any, ...]) -> int:
-    """Characters that `value.name(*args)`, or the filter, may return; 0 = no growth."""
-    if name == "join":
-        parts = [part for part in (value, *args) if isinstance(part, (str, list, tuple))]
-        items = sum(
-            len(i) for p in parts if not isinstance(p, str) for i in p if isinstance(i, str)
-        )
-        lengths = [len(part) for part in parts]
-        return items + (lengths[0] * lengths[1] if len(lengths) > 1 else 0)
-    if not isinstance(value, str):
-        return 0
-    if name == "replace":
-        texts = [arg for arg in args if isinstance(arg, str)]
-        return len(value) + value.count(texts[0]) * len(texts[1]) if len(texts) == 2 else 0
-    spread = value.count("\n" if name == "indent" else "\t") + 1
-    widths = [len(arg) if isinstance(arg, str) else abs(arg) for arg in args if arg is not None]
-    return len(value) + spread * max(widths, default=8)
-
-
-def _filtered(node: Any, name: str) -> nodes.Filter:
+def _filtered(node: nodes.Expr, name: str) -> nodes.Filter:
     return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+
+
+@pass_eval_context
+def _join(eval_ctx: Any, value: Any, d: str = "", attribute: str | int | None = None) -> str:
+    separator = d if isinstance(d, TracedText) else TracedText(d)
+    return str(do_join(eval_ctx, value, separator, attribute))
 
 
 def _raise_exception(message: str) -> None:
@@ -237,5 +87,145 @@ def _tojson(
 ) -> str:
     """JSON as the model saw it in training: not escaped for HTML, as Jinja's own filter would."""
     return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        objects(value),
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
     )
+
+
+class _Trace(NodeTransformer):
+    """Marks every text of a template as its own, and concatenates so that the marks stay."""
+
+    def visit_Const(self, node: nodes.Const) -> nodes.Node:
+        return _filtered(node, "_written") if isinstance(node.value, str) else node
+
+    def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Node:
+        return _filtered(nodes.Const(node.data, lineno=node.lineno), "_written")
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        self.generic_visit(node)
+        return _filtered(nodes.List(node.nodes, lineno=node.lineno), "_joined")
+
+
+class _Generation(Extension):
+    """`{% generation %}`: trainers mark answers with it; here it is what is inside."""
+
+    tags = {"generation"}  # noqa: RUF012 (Jinja's own way)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
+class TracingEnvironment(ImmutableSandboxedEnvironment):
+    """The sandbox with what chat templates expect, and text that knows who wrote it."""
+
+    concat = staticmethod(lambda parts: joined("", parts))
+
+    def __init__(self) -> None:
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
+        )
+        self.filters["_written"] = pass_context(lambda _, text: written(text))
+        self.filters["_joined"] = lambda parts: joined("", map(str, parts))
+        self.filters["join"] = _join
+        self.filters["tojson"] = _tojson
+        self.globals["raise_exception"] = _raise_exception
+        self.globals["strftime_now"] = _strftime_now
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
+        """Refuses at once; Jinja would print nothing and fail only at the next step."""
+        raise SecurityError(f"access to attribute {attribute!r} is not allowed")
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """Jinja's guarded `str.format`, for traced text."""
+        wrapped = super().wrap_str_format(value)
+        text = getattr(value, "__self__", None)
+        if wrapped is None or not isinstance(text, TracedText) or value.__name__ != "format":
+            return wrapped
+        formatter = SandboxedFormatter(self)
+        return lambda *args, **kwargs: formatted(formatter, text, args, kwargs)
+
+    def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
+        """Compiles the template with its text marked."""
+        source = _Trace().visit(source)
+        source.set_environment(self)
+        return super()._generate(source, *args, **kwargs)
+
+
+ENVIRONMENT = TracingEnvironment()
+
+
+@lru_cache(maxsize=64)
+def _compiled(source: str) -> Template:
+    return ENVIRONMENT.from_string(source)
+
+
+def render(request: dict[str, Any]) -> dict[str, Any]:
+    """The answer to {source, own, given, max_chars}: {text, runs}, or {error, what}.
+
+    `own` are variables that count as the template's text. `runs` are where its text begins and
+    ends, by turns.
+    """
+    try:
+        template = _compiled(request["source"])
+    except Exception as error:
+        return _failed("compile", error)
+    variables = {name: written(text) for name, text in request["own"].items()}
+    try:
+        pieces, size = [], 0
+        for piece in template.generate(**{**variables, **_said_chat(request["given"])}):
+            size += len(piece)
+            if size > request["max_chars"]:
+                raise LimitError(f"it wrote more than {request['max_chars']} characters")
+            pieces.append(piece)
+        text = joined("", pieces)
+    except RefusedError as error:
+        return _failed("refused", error)
+    except UndefinedError as error:
+        return _failed("undefined", error)
+    # Whatever a template does wrong, Python's own errors included, is the template's fault.
+    except Exception as error:
+        return _failed("failed", error)
+    return {"text": text, "runs": template_runs(text)}
+
+
+def _said_chat(given: dict[str, Any]) -> dict[str, Any]:
+    """The variables of a request: their text is not the template's, but for the roles' names."""
+    made: dict[str, Any] = said(given)
+    for message in made["messages"]:
+        if message["role"] in ROLES:
+            message["role"] = written(message["role"])
+        for call in message.get("tool_calls") or ():
+            function = call.get("function", call)
+            if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+                function["arguments"] = said_json(function["arguments"])
+    return made
+
+
+def _failed(kind: str, error: BaseException) -> dict[str, Any]:
+    what = str(error)[:MAX_ERROR] or type(error).__name__
+    return {"error": kind, "what": "it filled its memory" if type(error) is MemoryError else what}
+
+
+def serve(memory: int, requests: IO[bytes], replies: IO[bytes]) -> None:
+    """Answers requests until they end, with as many bytes of memory.
+
+    A request that takes more `seconds` of the processor's time ends the process by SIGPROF.
+    """
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    for limit in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
+        resource.setrlimit(limit, (0, 0))
+    while size := int.from_bytes(requests.read(8), "little"):
+        try:
+            request = json.loads(requests.read(size))
+            signal.setitimer(signal.ITIMER_PROF, request["seconds"])
+            reply = json.dumps(render(request)).encode()
+        except MemoryError as error:
+            reply = json.dumps(_failed("failed", error)).encode()
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        replies.write(len(reply).to_bytes(8, "little") + reply)
+        replies.flush()

@@ -1,12 +1,25 @@
-"""The tokens of a vocabulary as bytes, and the special ones as strings to find in text."""
+"""The tokens of a vocabulary as bytes, and the added ones as strings to find in text."""
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
+
+SPACES = re.compile(r"\s*")
+INSIDE_A_WORD = re.compile(r"\w")
+
+
+class AddedToken(NamedTuple):
+    """A token that is found in a text as a whole, before the vocabulary cuts what is between."""
+
+    content: str
+    special: bool = False  # left out of decoded text; the bytes of an answer never spell it
+    lstrip: bool = False  # takes the white space before it
+    rstrip: bool = False
+    single_word: bool = False  # is none within a word
 
 
 class Vocabulary:
@@ -15,17 +28,26 @@ class Vocabulary:
     def __init__(
         self,
         table: Mapping[int, bytes],
-        specials: Mapping[str, int],
+        added: Mapping[int, AddedToken],
         *,
         strip_space: bool = False,  # the first space of a decoded text is not the text's own
     ) -> None:
-        self.specials = dict(specials)
-        self.special_ids = frozenset(specials.values())
-        self.size = max([*table, *self.special_ids]) + 1
+        self.added = dict(added)
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self.size = max([*table, *added]) + 1
         self._table = [table.get(i, b"") for i in range(self.size)]
-        for token, i in specials.items():
-            self._table[i] = token.encode()
+        for i, token in added.items():
+            self._table[i] = token.content.encode()
         self._strip_space = strip_space
+
+    def id_of(self, content: str) -> int | None:
+        """The id of an added token."""
+        return next((i for i, token in self.added.items() if token.content == content), None)
+
+    @property
+    def longest(self) -> int:
+        """Bytes of the longest token."""
+        return max(map(len, self._table))
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """The text of ids; one replacement character for each broken UTF-8 sequence."""
@@ -36,51 +58,37 @@ class Vocabulary:
         return joined.decode("utf-8", "replace")
 
 
-class Specials:
-    """The special tokens of a vocabulary as strings that can be found in, or kept out of, text."""
+class AddedTokenFinder:
+    """Finds the added tokens of a vocabulary in text: the leftmost first, of those the longest."""
 
-    def __init__(self, ids: Mapping[str, int], patterns: Mapping[str, str] | None = None) -> None:
-        patterns = patterns or {}
-        longest_first = sorted(ids, key=len, reverse=True)
-        found = "|".join(patterns.get(token, re.escape(token)) for token in longest_first)
-        plain = "|".join(map(re.escape, longest_first))
-        self._ids = dict(ids)
-        self._finder = re.compile(f"({found})") if ids else None
-        # Without case: a template may lower what it is given.
-        self._breaker = re.compile(plain, re.IGNORECASE) if ids else None
-        self._starts = {token[:n].lower() for token in ids for n in range(1, len(token))}
-        self._longest_start = max(map(len, self._starts), default=0)
+    def __init__(self, added: Mapping[int, AddedToken]) -> None:
+        self._found = {token.content: (i, token) for i, token in added.items() if token.content}
+        longest_first = sorted(self._found, key=len, reverse=True)
+        self._finder = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
-    def split(self, text: str) -> list[int | str]:
-        """Special ids and the plain texts between them, in order; empty texts are left out."""
-        if self._finder is None:
-            return [text] if text else []
+    def split(self, text: str, accept: Callable[[AddedToken, int, int], bool]) -> list[int | str]:
+        """Ids of the tokens and the plain texts between them, in order; empty texts are left out.
+
+        What `accept(token, start, end)` denies is plain text, as is what stands within a word.
+        """
         parts: list[int | str] = []
-        end = 0
-        for match in self._finder.finditer(text):
-            parts += [text[end : match.start()], self._id_of(match.group())]
-            end = match.end()
+        end = at = 0
+        while match := self._finder.search(text, at):
+            start, stop = match.span()
+            token_id, token = self._found[match.group()]
+            within = token.single_word and _is_within_a_word(text, start, stop)
+            if within or not accept(token, start, stop):
+                at = start + 1
+                continue
+            before = text[end:start]
+            parts += [before.rstrip() if token.lstrip else before, token_id]
+            spaces = SPACES.match(text, stop) if token.rstrip else None
+            end = at = spaces.end() if spaces else stop
         parts.append(text[end:])
         return [part for part in parts if part != ""]
 
-    def _id_of(self, found: str) -> int:
-        # A token that also takes the white space around it was matched together with that.
-        return self._ids[found] if found in self._ids else self._ids[found.strip()]
 
-    def break_in(self, text: str, sentinel: str) -> str:
-        """The text with a sentinel inside each special token, and in one that begins at its end.
-
-        The second keeps two strings of a caller from making a token when a template joins them.
-        """
-        if self._breaker is None:
-            return text
-        end = len(text.rstrip())  # templates trim
-        cuts = {match.start() + 1 for match in self._breaker.finditer(text)}
-        for length in range(1, min(self._longest_start, end) + 1):
-            if text[end - length : end].lower() in self._starts:
-                cuts.add(end - length + 1)
-        pieces, last = [], 0
-        for cut in sorted(cuts):
-            pieces.append(text[last:cut])
-            last = cut
-        return sentinel.join([*pieces, text[last:]])
+def _is_within_a_word(text: str, start: int, stop: int) -> bool:
+    return any(
+        INSIDE_A_WORD.match(side) for side in (text[start - 1 : start], text[stop : stop + 1])
+    )

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import threading
-from itertools import count
-from types import SimpleNamespace
 
 import pytest
 
 from multilora.errors import RequestError, TokenizerError
-from multilora.tokenization import template_sandbox
-from tests.harness.tokenizer_folders import template_of
+from multilora.tokenization.chat_template import ChatTemplate
 
 CHAT = [{"role": "user", "content": "hi"}]
+
+
+def render(template, messages, **ask):
+    return template.render(messages, **ask).text
+
+
+def template_of(source: str, **limits: float) -> ChatTemplate:
+    return ChatTemplate({"default": source}, origin="the test", variables={}, **limits)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +43,7 @@ CHAT = [{"role": "user", "content": "hi"}]
         "{{ ('a' * 9999)|replace('a', 'b' * 9999) }}",
         "{{ ('a' * 9999).replace('a', 'b' * 9999) }}",
         "{{ ('a' * 9999).join(['b'] * 9999) }}",
-        "{{ ('\\n' * 9999)|indent('b' * 9999) }}",
+        "{{ ('\\n' * 9999)|indent('b' * 9999, blank=true) }}",
         "{% set ns = namespace(s='a') %}{% for i in range(99) %}{% set ns.s = ns.s ~ ns.s %}"
         "{% endfor %}",
         "{% set ns = namespace(s='a') %}{% for i in range(99) %}{% set ns.s = ns.s + ns.s %}"
@@ -49,24 +54,13 @@ CHAT = [{"role": "user", "content": "hi"}]
         "{{ lipsum(n=99999) }}",
     ],
 )
-@pytest.mark.timeout(60)  # for what would compute without a look at the clock
-def test_bomb_ends_within_the_limits(bomb, monkeypatch):
-    looks = count(step=1)
-    monkeypatch.setattr(template_sandbox, "time", SimpleNamespace(thread_time=looks.__next__))
-    template = template_of(bomb, time_limit=300_000)
+def test_bomb_ends_within_the_limits(bomb):
+    template = template_of(bomb, time_limit=0.3)
     with pytest.raises((TokenizerError, RequestError)) as caught:
-        template.render(CHAT)
-    assert next(looks) <= 300_002  # the first begins the time, the last finds that it is over
+        render(template, CHAT)
     assert "lipsum" in bomb or isinstance(caught.value, TokenizerError)
 
 
-def test_the_clock_runs_with_the_work_of_the_thread_not_with_the_load_of_the_machine(monkeypatch):
-    monkeypatch.setattr("time.monotonic", count(step=10**6).__next__)
-    monkeypatch.setattr("time.perf_counter", count(step=10**6).__next__)
-    assert template_of("{% for i in range(3) %}x{% endfor %}").render(CHAT) == "xxx"
-
-
-@pytest.mark.seconds
 def test_limits_hold_in_other_threads_and_for_each_rendering_anew():
     template = template_of(
         "{% for m in messages %}{% if m.content == 'loop' %}{% for i in range(99999) %}"
@@ -77,7 +71,7 @@ def test_limits_hold_in_other_threads_and_for_each_rendering_anew():
 
     def loop():
         try:
-            template.render([{"role": "user", "content": "loop"}])
+            render(template, [{"role": "user", "content": "loop"}])
         except TokenizerError as error:
             errors.append(str(error))
 
@@ -88,14 +82,14 @@ def test_limits_hold_in_other_threads_and_for_each_rendering_anew():
         thread.join()
     assert len(errors) == 2
     assert all("longer than 0.3 s" in error for error in errors)
-    assert template.render(CHAT) == "fine"
+    assert render(template, CHAT) == "fine"
 
 
 def test_large_numbers_in_messages_are_no_bomb():
     template = template_of(
         "{% macro m(x) %}{{ x }}{% endmacro %}{{ m(messages[0].n)|default(9**9) }}"
     )
-    assert template.render([{"role": "user", "content": "", "n": 10**12}]) == str(10**12)
+    assert render(template, [{"role": "user", "content": "", "n": 10**12}]) == str(10**12)
 
 
 @pytest.mark.parametrize(
@@ -117,9 +111,4 @@ def test_large_numbers_in_messages_are_no_bomb():
 )
 def test_injection_is_blocked(payload):
     with pytest.raises(TokenizerError, match="the test"):
-        template_of(payload).render(CHAT)
-
-
-def test_template_that_does_not_compile_is_named():
-    with pytest.raises(TokenizerError, match=r"the test does not compile.*endfor"):
-        template_of("{% for m in messages %}").render(CHAT)
+        render(template_of(payload), CHAT)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from multilora.tokenization.vocabulary import Specials, Vocabulary
+from multilora.tokenization.vocabulary import AddedToken, AddedTokenFinder, Vocabulary
 
 TABLE = {0: b" a", 1: b"b", 2: "é".encode()[:1], 3: "é".encode()[1:]}
-SPECIALS = {"<s>": 4, "<s>x": 6}
+SPECIALS = {4: AddedToken("<s>", special=True), 6: AddedToken("<s>x", special=True)}
 
 
 def test_ids_are_bytes_that_make_a_text_together() -> None:
@@ -33,24 +33,33 @@ def test_the_first_space_may_not_be_the_texts_own() -> None:
     assert stripped.decode([0, 0], skip_special_tokens=True) == "a a"
 
 
-def test_the_longest_special_token_is_found_first() -> None:
-    specials = Specials(SPECIALS)
-    assert specials.split("a<s>xb<s>") == ["a", 6, "b", 4]
-    assert specials.split("<S>") == ["<S>"]  # by case
-    assert specials.split("") == []
-    assert Specials({}).split("<s>") == ["<s>"]
+def always(*_: object) -> bool:
+    return True
+
+
+def test_the_longest_of_the_leftmost_is_found() -> None:
+    finder = AddedTokenFinder(SPECIALS)
+    assert finder.split("a<s>xb<s>", always) == ["a", 6, "b", 4]
+    assert finder.split("<S>", always) == ["<S>"]  # by case
+    assert finder.split("", always) == []
+    assert AddedTokenFinder({}).split("<s>", always) == ["<s>"]
+
+
+def test_what_is_denied_is_plain_text() -> None:
+    finder = AddedTokenFinder(SPECIALS)
+    assert finder.split("<s>a<s>", lambda token, start, stop: start > 0) == ["<s>a", 4]
 
 
 @pytest.mark.parametrize(
-    ("text", "broken"),
+    ("flags", "text", "parts"),
     [
-        ("a<s>b", "a<|s>b"),
-        ("<S>X", "<|S>X"),  # a template may lower what it is given
-        ("end <s ", "end <|s "),  # another string could complete it
-        ("end <", "end <|"),
-        ("none", "none"),
+        ({"lstrip": True}, "a  <t> b", ["a", 9, " b"]),
+        ({"rstrip": True}, "a  <t> b", ["a  ", 9, "b"]),
+        ({"lstrip": True, "rstrip": True}, "  <t>  ", [9]),
+        ({"single_word": True}, "a<t> <t>", ["a<t> ", 9]),
     ],
 )
-def test_a_special_token_in_a_text_is_broken(text: str, broken: str) -> None:
-    assert Specials(SPECIALS).break_in(text, "|") == broken
-    assert Specials({}).break_in(text, "|") == text
+def test_flags_take_spaces_and_words(
+    flags: dict[str, bool], text: str, parts: list[int | str]
+) -> None:
+    assert AddedTokenFinder({9: AddedToken("<t>", **flags)}).split(text, always) == parts
