@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -9,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from multilora.config.engine import EngineConfig
+from multilora.device.capabilities import check_capabilities
 from multilora.device.select import open_device
 from multilora.engine import builder
 from multilora.errors import ConfigError
 from multilora_kernels.cuda import dispatch, launch_plans
 from tests.harness.fake_cuda import FakeCuda, install
-from tests.harness.model_folders import write_checkpoint
+from tests.harness.model_folders import TINY, write_checkpoint
 from tests.harness.tiny_engines import greedy, make_engine, prompt_of
 
 if TYPE_CHECKING:
@@ -102,3 +105,10 @@ def test_a_cpu_takes_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     engine.add_request(prompt_of(9), greedy(2))
     while engine.has_work:
         engine.step()
+
+
+@pytest.mark.parametrize("capability", [89, 90, 100])
+def test_a_gpu_with_e4m3_takes_it(monkeypatch: pytest.MonkeyPatch, capability: int) -> None:
+    refuse(monkeypatch, "3.6.0", capability)
+    config = EngineConfig(model="x", device="cuda", kv_cache_dtype="fp8")
+    check_capabilities(FakeCuda(), config, replace(TINY, head_dim=64))

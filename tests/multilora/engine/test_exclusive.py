@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from contextlib import suppress
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
-from multilora.errors import EngineBusyError
+from multilora.engine.exclusive import Change
+from multilora.errors import EngineBusyError, RequestError
 from tests.harness.recovery import SHORT, World, sampled
 from tests.harness.tiny_engines import Job, add, facts, run
 
@@ -44,3 +47,28 @@ def test_threads_take_turns(world: World) -> None:
                 finished |= {o.request_id: o for o in outputs if o.finished}
     assert sorted(finished) == sorted(ids)
     assert all(facts(output) == world.facts(job) for output in finished.values())
+
+
+def test_outputs_that_were_returned_are_not_told_again_after_an_error(world: World) -> None:
+    engine = world.engine("eager")
+    request = add(engine, Job(SHORT, sampled(1)))
+    while not (outputs := engine.step()):
+        pass
+    assert [(output.request_id, output.finished) for output in outputs] == [(request, True)]
+    with pytest.raises(RequestError):
+        engine.add_request(())
+    assert not engine.has_work
+    assert engine.step() == []
+
+
+@pytest.mark.parametrize(
+    ("error", "is_torn"),
+    [(None, False), (RequestError("x"), False), (ValueError("x"), True), (KeyboardInterrupt, True)],
+)
+def test_only_an_error_of_ours_leaves_the_core_whole(error: Any, is_torn: bool) -> None:
+    core = SimpleNamespace(is_torn=False)
+    with suppress(BaseException), Change(cast("Any", core)):
+        assert core.is_torn
+        if error is not None:
+            raise error
+    assert core.is_torn == is_torn

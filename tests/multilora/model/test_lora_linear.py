@@ -139,6 +139,7 @@ def test_quantized_rows_are_near_the_weights() -> None:
     rows = linear.rows(torch.arange(6), torch.float32)
     step = stored.abs().amax(1, keepdim=True) / 127
     assert ((rows - stored).abs() <= step * 0.51).all()
+    assert torch.equal(linear.rows(torch.arange(6), torch.bfloat16), rows.bfloat16())
 
 
 def test_a_weight_that_cannot_be_quantized_is_named() -> None:

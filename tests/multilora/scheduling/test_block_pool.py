@@ -178,3 +178,14 @@ def test_no_block_is_lost_in_any_order_of_use(steps: list[tuple[int, int]]) -> N
         pool.free(blocks)
     pool.check_integrity([])
     assert pool.num_free == 6
+
+
+def test_after_a_reset_what_was_idle_before_is_evicted_first() -> None:
+    pool, idle = pool_with_cached([1] * SIZE)
+    used = pool.allocate(1)
+    publish(pool, used, [2] * SIZE, b"a")
+    pool.reset()
+    pool.check_integrity([])
+    pool.allocate(pool.num_free - 1)
+    assert pool.match([1] * SIZE, b"a", SIZE) == []
+    assert pool.match([2] * SIZE, b"a", SIZE) == used != idle

@@ -29,8 +29,9 @@ def test_ids_that_are_none_have_no_text() -> None:
 
 
 def test_the_first_space_may_not_be_the_texts_own() -> None:
-    stripped = Vocabulary(TABLE, SPECIALS, strip_space=True)
+    stripped = Vocabulary({**TABLE, 7: b" "}, SPECIALS, strip_space=True)
     assert stripped.decode([0, 0], skip_special_tokens=True) == "a a"
+    assert stripped.decode([7, 7, 0], skip_special_tokens=True) == "  a"  # one of three spaces
 
 
 def always(*_: object) -> bool:
