@@ -35,7 +35,7 @@ class Ours(Peer):
         }
         adapters = {f"a{i}": path for i, path in enumerate(work.adapters)}
         try:
-            self.llm = LLM(work.base, adapters, **options | SETTINGS[precision] | settings)
+            self.llm = LLM(work.base, adapters=adapters, **options | SETTINGS[precision] | settings)
         except ConfigError as error:
             raise NotSupportedError(str(error)) from error
 

@@ -39,6 +39,8 @@ class EngineConfig:
         quantization: Of the base's linears when they are loaded: "int8", "int4" or None.
         quantization_group_size: Input columns that share a scale: 32, 64 or 128. None = all for
             int8, 32 for int4.
+        generation_config: Whether `LLM` samples by the model's own generation_config.json where it
+            is given no SamplingParams: "auto" = it does, "vllm" = by SamplingParams().
         seed: Of the requests that set none.
         max_logprobs: Most log probabilities a place that a request may ask for. -1 = all.
         max_model_len: Prompt and output tokens of a request at most. None = the model's own limit.
@@ -71,6 +73,7 @@ class EngineConfig:
     dtype: str = "auto"
     quantization: str | None = None
     quantization_group_size: int | None = None
+    generation_config: str = "auto"
     seed: int = 0
     max_logprobs: int = 20
 
@@ -132,6 +135,10 @@ class EngineConfig:
         if self.load_format not in LOAD_FORMATS:
             raise ConfigError(
                 f"load_format must be one of {', '.join(LOAD_FORMATS)}, not {self.load_format!r}"
+            )
+        if self.generation_config not in ("auto", "vllm"):
+            raise ConfigError(
+                f"generation_config must be auto or vllm, not {shown(self.generation_config)}"
             )
         share = self.gpu_memory_utilization
         if not isinstance(share, int | float) or isinstance(share, bool) or not 0 < share <= 1:

@@ -99,10 +99,6 @@ REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "task": (("auto", "generate"), "this engine generates"),
     "runner": (("auto", "generate"), "this engine generates"),
     "convert": (("auto", "none"), "this engine generates"),
-    "generation_config": (
-        ("vllm",),
-        "generation_config.json gives end tokens, and no defaults of sampling",
-    ),
     "override_generation_config": ((None, {}), "give SamplingParams to each request"),
     "enable_chunked_prefill": ((None, True), "prompts are always taken in chunks"),
     "max_num_partial_prefills": ((1,), "chunks follow max_num_batched_tokens"),

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Mapping
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..adapters.mix import AdapterSpec
 from ..adapters.peft.reader import read_adapter
@@ -82,7 +84,7 @@ class Engine:
     @exclusive
     def add_request(
         self,
-        prompt: str | Ids[int],
+        prompt: str | Ids[int] | Mapping[str, Any],
         params: SamplingParams | None = None,
         *,
         adapter: AdapterSpec = None,
@@ -90,6 +92,8 @@ class Engine:
     ) -> str:
         """Queues a request and returns its id.
 
+        A prompt is text, token ids, or a dict with `prompt`, `prompt_token_ids` or both: then the
+        ids count, and the text is what outputs show.
         `adapter` is a loaded adapter's name, a mapping of names to weights, or None for the base.
         Raises RequestError, AdapterNotFound or CapacityError; then nothing has changed.
         """
@@ -100,7 +104,7 @@ class Engine:
         if request_id in self._core.requests:
             raise RequestError(f"request id {request_id!r} is in use; give another or none")
         ids, bad_words = self._inputs.prompt_ids(prompt, params), self._inputs.bad_words(params)
-        text = prompt if isinstance(prompt, str) else None
+        text = self._inputs.prompt_text(prompt)
         metrics = RequestMetrics(self._wall_clock(), self._clock())
         with Change(self._core):
             mix, identity = self.store.acquire(adapter)
@@ -205,6 +209,15 @@ class Engine:
     def adapters(self) -> dict[str, AdapterInfo]:
         """The loaded adapters by name."""
         return self.store.infos()
+
+    @exclusive
+    def reset_prefix_cache(self) -> bool:
+        """Forgets all cached KV; False, and nothing done, while requests hold some of it."""
+        if self.pool.num_free < self.pool.num_blocks:
+            return False
+        with Change(self._core):
+            self.pool.forget()
+        return True
 
     # Statistics -------------------------------------------------------------------------------
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import inspect
 import itertools
+from collections.abc import Mapping
 from collections.abc import Sequence as Ids
+from typing import Any
 
 from ..config.engine import EngineConfig
 from ..errors import RequestError, shown
@@ -34,11 +36,20 @@ class InputProcessor:
         self._vocab_size, self._max_len, self._end_ids = vocab_size, max_model_len, end_ids
         self._seq_ids = itertools.count()
 
-    def prompt_ids(self, prompt: str | Ids[int], params: SamplingParams) -> list[int]:
+    def prompt_text(self, prompt: object) -> str | None:
+        """The prompt's text, if it has one."""
+        text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
+        return text if isinstance(text, str) else None
+
+    def prompt_ids(
+        self, prompt: str | Ids[int] | Mapping[str, Any], params: SamplingParams
+    ) -> list[int]:
         """The prompt's token ids. A RequestError for them, or for ids that the parameters name.
 
         A CapacityError for text that is too long whatever its tokens are, before they are found.
         """
+        if isinstance(prompt, Mapping):
+            prompt = _of_dict(prompt)
         if not isinstance(prompt, Ids) or isinstance(prompt, bytes):
             what = type(prompt).__name__
             raise RequestError(f"a prompt is text or a list of token ids, not of type {what}")
@@ -145,6 +156,17 @@ class InputProcessor:
     def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
         ends = frozenset[int]() if params.ignore_eos else self._end_ids
         return ends.union(params.stop_token_ids or ())
+
+
+def _of_dict(prompt: Mapping[str, Any]) -> Any:
+    """The prompt in a dict as vLLM has them: its token ids, or its text."""
+    if others := [name for name in prompt if name not in ("prompt", "prompt_token_ids")]:
+        raise RequestError(
+            f"a prompt has {shown(others[0])}, which is not supported: give `prompt` or "
+            "`prompt_token_ids`"
+        )
+    ids = prompt.get("prompt_token_ids")
+    return prompt.get("prompt") if ids is None else ids
 
 
 def _seed(base: int, number: int) -> int:

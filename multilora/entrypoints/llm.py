@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapters.mix import AdapterSpec
+from ..checkpoint.generation_config import sampling_defaults
 from ..config.engine import EngineConfig
 from ..engine.engine import Engine
-from ..errors import ConfigError, RequestError
+from ..errors import ConfigError, RequestError, shown
+from ..lora_request import LoRARequest
 from ..outputs import RequestOutput
-from ..sampling_params import SamplingParams
+from ..sampling_params import RequestOutputKind, SamplingParams
 from ..tokenization.chat_template import TAKEN
+from .progress import Progress
+from .prompts import Message, Prompt, as_conversations, as_prompts, for_each
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from ..adapters.store import AdapterInfo
-
-Prompt = str | Sequence[int]  # text, or token ids
-Message = Mapping[str, Any]  # {"role": ..., "content": ...}
+    from ..tokenization.tokenizer import Tokenizer
 
 
 class LLM:
@@ -34,17 +34,27 @@ class LLM:
     def __init__(
         self,
         model: str | Path,
+        tokenizer: str | Path | None = None,
+        *,
         adapters: Mapping[str, str | Path] | None = None,
         **settings: Any,
     ) -> None:
         """Loads the base from folder `model` and adapters from their folders, by name.
 
-        `settings` are the fields of EngineConfig; an unknown one is a ConfigError. Raises
-        CheckpointError, TokenizerError or AdapterError when files cannot be used.
+        `settings` are the fields of EngineConfig, and those of vLLM's that ask for nothing we lack
+        (docs/vllm.md); others are a ConfigError. Raises CheckpointError, TokenizerError or
+        AdapterError when files cannot be used.
         """
-        self.engine = Engine(EngineConfig.from_kwargs(model=str(model), **settings))
+        own = None if tokenizer is None else _folder(tokenizer, "tokenizer")
+        folder = _folder(model, "model")
+        config = EngineConfig.from_kwargs(model=folder, tokenizer=own, **settings)
+        self._defaults = {} if config.generation_config == "vllm" else sampling_defaults(folder)
+        self.engine = Engine(config)
+        self._folders: dict[str, str] = {}  # that `LoRARequest`s have loaded, by name
         for name, path in (adapters or {}).items():
-            self.engine.load_adapter(name, path)
+            self.load_adapter(name, path)
+
+    # Adapters ---------------------------------------------------------------------------------
 
     @property
     def adapters(self) -> dict[str, AdapterInfo]:
@@ -53,11 +63,15 @@ class LLM:
 
     def load_adapter(self, name: str, path: str | Path) -> str:
         """Loads an adapter folder under a name, which is replaced if loaded; returns its digest."""
-        return self.engine.load_adapter(name, path)
+        digest = self.engine.load_adapter(name, path)
+        self._folders[name] = str(path)
+        return digest
 
     def unload_adapter(self, name: str) -> None:
         """Forgets a name; AdapterNotFound when there is none."""
         self.engine.unload_adapter(name)
+
+    # Answers ----------------------------------------------------------------------------------
 
     def generate(
         self,
@@ -65,39 +79,56 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         adapter: AdapterSpec | Sequence[AdapterSpec] = None,
-        use_tqdm: bool = True,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+        priority: Sequence[int] | None = None,
+        use_tqdm: bool | Callable[..., Any] = True,
     ) -> list[RequestOutput]:
         """Answers one prompt or many; the results are in the order of the prompts.
 
-        A prompt is text or token ids. Special tokens in text count, so that a rendered chat is a
-        prompt, and BOS is added where it is missing; `LLM(..., split_special_tokens=True)` takes
-        them for plain text. Parameters and adapter are one for all prompts, or a list
-        with one for each. With `use_tqdm` a progress bar is shown on a terminal, if tqdm is
-        installed. When any prompt cannot be accepted, none is answered and the error is raised.
+        A prompt is text, token ids, or a dict with `prompt` or `prompt_token_ids`. Special tokens
+        in text count, so that a rendered chat is a prompt, and BOS is added where it is missing;
+        `LLM(..., split_special_tokens=True)` takes them for plain text. Parameters, adapter and
+        `lora_request` are one for all prompts, or a list with one for each; without parameters
+        `get_default_sampling_params()` holds. A `lora_request` whose name is not loaded from its
+        folder yet is loaded. With `use_tqdm` a progress bar is shown on a terminal or in a
+        notebook, if tqdm is installed; a callable makes the bar.
+
+        When any prompt cannot be accepted, none is answered and the error is raised.
         """
-        items = _as_prompts(prompts)
-        params = _for_each(sampling_params, len(items), "sampling_params")
+        items = as_prompts(prompts)
+        params = for_each(sampling_params, len(items), "sampling_params")
         for one in params:
             if one is not None and not isinstance(one, SamplingParams):
-                raise RequestError(f"sampling_params must be SamplingParams, not {one!r}")
-        adapters = _for_each(adapter, len(items), "adapter")
-        added: list[str] = []
+                raise RequestError(f"sampling_params must be SamplingParams, not {shown(one)}")
+        requests = for_each(lora_request, len(items), "lora_request")
+        specs = self._specs(for_each(adapter, len(items), "adapter"), requests)
+        _check_priorities(priority, len(items))
+        default, added = self.get_default_sampling_params(), list[str]()
         try:
-            for item, one, spec in zip(items, params, adapters, strict=True):
-                added.append(self.engine.add_request(item, one, adapter=spec))
-            return self._finish(added, use_tqdm=use_tqdm)
+            for item, one, spec in zip(items, params, specs, strict=True):
+                asked = (default if one is None else one).clone(
+                    output_kind=RequestOutputKind.FINAL_ONLY
+                )
+                added.append(self.engine.add_request(item, asked, adapter=spec))
+            found = self._finish(added, use_tqdm)
         except BaseException:  # KeyboardInterrupt too: nothing may go on running unseen
             for request_id in added:
                 self.engine.abort(request_id)
             raise
+        return [
+            output if request is None else replace(output, lora_request=request)
+            for output, request in zip(found, requests, strict=True)
+        ]
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         *,
         adapter: AdapterSpec | Sequence[AdapterSpec] = None,
-        use_tqdm: bool = True,
+        chat_template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
@@ -108,122 +139,109 @@ class LLM:
         To go on with the last message, set `continue_final_message=True` and
         `add_generation_prompt=False`. `tools` and `chat_template_kwargs`, e.g.
         `{"enable_thinking": False}`, are for the template. Special tokens in any of these are
-        plain text. Raises ConfigError without a tokenizer, TokenizerError when it has no chat
-        template, RequestError for what the template does not take.
-        """
-        tokenizer = self.engine.tokenizer
-        if tokenizer is None:
-            raise ConfigError("chat needs a tokenizer; start without skip_tokenizer_init=True")
-        given = {} if chat_template_kwargs is None else chat_template_kwargs
-        if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
-            raise RequestError(f"chat_template_kwargs must be a dict of names, not {given!r:.80}")
-        if taken := given.keys() & TAKEN:
-            raise RequestError(f"give {min(taken)} as an argument, not in chat_template_kwargs")
-        prompts = [
-            tokenizer.apply_chat_template(
-                one,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tools=tools,
-                max_length=self.engine.max_model_len - 1,  # and one new token
-                **given,
-            )
-            for one in _as_conversations(messages)
-        ]
-        return self.generate(prompts, sampling_params, adapter=adapter, use_tqdm=use_tqdm)
+        plain text. `chat_template` is a template's text, or the name of one of the tokenizer's own.
 
-    def _finish(self, request_ids: list[str], *, use_tqdm: bool) -> list[RequestOutput]:
+        Raises ConfigError without a tokenizer, TokenizerError when it has no chat template,
+        RequestError for what the template does not take.
+        """
+        tokenizer = self.get_tokenizer()
+        given = {
+            **_variables(chat_template_kwargs),
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "tools": tools,
+        }
+        if chat_template is not None:
+            given["chat_template"] = chat_template
+        longest = self.engine.max_model_len - 1  # and one new token
+        prompts: list[Prompt] = [
+            {
+                "prompt_token_ids": tokenizer.apply_chat_template(one, max_length=longest, **given),
+                "prompt": tokenizer.render_chat_template(one, **given),
+            }
+            for one in as_conversations(messages)
+        ]
+        return self.generate(
+            prompts, sampling_params, adapter=adapter, lora_request=lora_request, use_tqdm=use_tqdm
+        )
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What holds where no parameters are given: those of the model's generation_config.json."""
+        return SamplingParams(**self._defaults)
+
+    # The engine -------------------------------------------------------------------------------
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The tokenizer; ConfigError when there is none."""
+        if self.engine.tokenizer is None:
+            raise ConfigError("this needs a tokenizer; start without skip_tokenizer_init=True")
+        return self.engine.tokenizer
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets all cached KV; False, and nothing done, while requests hold some of it."""
+        return self.engine.reset_prefix_cache()
+
+    def get_metrics(self) -> dict[str, int]:
+        """The engine's counters by name, see `EngineStats`."""
+        return asdict(self.engine.stats)
+
+    def _specs(
+        self, adapters: Sequence[AdapterSpec], requests: Sequence[LoRARequest | None]
+    ) -> list[AdapterSpec]:
+        """The adapters of the prompts; folders of `LoRARequest`s are loaded."""
+        specs = list(adapters)
+        fresh: set[str] = set()
+        for i, request in enumerate(requests):
+            if request is None:
+                continue
+            if not isinstance(request, LoRARequest):
+                raise RequestError(f"lora_request must be a LoRARequest, not {shown(request)}")
+            if specs[i] is not None:
+                raise RequestError("give adapter or lora_request, not both")
+            name, path = request.lora_name, request.lora_path
+            is_loaded = name in self.adapters and self._folders.get(name) == path
+            if not is_loaded or (request.load_inplace and name not in fresh):
+                self.load_adapter(name, path)
+                fresh.add(name)
+            specs[i] = name
+        return specs
+
+    def _finish(
+        self, request_ids: list[str], use_tqdm: bool | Callable[..., Any]
+    ) -> list[RequestOutput]:
         done: dict[str, RequestOutput] = {}
         wanted = set(request_ids)
-        with _Progress(len(request_ids), shown=use_tqdm) as progress:
+        with Progress(len(request_ids), use_tqdm) as progress:
             while len(done) < len(wanted):
                 assert self.engine.has_work, "the engine stopped before all requests finished"
                 for output in self.engine.step():
-                    if output.request_id not in wanted:
-                        continue
-                    progress.update(output)
-                    if output.finished:
+                    if output.request_id in wanted:
+                        progress.update(output)
                         done[output.request_id] = output
         return [done[request_id] for request_id in request_ids]
 
 
-class _Progress:
-    """A tqdm bar of finished requests with output tokens per second, or nothing."""
-
-    def __init__(self, total: int, *, shown: bool) -> None:
-        self._bar: Any = None
-        self._tokens: dict[str, int] = {}
-        self._start = time.perf_counter()
-        if shown and sys.stderr.isatty():
-            try:
-                from tqdm import tqdm
-            except ImportError:  # the bar is part of the extra `cli`
-                return
-            self._bar = tqdm(total=total, desc="Answered", unit="prompt", dynamic_ncols=True)
-
-    def update(self, output: RequestOutput) -> None:
-        """Counts the tokens of a cumulative output."""
-        if self._bar is None:
-            return
-        self._tokens[output.request_id] = sum(len(o.token_ids) for o in output.outputs)
-        rate = sum(self._tokens.values()) / (time.perf_counter() - self._start)
-        self._bar.set_postfix_str(f"{rate:.1f} tokens/s", refresh=False)
-        self._bar.update(1 if output.finished else 0)
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+def _folder(path: object, name: str) -> str:
+    if not isinstance(path, str | Path):
+        raise ConfigError(f"{name} must be a folder, not {shown(path)}")
+    return str(path)
 
 
-def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A list of prompts from one or many."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if not isinstance(prompts, Sequence):
-        raise RequestError(f"prompts must be text, token ids or a list of them, not {prompts!r}")
-    if any(isinstance(item, int) for item in prompts):  # one prompt of token ids
-        if not all(isinstance(item, int) and not isinstance(item, bool) for item in prompts):
-            raise RequestError("prompts mixes token ids with other items; put the ids in a list")
-        return [[item for item in prompts if isinstance(item, int)]]
-    many: list[Prompt] = []
-    for i, item in enumerate(prompts):
-        if isinstance(item, int) or not isinstance(item, Sequence):
-            raise RequestError(f"prompt {i} must be text or a list of token ids, not {item!r}")
-        many.append(item)
-    return many
+def _check_priorities(priority: object, count: int) -> None:
+    if priority is None:
+        return
+    for one in for_each(priority, count, "priority"):
+        if one != 0:
+            raise RequestError(
+                f"priority {shown(one)}: the policy fcfs knows none; requests run as they come"
+            )
 
 
-def _as_conversations(messages: object) -> list[list[Message]]:
-    """A list of conversations from one or many."""
-    if isinstance(messages, str) or not isinstance(messages, Sequence):
-        raise RequestError(
-            'messages must be a list like [{"role": "user", "content": "..."}], '
-            f"or a list of such lists, not {type(messages).__name__}"
-        )
-    single: list[Message] = []
-    many: list[list[Message]] = []
-    for item in messages:
-        if isinstance(item, Mapping):
-            single.append(item)
-        elif isinstance(item, Sequence) and not isinstance(item, str):
-            many.append(list(item))
-        else:
-            raise RequestError(f"a message must be a dict with role and content, not {item!r}")
-    if single and many:
-        raise RequestError("messages mixes messages with conversations; give one or the other")
-    return many or ([single] if single else [])
-
-
-def _for_each(value: Any, count: int, what: str) -> list[Any]:
-    """`value` for each of `count` prompts: it is one for all, or a list of as many."""
-    if not isinstance(value, list | tuple):
-        return [value] * count
-    if len(value) != count:
-        raise RequestError(
-            f"{what} has {len(value)} entries for {count} prompts; give one for each, or one "
-            "for all"
-        )
-    return list(value)
+def _variables(given: object) -> Mapping[str, Any]:
+    """Variables for a chat template, none of them an argument of `chat`."""
+    given = {} if given is None else given
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise RequestError(f"chat_template_kwargs must be a dict of names, not {shown(given)}")
+    if taken := given.keys() & {*TAKEN, "chat_template", "tokenize"}:
+        raise RequestError(f"give {min(taken)} as an argument, not in chat_template_kwargs")
+    return given

@@ -121,6 +121,12 @@ class BlockPool:
         self._refs = [0] * self.num_blocks
         self._free = deque(block for block in range(self.num_blocks) if block not in self._key_of)
 
+    def forget(self) -> None:
+        """Nothing is published any more. Only while nobody refers to any block."""
+        assert self.num_free == self.num_blocks, "blocks are in use"
+        self._block_of.clear()
+        self.reset()
+
     def check_integrity(self, owners: Iterable[Sequence[int]]) -> None:
         """Asserts that references equal the owners' block lists and that no block is lost."""
         refs = Counter(block for blocks in owners for block in blocks)

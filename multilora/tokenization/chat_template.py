@@ -12,7 +12,7 @@ from bisect import bisect_right
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..config.model import read_json
-from ..errors import CheckpointError, RequestError, TokenizerError
+from ..errors import CheckpointError, RequestError, TokenizerError, shown
 from .messages import REASONING, Conversation
 from .template_process import PROCESS, TemplateLimitError
 
@@ -81,12 +81,13 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool | str = False,  # or the field to go on with, not "content"
         tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,  # the name of one of them, or a template's own text
         **variables: Any,  # of the template, such as date_string or enable_thinking
     ) -> RenderedChat:
         """The prompt text, equal to transformers'. Arguments as in its `apply_chat_template`."""
         conversation = Conversation(self._limits[1] // 2)
         plain_tools = conversation.tools(tools)
-        source = self._source(plain_tools)
+        source = self._source(plain_tools, chat_template)
         chat = conversation.messages(messages, join_parts=TAKES_PARTS.search(source) is None)
         given = conversation.plain(variables, "chat_template_kwargs")
         last = None
@@ -107,11 +108,14 @@ class ChatTemplate:
         rendered = self._run(source, given)
         return rendered if last is None else _cut(rendered, last)
 
-    def _source(self, tools: list[dict[str, Any]] | None) -> str:
+    def _source(self, tools: list[dict[str, Any]] | None, asked: str | None) -> str:
+        if asked is not None and not isinstance(asked, str):
+            raise RequestError(f"chat_template must be a name or a text, not {shown(asked)}")
         name = "tool_use" if tools and "tool_use" in self.sources else "default"
-        if tools and not re.search(r"\btools\b", self.sources[name]):
+        source = self.sources[name] if asked is None else self.sources.get(asked, asked)
+        if tools and not re.search(r"\btools\b", source):
             raise RequestError(f"the chat template of {self.origin} has no place for tools")
-        return self.sources[name]
+        return source
 
     def _run(self, source: str, given: dict[str, Any]) -> RenderedChat:
         seconds, max_chars = self._limits

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from ..errors import CapacityError, RequestError, TokenizerError
-from .chat_template import ChatTemplate, find_templates
+from .chat_template import ChatTemplate, RenderedChat, find_templates
 from .settings import Settings
 from .vocabulary import AddedToken, AddedTokenFinder, Vocabulary
 
@@ -89,21 +89,50 @@ class FolderTokenizer:
         """The text of ids. Ids outside the vocabulary have none."""
         return self._vocabulary.decode(ids, skip_special_tokens=skip_special_tokens)
 
+    @overload
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], /, *, max_length: int | None = None, **ask: Any
-    ) -> list[int]:
-        """Ids of a conversation, where control tokens are those that the template wrote alone."""
-        rendered = self._template().render(messages, **ask)
+        self, messages: Sequence[Mapping[str, Any]], /, *, tokenize: Literal[False], **ask: Any
+    ) -> str: ...
+
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        /,
+        *,
+        max_length: int | None = None,
+        tokenize: Literal[True] = True,
+        **ask: Any,
+    ) -> list[int]: ...
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        /,
+        *,
+        max_length: int | None = None,
+        tokenize: bool = True,
+        **ask: Any,
+    ) -> list[int] | str:
+        """Ids of a conversation, where control tokens are those that the template wrote alone.
+
+        With `tokenize=False` its text, as transformers has it.
+        """
+        rendered = self._render(messages, ask)
+        if not tokenize:
+            return rendered.text
         self._check(rendered.text, max_length)
+        own = [asked] if isinstance(asked := ask.get("chat_template"), str) else []
 
         def accept(token: AddedToken, start: int, end: int) -> bool:
-            return token.content not in self._control or rendered.is_template(start, end)
+            is_control = token.content in self._control or _is_structure(token.content, own)
+            return not is_control or rendered.is_template(start, end)
 
         return self._ids(rendered.text, accept)
 
     def render_chat_template(self, messages: Sequence[Mapping[str, Any]], /, **ask: Any) -> str:
         """The text of a conversation, as transformers renders it with `tokenize=False`."""
-        return self._template().render(messages, **ask).text
+        return self._render(messages, ask).text
 
     def _check(self, text: str, max_length: int | None) -> None:
         if not isinstance(text, str):
@@ -140,13 +169,16 @@ class FolderTokenizer:
             variables.setdefault("bos_token", bos)
         return ChatTemplate(templates, origin=str(self._settings.folder), variables=variables)
 
-    def _template(self) -> ChatTemplate:
-        if self._chat is None:
+    def _render(self, messages: Sequence[Mapping[str, Any]], ask: dict[str, Any]) -> RenderedChat:
+        template, asked = self._chat, ask.get("chat_template")
+        if template is None and isinstance(asked, str):
+            template = self._chat_template({"default": asked})
+        if template is None:
             raise TokenizerError(
                 f"{self._settings.folder} has no chat template; add a chat_template.jinja file or "
                 "send a plain prompt"
             )
-        return self._chat
+        return template.render(messages, **ask)
 
 
 def _is_structure(content: str, templates: Iterable[str]) -> bool:

@@ -72,6 +72,10 @@ class Tokenizer(Protocol):
         """Ids of a conversation. Control tokens in messages, tools, variables are plain text."""
         ...
 
+    def render_chat_template(self, messages: Sequence[Mapping[str, Any]], /, **ask: Any) -> str:
+        """Its text. Nothing tells any more which control tokens in it were the template's."""
+        ...
+
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a model folder: tokenizer.json first, else tokenizer.model of either kind.

@@ -187,5 +187,20 @@ def test_after_a_reset_what_was_idle_before_is_evicted_first() -> None:
     pool.reset()
     pool.check_integrity([])
     pool.allocate(pool.num_free - 1)
-    assert pool.match([1] * SIZE, b"a", SIZE) == []
-    assert pool.match([2] * SIZE, b"a", SIZE) == used != idle
+    assert pool.match(keys_of([1] * SIZE)) == []
+    assert pool.match(keys_of([2] * SIZE)) == used != idle
+
+
+def test_all_that_is_published_can_be_forgotten() -> None:
+    pool = BlockPool(4, 4, enable_prefix_caching=True)
+    keys = keys_of(TOKENS[:8])
+    blocks = pool.allocate(2)
+    for block, key in zip(blocks, keys, strict=True):
+        pool.publish(block, key)
+    with pytest.raises(AssertionError, match="in use"):
+        pool.forget()
+    pool.free(blocks)
+    assert pool.match(keys) == blocks
+    pool.forget()
+    assert pool.match(keys) == []
+    assert sorted(pool.allocate(4)) == [0, 1, 2, 3]

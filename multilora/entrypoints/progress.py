@@ -1,0 +1,51 @@
+"""The progress bar of `LLM`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ..outputs import RequestOutput
+
+
+class Progress:
+    """A tqdm bar of finished requests with output tokens per second, or nothing."""
+
+    def __init__(self, total: int, use_tqdm: bool | Callable[..., Any]) -> None:
+        """`use_tqdm` may be what makes the bar, called as `tqdm` is."""
+        self._bar: Any = None
+        self._tokens = 0
+        self._start = time.perf_counter()
+        make = use_tqdm if callable(use_tqdm) else _tqdm() if use_tqdm else None
+        if make is not None:
+            self._bar = make(total=total, desc="Answered", unit="prompt", dynamic_ncols=True)
+
+    def update(self, output: RequestOutput) -> None:
+        """Counts a finished request and its tokens."""
+        if self._bar is None:
+            return
+        self._tokens += sum(len(o.token_ids) for o in output.outputs)
+        rate = self._tokens / (time.perf_counter() - self._start)
+        self._bar.set_postfix_str(f"{rate:.1f} tokens/s", refresh=False)
+        self._bar.update(1)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _tqdm() -> Callable[..., Any] | None:
+    """The bar for where we are: a terminal, a notebook, or neither."""
+    if not sys.stderr.isatty() and "ipykernel" not in sys.modules:
+        return None
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:  # the bar is part of the extra `cli`
+        return None
+    made: Callable[..., Any] = tqdm
+    return made
