@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shown
+from .rope import RopeScaling, number, read_rope_scaling, size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
+MAX_LAYERS = 1000  # of no model that is known; the memory for their objects is bounded
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RopeScaling:
-    """Llama 3.1's frequency scaling (`rope_type: llama3`)."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,11 +60,11 @@ class ModelConfig:
             "vocab_size",
             "max_position_embeddings",
         ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise CheckpointError(
-                    f"model config: {name} must be a positive integer, not {value!r}"
-                )
+            size({name: getattr(self, name)}, name)
+        if self.num_layers > MAX_LAYERS:
+            raise CheckpointError(
+                f"model config: {self.num_layers} layers are more than {MAX_LAYERS}"
+            )
         if self.num_heads % self.num_kv_heads:
             raise CheckpointError(
                 f"model config: {self.num_heads} attention heads cannot share "
@@ -88,7 +79,7 @@ class ModelConfig:
             *(() if self.bos_token_id is None else (self.bos_token_id,)),
         ):
             if not isinstance(token, int) or isinstance(token, bool):
-                raise CheckpointError(f"model config: {token!r} is no token id")
+                raise CheckpointError(f"model config: {shown(token)} is no token id")
         if self.dtype not in DTYPES:
             raise CheckpointError(
                 f"model config: dtype {self.dtype!r} is not one of {', '.join(DTYPES)}"
@@ -113,13 +104,7 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> ModelConfig:
         """From the contents of a Hugging Face `config.json`, in its old and new spellings."""
-        architectures = raw.get("architectures") or ["LlamaForCausalLM"]
-        model_type = raw.get("model_type", "llama")
-        if architectures != ["LlamaForCausalLM"] or model_type != "llama":
-            raise CheckpointError(
-                f"architectures {architectures!r} of model_type {model_type!r} are not supported; "
-                "multilora serves LlamaForCausalLM of model_type llama"
-            )
+        _check_family(raw)
         if raw.get("hidden_act", "silu") != "silu":
             raise CheckpointError(
                 f"hidden_act {raw['hidden_act']!r} is not supported; Llama uses silu"
@@ -128,21 +113,22 @@ class ModelConfig:
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         if not isinstance(rope, dict):
             raise CheckpointError(f"model config: rope_parameters must be an object, not {rope!r}")
-        theta = _number({"rope_theta": raw.get("rope_theta"), **rope}, "rope_theta", 10_000.0)
-        hidden, heads = _size(raw, "hidden_size"), _size(raw, "num_attention_heads")
+        theta = number({"rope_theta": raw.get("rope_theta"), **rope}, "rope_theta", 10_000.0)
+        hidden, heads = size(raw, "hidden_size"), size(raw, "num_attention_heads")
+        positions = size(raw, "max_position_embeddings", 2048)
         eos = raw.get("eos_token_id")
         return cls(
             hidden_size=hidden,
-            num_layers=_need(raw, "num_hidden_layers"),
+            num_layers=size(raw, "num_hidden_layers"),
             num_heads=heads,
-            num_kv_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or hidden // heads,
-            intermediate_size=_need(raw, "intermediate_size"),
-            vocab_size=_need(raw, "vocab_size"),
-            max_position_embeddings=raw.get("max_position_embeddings", 2048),
-            rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
+            num_kv_heads=size(raw, "num_key_value_heads", heads),
+            head_dim=size(raw, "head_dim", max(hidden // heads, 1)),
+            intermediate_size=size(raw, "intermediate_size"),
+            vocab_size=size(raw, "vocab_size"),
+            max_position_embeddings=positions,
+            rms_norm_eps=number(raw, "rms_norm_eps", 1e-6),
             rope_theta=theta,
-            rope_scaling=_rope_scaling(rope),
+            rope_scaling=read_rope_scaling(rope, positions),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
             attention_bias=bool(raw.get("attention_bias", False)),
             mlp_bias=bool(raw.get("mlp_bias", False)),
@@ -158,16 +144,17 @@ class ModelConfig:
         Without `facts` the weights are taken to be untied bfloat16, and a `vocab_size` of -1, which
         Llama 2 has, is an error.
         """
-        for key in ("lora_args", "quantization_args", "vision_model", "vision_chunk_size"):
-            if raw.get(key):
+        for key, value in raw.items():
+            if key not in META_KEYS and value:
                 raise CheckpointError(
-                    f"params.json: {key} is not supported; give the plain text model"
+                    f"params.json: {shown(key)}={shown(value)} is not of a plain Llama; give the "
+                    "plain text model, unquantised, of Llama 2 to 3.3"
                 )
-        dim, heads = _size(raw, "dim"), _size(raw, "n_heads")
+        dim, heads = size(raw, "dim"), size(raw, "n_heads")
         # Meta's own rule for the width of the feed-forward layer.
         inter = int(2 * 4 * dim / 3)
-        inter = int(_number(raw, "ffn_dim_multiplier", 1.0) * inter)
-        multiple = _size(raw, "multiple_of", 256)
+        inter = int(number(raw, "ffn_dim_multiplier", 1.0) * inter)
+        multiple = size(raw, "multiple_of", 256)
         inter = multiple * ((inter + multiple - 1) // multiple)
         vocab = raw.get("vocab_size", -1)
         if vocab == -1:
@@ -177,19 +164,19 @@ class ModelConfig:
                     "tok_embeddings.weight (32000 for Llama 2, 128256 for Llama 3)"
                 )
             vocab = facts.vocab_size
-        vocab = _size({"vocab_size": vocab}, "vocab_size")
+        vocab = size({"vocab_size": vocab}, "vocab_size")
         scaled = bool(raw.get("use_scaled_rope", False))
         return cls(
             hidden_size=dim,
-            num_layers=_need(raw, "n_layers"),
+            num_layers=size(raw, "n_layers"),
             num_heads=heads,
-            num_kv_heads=raw.get("n_kv_heads") or heads,
+            num_kv_heads=size(raw, "n_kv_heads", heads),
             head_dim=dim // heads,
             intermediate_size=inter,
             vocab_size=vocab,
             max_position_embeddings=131_072 if scaled else 8192 if vocab >= 128_000 else 4096,
-            rms_norm_eps=_number(raw, "norm_eps", 1e-5),
-            rope_theta=_number(raw, "rope_theta", 10_000.0),
+            rms_norm_eps=number(raw, "norm_eps", 1e-5),
+            rope_theta=number(raw, "rope_theta", 10_000.0),
             rope_scaling=_meta_rope_scaling(raw) if scaled else None,
             tie_word_embeddings=facts.tied if facts else False,
             dtype=facts.dtype if facts else "bfloat16",
@@ -199,12 +186,52 @@ class ModelConfig:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or a CheckpointError that names the file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        text = path.read_text(encoding="utf-8")
+        if text.startswith("version https://git-lfs"):
+            raise CheckpointError(
+                f"{path} is a Git LFS pointer; fetch the file with `git lfs pull`"
+            )
+        value = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")
     return value
+
+
+META_KEYS = frozenset(
+    (
+        *("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "norm_eps"),
+        *("ffn_dim_multiplier", "rope_theta", "use_scaled_rope", "rope_scaling_factor"),
+        *("high_freq_factor", "max_batch_size", "max_seq_len"),
+    )
+)
+"""What `from_meta` reads of params.json, and two sizes of Meta's own runtime."""
+
+
+def _check_family(raw: Mapping[str, Any]) -> None:
+    """Llama, in its old spelling too, and Mistral where it is one: without a sliding window.
+
+    transformers goes by `model_type`, and so does this.
+    """
+    architectures = raw.get("architectures") or []
+    kind = raw.get("model_type", "llama")
+    names = {"llama": ("LlamaForCausalLM", "LLaMAForCausalLM"), "mistral": ("MistralForCausalLM",)}
+    known = names.get(kind, ()) if isinstance(kind, str) else ()
+    if (
+        not known
+        or not isinstance(architectures, list)
+        or any(a not in known for a in architectures)
+    ):
+        raise CheckpointError(
+            f"architectures {shown(architectures)} of model_type {shown(kind)} are not supported; "
+            "multilora serves LlamaForCausalLM, and MistralForCausalLM without a sliding window"
+        )
+    window = raw.get("sliding_window", 4096 if kind == "mistral" else None)
+    if kind == "mistral" and window is not None:
+        raise CheckpointError(
+            f"sliding_window {shown(window)} is not supported; Mistral 7B v0.2 and later have none"
+        )
 
 
 def _refuse_quantized(found: object) -> None:
@@ -225,44 +252,8 @@ def _meta_rope_scaling(raw: Mapping[str, Any]) -> RopeScaling:
     # answer in github.com/meta-llama/llama-models, issues 166 and 241 (its own code had 8 for all).
     usual = 32.0 if raw["dim"] < 4096 else 8.0
     return RopeScaling(
-        factor=_number(raw, "rope_scaling_factor", usual),
+        factor=number(raw, "rope_scaling_factor", usual),
         low_freq_factor=1.0,
-        high_freq_factor=_number(raw, "high_freq_factor", 4.0),
+        high_freq_factor=number(raw, "high_freq_factor", 4.0),
         original_max_position_embeddings=8192,
-    )
-
-
-def _need(raw: Mapping[str, Any], key: str) -> Any:
-    if raw.get(key) is None:
-        raise CheckpointError(f"model config: {key} is missing")
-    return raw[key]
-
-
-def _size(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = _need(raw, key) if default is None or raw.get(key) is not None else default
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(f"model config: {key} must be a positive integer, not {value!r}")
-    return value
-
-
-def _number(raw: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    value = _need(raw, key) if default is None or raw.get(key) is not None else default
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise CheckpointError(f"model config: {key} must be a positive number, not {value!r}")
-    return float(value)
-
-
-def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
-    if _number(rope, "partial_rotary_factor", 1.0) != 1.0:
-        raise CheckpointError("partial_rotary_factor is not supported for Llama")
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise CheckpointError(f"rope_type {kind!r} is not supported; supported: default, llama3")
-    return RopeScaling(
-        factor=_number(rope, "factor"),
-        low_freq_factor=_number(rope, "low_freq_factor"),
-        high_freq_factor=_number(rope, "high_freq_factor"),
-        original_max_position_embeddings=_size(rope, "original_max_position_embeddings"),
     )

@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import CheckpointError
-from .model import ModelConfig, RopeScaling
+from .model import ModelConfig
+from .rope import RopeScaling
 
 _LLAMA_31_8B = ModelConfig(
     hidden_size=4096,

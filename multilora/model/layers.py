@@ -16,6 +16,7 @@ from ..config.quantization import Scheme
 from .forward_batch import ForwardBatch
 from .kv_cache import KVCache
 from .lora_linear import LoraLinear
+from .rope import Rope
 
 
 class RMSNorm(nn.Module):
@@ -29,40 +30,6 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x and residual [tokens, hidden]; residual changes in place."""
         return mk.rms_norm(x, self.weight, self.eps, residual)
-
-
-class Rope:
-    """cos and sin of every position seen so far, float32 [positions, head_dim / 2] each.
-
-    Grows by whole steps computed in one shape, so that a position's bits never depend on when it
-    was asked for; on the CPU, so that they do not depend on the device either.
-    """
-
-    STEP = 4096
-
-    def __init__(self, config: ModelConfig, device: torch.device | str = "cpu") -> None:
-        even = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu")
-        self.inv_freq = _scale_frequencies(
-            1.0 / config.rope_theta ** (even.float() / config.head_dim), config
-        )
-        # Both at once: an exception between the two must not leave one longer than the other.
-        none = torch.empty(0, config.head_dim // 2, device=device)
-        self._tables = none, none
-
-    def tables(self, length: int) -> tuple[Tensor, Tensor]:
-        """cos and sin that cover at least `length` positions."""
-        cos, sin = self._tables
-        if len(cos) < length:
-            steps = [
-                torch.arange(first, first + self.STEP, device="cpu").float()[:, None]
-                * self.inv_freq
-                for first in range(len(cos), length, self.STEP)
-            ]
-            self._tables = (
-                torch.cat((cos, *(angles.cos().to(cos.device) for angles in steps))),
-                torch.cat((sin, *(angles.sin().to(sin.device) for angles in steps))),
-            )
-        return self._tables
 
 
 class Attention(nn.Module):
@@ -132,16 +99,3 @@ class MLP(nn.Module):
         """x [tokens, hidden] -> [tokens, hidden]."""
         y: Tensor = self.down(mk.silu_mul(self.gate_up(x, batch)), batch)
         return y
-
-
-def _scale_frequencies(inv_freq: Tensor, config: ModelConfig) -> Tensor:
-    """Llama 3.1's rule: stretches long waves by `factor`, keeps short ones, blends between."""
-    s = config.rope_scaling
-    if s is None:
-        return inv_freq
-    turns = (
-        s.original_max_position_embeddings * inv_freq / (2 * math.pi)
-    )  # over the original context
-    blend = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
-    blend = blend.clamp(0.0, 1.0)
-    return (1 - blend) * inv_freq / s.factor + blend * inv_freq

@@ -15,8 +15,9 @@ from ..config.model import ModelConfig
 from ..config.quantization import Scheme
 from .forward_batch import ForwardBatch
 from .kv_cache import KVCache
-from .layers import MLP, Attention, RMSNorm, Rope
+from .layers import MLP, Attention, RMSNorm
 from .lora_linear import Linear, LoraEmbedding, LoraLinear
+from .rope import Rope
 
 
 class Block(nn.Module):

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from multilora.config.lora_sites import sites_of
-from multilora.config.model import ModelConfig, RopeScaling
+from multilora.config.model import ModelConfig
+from multilora.config.rope import RopeScaling
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -154,11 +155,17 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+LLAMA3 = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+YARN = ("beta_fast", "beta_slow", "attention_factor", "truncate", LLAMA3[2])
+
+
 def hf_config(config: ModelConfig) -> dict[str, Any]:
     """The contents of config.json, in the spelling of transformers 5."""
     rope: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default"}
     if config.rope_scaling is not None:
-        rope |= {"rope_type": "llama3", **asdict(config.rope_scaling)}
+        own = asdict(config.rope_scaling)
+        names = {"linear": (), "yarn": YARN, "llama3": LLAMA3}[own["rope_type"]]
+        rope |= {name: own[name] for name in ("rope_type", "factor", *names)}
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -108,7 +109,7 @@ def test_new_and_old_spellings_mean_the_same() -> None:
 def test_reads_what_transformers_writes(tmp_path: Path, scaled: bool) -> None:
     transformers = pytest.importorskip("transformers")
     raw = LLAMA_31_8B if scaled else LLAMA_31_8B | {"rope_scaling": None}
-    transformers.LlamaConfig(**raw).save_pretrained(tmp_path)
+    transformers.LlamaConfig(**copy.deepcopy(raw)).save_pretrained(tmp_path)  # it writes in them
     assert ModelConfig.from_dir(tmp_path) == ModelConfig.from_hf(raw)
 
 
@@ -116,7 +117,7 @@ def test_defaults_are_those_of_transformers(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     raw = {key: LLAMA_31_8B[key] for key in (*needed, "vocab_size")}
-    theirs = transformers.LlamaConfig(**raw)
+    theirs = transformers.LlamaConfig(**copy.deepcopy(raw))
     ours = ModelConfig.from_hf(raw)
     assert ours.num_kv_heads == theirs.num_key_value_heads
     assert ours.head_dim == theirs.head_dim
@@ -135,10 +136,17 @@ def test_one_end_token_may_be_a_number_or_a_list(given: object) -> None:
     ("change", "text"),
     [
         ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
+        ({"architectures": ["MistralForCausalLM"], "model_type": "mistral"}, "sliding_window 4096"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "SequenceClassification"),
+        ({"architectures": "LlamaForCausalLM"}, "not supported"),
+        ({"num_hidden_layers": 100_000}, "more than 1000"),
+        ({"vocab_size": 2**31}, r"below 2\*\*31"),
+        ({"head_dim": []}, "head_dim must be a positive integer"),
+        ({"rope_theta": 10**400}, "rope_theta must be a positive number"),
         ({"model_type": "mllama"}, "mllama"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"quantization_config": {"bits": 4}}, "quantised already .quant_method None"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "longrope"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "factor is missing"),
         ({"rope_scaling": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"rope_scaling": [1]}, "rope_parameters must be an object"),
@@ -223,3 +231,42 @@ def test_a_checkpoint_that_is_quantized_already_is_refused_with_a_cure(method: s
     raw = LLAMA_31_8B | {"quantization_config": {"quant_method": method, "bits": 4}}
     with pytest.raises(CheckpointError, match=f"'{method}'.*quantization='int8'"):
         ModelConfig.from_hf(raw)
+
+
+def test_other_spellings_of_a_llama() -> None:
+    """decapoda's files of 2023, and Mistral 7B from v0.2 on, which slides no window."""
+    plain = ModelConfig.from_hf(LLAMA_31_8B)
+    old = LLAMA_31_8B | {"architectures": ["LLaMAForCausalLM"]}
+    mistral = LLAMA_31_8B | {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "sliding_window": None,
+    }
+    for raw in (old, mistral, without(LLAMA_31_8B, "architectures")):
+        assert ModelConfig.from_hf(raw) == plain
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("use_qk_norm", True), ("act_fn", "gelu"), ("quantization_args", {"group_size": 32})],
+)
+def test_what_executorch_adds_to_params_json_is_refused_by_name(key: str, value: Any) -> None:
+    """Its Qwen3 and Gemma files: served as Llamas they would answer nonsense."""
+    with pytest.raises(CheckpointError, match=key):
+        ModelConfig.from_meta(META_LLAMA_31_8B | {key: value})
+    assert ModelConfig.from_meta(META_LLAMA_31_8B | {"use_qk_norm": False}) == (
+        ModelConfig.from_meta(META_LLAMA_31_8B)
+    )
+
+
+def test_json_that_is_none_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    for text, words in (
+        ("[" * 100_000, "cannot be read as JSON"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n", "Git LFS pointer"),
+        ("{", "cannot be read as JSON"),
+        ("[]", "must hold a JSON object"),
+    ):
+        path.write_text(text)
+        with pytest.raises(CheckpointError, match=words):
+            ModelConfig.from_dir(tmp_path)

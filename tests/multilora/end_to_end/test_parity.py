@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from multilora.config.model import RopeScaling
+from multilora.config.rope import RopeScaling
 from tests.harness.adapter_folders import LINEARS, write_adapter
 from tests.harness.model_folders import TINY, write_checkpoint
 from tests.harness.reference_models import JOB_FIELDS, TOLERANCE, check

@@ -2,59 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import pytest
 import torch
 
 from multilora.config.lora_sites import sites_of
-from multilora.config.model import RopeScaling
 from multilora.model.forward_batch import ForwardBatch
 from multilora.model.kv_cache import KVCache
 from multilora.model.layers import Attention, RMSNorm, Rope
-from tests.harness.model_folders import TINY, hf_config
+from tests.harness.model_folders import TINY
 
 
 class Interrupted(BaseException):
     """What Ctrl-C is."""
-
-
-def test_rotary_tables_grow_together_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    rope = Rope(TINY)
-
-    def interrupted(_: torch.Tensor) -> None:
-        raise Interrupted
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, "sin", interrupted)
-        with pytest.raises(Interrupted):
-            rope.tables(10)
-    cos, sin = rope.tables(10)
-    assert cos.shape == sin.shape == (Rope.STEP, TINY.head_dim // 2)
-
-
-@pytest.mark.parametrize("original", [16, 256, 8192])
-def test_rotary_frequencies_are_those_of_transformers(original: int) -> None:
-    transformers = pytest.importorskip("transformers")
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    scaling = RopeScaling(
-        factor=8.0,
-        low_freq_factor=1.0,
-        high_freq_factor=4.0,
-        original_max_position_embeddings=original,
-    )
-    config = replace(TINY, head_dim=64, rope_theta=500_000.0, rope_scaling=scaling)
-    theirs = transformers.LlamaConfig(**hf_config(config))
-    wanted, _ = ROPE_INIT_FUNCTIONS["llama3"](theirs, device=torch.device("cpu"))
-    torch.testing.assert_close(Rope(config).inv_freq, wanted, rtol=1e-6, atol=0)
-
-
-def test_a_positions_bits_do_not_depend_on_when_it_was_asked_for() -> None:
-    at_once, later = Rope(TINY), Rope(TINY)
-    later.tables(3)
-    for one, other in zip(at_once.tables(5000), later.tables(5000), strict=True):
-        assert torch.equal(one, other)
 
 
 def test_a_norm_adds_into_the_residual_first() -> None:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import multilora_kernels as mk
 from multilora.device.cpu import Device
-from multilora.model.layers import Rope
+from multilora.model.rope import Rope
 from multilora.runtime.graph_runner import (
     MAX_ON_DEMAND_TOKENS,
     GraphRunner,
