@@ -1,4 +1,4 @@
-"""The public door: which names it has, and that opening it is cheap."""
+"""The public names, and that importing them is cheap."""
 
 from __future__ import annotations
 

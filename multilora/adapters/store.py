@@ -150,9 +150,9 @@ class AdapterStore:
     def infos(self) -> dict[str, AdapterInfo]:
         """The loaded adapters by name, sorted."""
         return {
-            name: AdapterInfo(name, digest, hosted.rank, hosted.num_bytes)
+            name: AdapterInfo(name, digest, host.rank, host.num_bytes)
             for name, digest in sorted(self._names.items())
-            for hosted in (self._host[digest],)
+            for host in (self._host[digest],)
         }
 
     def _forget(self, name: str) -> str:

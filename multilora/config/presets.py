@@ -1,4 +1,4 @@
-"""Random models and adapters of a given shape, to measure speed without a checkpoint."""
+"""Shapes of known models by name, to measure speed without a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What differs between a CPU and a GPU, in one place: memory, copies, streams, captured graphs.
 
 `Device` is a CPU: work is done when a call returns, so most of it is the identity. `CudaDevice` has
-the same methods. Nothing else asks which of the two it runs on, but for defaults and `limits`.
+the same methods. But for defaults and `capabilities` nothing else asks which of the two it has.
 """
 
 from __future__ import annotations

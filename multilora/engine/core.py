@@ -169,14 +169,14 @@ class EngineCore:
         advanced = self.scheduler.update(handle.scheduler_output, result)
         self._handles.popleft()
         for seq in advanced:
-            self._tell(self._by_seq[seq.seq_id], seq.index)
+            self._take_in(self._by_seq[seq.seq_id], seq.index)
 
     def _drain_idle(self) -> None:
         """Ends the steps that were started for requests which have all ended by now."""
         while self._handles and not self._by_seq:
             self._finish_step()
 
-    def _tell(self, state: RequestState, index: int) -> None:
+    def _take_in(self, state: RequestState, index: int) -> None:
         """Takes in what is new of an answer, to be told by this step."""
         answer, seq = state.answers[index], state.answers[index].seq
         self.news[state.request_id] = state
@@ -233,7 +233,7 @@ class EngineCore:
             state = self._by_seq[seq_id]
             seq = next(seq for seq in state.unfinished if seq.seq_id == seq_id)
             self.scheduler.fail(seq, f"it cannot be computed: {reason}")
-            self._tell(state, seq.index)
+            self._take_in(state, seq.index)
 
     def _check_health(self) -> None:
         """Whether anything runs at all, now that a request has failed for good."""
@@ -289,11 +289,11 @@ class EngineCore:
         if not answer.is_behind:
             return False
         try:
-            self._tell(state, answer.seq.index)
+            self._take_in(state, answer.seq.index)
         except Exception as error:
             logger.warning("request %s has no text", state.request_id, exc_info=error)
             answer.give_up()
             self.scheduler.fail(answer.seq, f"its text cannot be made: {error}")
-            self._tell(state, answer.seq.index)
+            self._take_in(state, answer.seq.index)
             return True
         return False

@@ -53,7 +53,7 @@ class KVCache:
 
     @property
     def num_blocks(self) -> int:
-        """Pages of each layer."""
+        """Blocks of each layer."""
         return self.k.shape[1]
 
     def layer(self, index: int) -> LayerPages:

@@ -20,7 +20,7 @@ from .lora_linear import Linear, LoraEmbedding, LoraLinear
 from .rope import Rope
 
 
-class Block(nn.Module):
+class DecoderLayer(nn.Module):
     """One decoder layer."""
 
     def __init__(
@@ -65,7 +65,7 @@ class Llama(nn.Module):
         tied = self.head.base if config.tie_word_embeddings else None
         self.embed = LoraEmbedding(config.vocab_size, config.hidden_size, dtype, tied)
         self.blocks = nn.ModuleList(
-            Block(config, sites, i, dtype, schemes) for i in range(config.num_layers)
+            DecoderLayer(config, sites, i, dtype, schemes) for i in range(config.num_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.rope = Rope(config, self.norm.weight.device)
@@ -89,7 +89,7 @@ class Llama(nn.Module):
         if self.embed.tied is None:
             yield self.head.part()
         for i, block in enumerate(self.blocks):
-            assert isinstance(block, Block)
+            assert isinstance(block, DecoderLayer)
             norms[f"model.layers.{i}.input_layernorm.weight"] = block.attention_norm.weight
             norms[f"model.layers.{i}.post_attention_layernorm.weight"] = block.mlp_norm.weight
             yield block.attention.qkv.part()

@@ -140,7 +140,7 @@ def step_bytes(
 
 
 def _segments(length: int) -> int:
-    """Of kernels/segments.py: 16 of 512 tokens, 16 more, and then their length doubles."""
+    """Of kernels/cuda/attention_segments.py: 16 of 512 tokens, 16 more, then twice as long ones."""
     if length <= 8192:
         return -(-length // 512)
     return int(16 * math.log2(length / 4096))

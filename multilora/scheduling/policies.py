@@ -1,4 +1,10 @@
-"""In which order waiting sequences are considered. A new policy is a class and a name below."""
+"""In which order waiting sequences are considered. A new policy is a class and a name below.
+
+A policy orders admission alone. It sees the waiting sequences and a `View`, and returns some of the
+waiting ones, each once; it must not change them, and gives the same order for the same state: a
+step may be done again. One that raises, or returns anything else, ends the engine, not a request.
+Whom a lack of blocks preempts is the scheduler's: the running sequence that came last.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +32,16 @@ class Policy(Protocol):
 
     def order(self, waiting: Items[Sequence], view: View) -> list[Sequence]:
         """The sequences to consider, best first; one left out waits for a later step."""
+
+
+def checked_order(policy: Policy, waiting: Items[Sequence], view: View) -> list[Sequence]:
+    """What the policy says. A ValueError, with its name, for what it must not say."""
+    found = list(policy.order(waiting, view))
+    named = {id(seq) for seq in found}
+    if len(named) < len(found) or not named <= {id(seq) for seq in waiting}:
+        name = type(policy).__name__
+        raise ValueError(f"policy {name} must order the waiting sequences, each at most once")
+    return found
 
 
 def by_arrival(seq: Sequence) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from ..errors import CapacityError
 from ..outputs import FinishReason
 from .block_pool import BlockPool
 from .holdings import AdapterSlots, Holdings, WithoutSlot
-from .policies import View, by_arrival, policy_named
+from .policies import View, by_arrival, checked_order, policy_named
 from .prefix_cache import PrefixCache
 from .scheduler_output import ChunkResult, NewSequence, ScheduledChunk, SchedulerOutput, StepResult
 from .sequence import Sequence
@@ -258,7 +258,8 @@ class Scheduler:
         leading = {seq.arrival for seq in self.running if self._leads(seq)}
         view = View(tuple(self.running), self._pool.num_free)
         self._considered = None  # a policy that raises is at fault itself
-        for seq in self._policy.order(tuple(self.waiting), view):
+        order = checked_order(self._policy, tuple(self.waiting), view)
+        for seq in order:
             if not budget or not self._holdings.has_request_slot:
                 break
             if only is not None and seq.seq_id not in only:

@@ -29,7 +29,7 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Job:
-    """One request: what `Engine.add` takes."""
+    """One request: what `Engine.add_request` takes."""
 
     prompt: tuple[int, ...]
     params: SamplingParams

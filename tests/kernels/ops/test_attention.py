@@ -120,3 +120,12 @@ def test_heads_that_disagree_raise() -> None:
         attend(call)
     with pytest.raises(ValueError, match="one shape"):
         attend(call._replace(v_blocks=blocks[:0]))
+
+
+def test_keys_and_values_of_strides_of_their_own() -> None:
+    """C++ takes those of equal strides alone."""
+    call = make_attention_call(MIXED, torch.float32)
+    wide = torch.full((*call.v_blocks.shape[:-1], 2 * call.v_blocks.shape[-1]), torch.nan)
+    views = wide[..., : call.v_blocks.shape[-1]].copy_(call.v_blocks)
+    assert views.stride() != call.k_blocks.stride()
+    assert_close(attend(call._replace(v_blocks=views)), attend(call))

@@ -119,3 +119,9 @@ def test_shapes_that_disagree_raise(
 ) -> None:
     with pytest.raises(ValueError, match=match):
         call(zeros)
+
+
+def test_a_weight_of_any_stride() -> None:
+    """C++ takes dense ones alone."""
+    x, wide = torch.randn(5, 33), torch.randn(66)
+    assert_close(mk.rms_norm(x, wide[::2], 1e-5), mk.rms_norm(x, wide[::2].clone(), 1e-5))

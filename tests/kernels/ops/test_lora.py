@@ -249,3 +249,15 @@ def test_shapes_that_disagree_raise(
 ) -> None:
     with pytest.raises(ValueError, match=match):
         call(zeros)
+
+
+def test_pages_that_do_not_lie_one_value_after_the_other() -> None:
+    """C++ takes pages that are dense within alone."""
+    call = make_lora_call("distinct", torch.float32)
+    wanted = call.copy()
+    mk.lora_(*wanted)
+    turned = [pages.mT.contiguous().mT for pages in (call.a_pages, call.b_pages)]
+    assert turned[1].stride(-1) != 1
+    found = call.copy(a_pages=turned[0], b_pages=turned[1])
+    mk.lora_(*found)
+    assert_close(found.y, wanted.y)

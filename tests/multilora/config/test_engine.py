@@ -20,7 +20,10 @@ def test_an_unknown_setting_lists_the_known_ones() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"block_size": 0},
+        *({name: 0} for name in ("block_size", "max_num_seqs", "max_num_batched_tokens")),
+        *({name: 0} for name in ("max_loras", "max_lora_rank", "lora_pages", "num_kv_blocks")),
+        {"max_logprobs": -2},
+        {"generation_config": "none"},
         {"max_num_seqs": True},
         {"max_model_len": -1},
         {"dtype": "int8"},

@@ -262,3 +262,14 @@ def test_the_largest_step_is_tried_with_lora_and_all_rows(
     assert len(step.logits_rows) == 16
     assert step.lora.keys() == {"qkv", "o", "gate_up", "down"}
     assert planes == {(1, tokens, slices * 512) for slices in (1, 2, 3)}
+
+
+def test_end_tokens_that_the_model_has_no_row_for_are_left_out_and_said(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shape = replace(TINY, eos_token_ids=(2, TINY.vocab_size, TINY.vocab_size + 7))
+    assert builder._end_ids(shape, None) == {2}
+    assert f"[{TINY.vocab_size}, {TINY.vocab_size + 7}]" in caplog.text
+    caplog.clear()
+    assert builder._end_ids(replace(TINY, eos_token_ids=(2,)), None) == {2}
+    assert not caplog.text

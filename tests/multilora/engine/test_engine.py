@@ -13,6 +13,7 @@ from multilora.errors import (
     AdapterInvalid,
     AdapterNotFound,
     AdapterTooLarge,
+    CapacityError,
     ConfigError,
     RequestError,
 )
@@ -194,3 +195,12 @@ def test_stats_count_what_was_computed(engine: Engine) -> None:
     stats = engine.stats
     assert (stats.steps, stats.generated_tokens, stats.preemptions) == (4, 4, 0)
     assert (stats.running, stats.waiting) == (0, 0)
+
+
+def test_a_request_that_can_never_fit_leaves_no_hold_on_its_adapter(root: Path) -> None:
+    engine = make_engine(root / "base", {"a": root / "a"}, num_kv_blocks=2, block_size=8)
+    with pytest.raises(CapacityError):
+        engine.add_request(prompt_of(40), greedy(4), adapter="a")
+    engine.check_integrity()
+    engine.unload_adapter("a")
+    assert engine.memory()["adapters"] == 0

@@ -1,4 +1,4 @@
-"""The offline door: shapes of what goes in, order of what comes out, and what is refused."""
+"""Offline inference: shapes of what goes in, order of what comes out, and what is refused."""
 
 from __future__ import annotations
 

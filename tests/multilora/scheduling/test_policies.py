@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from multilora.errors import ConfigError
-from multilora.scheduling.policies import Fcfs, View, policy_named
+from multilora.scheduling.policies import Fcfs, View, checked_order, policy_named
 from tests.harness.scheduler_house import House
 
 
@@ -25,3 +25,24 @@ def test_answers_to_one_request_come_in_their_order() -> None:
     for answer in answers:
         answer.arrival = 0
     assert Fcfs().order(answers[::-1], View((), 0)) == answers
+
+
+def test_a_policy_may_leave_out_but_not_repeat_or_invent() -> None:
+    house = House()
+    seqs = tuple(house.seq([1]) for _ in range(3))
+
+    class Fixed:
+        def __init__(self, *found: object) -> None:
+            self.found = found
+
+        def order(self, *_: object) -> list[object]:
+            return list(self.found)
+
+    def checked(*found: object) -> list[object]:
+        return list(checked_order(Fixed(*found), seqs, View((), 0)))  # type: ignore[arg-type]
+
+    assert checked(seqs[2], seqs[0]) == [seqs[2], seqs[0]]
+    assert checked() == []
+    for wrong in ((seqs[0], seqs[0]), (house.seq([1]),), (5,)):
+        with pytest.raises(ValueError, match="policy Fixed must order the waiting"):
+            checked(*wrong)
