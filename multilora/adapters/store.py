@@ -26,6 +26,7 @@ from ..errors import (
     CapacityError,
     RequestError,
 )
+from .base_weights import check_base
 from .device_cache import DeviceAdapterCache
 from .mix import AdapterSpec, Mix, mix_identity
 from .rank_pages import AdapterTable, PackedSite, RankPagePool, pack
@@ -122,7 +123,7 @@ class AdapterStore:
         """
         _check_name(name)
         self._check_size(name, adapter)
-        _check_base(name, adapter, base or {})
+        check_base(name, adapter, base or {})
         if adapter.digest in self._host:
             return self._host[adapter.digest]
         try:
@@ -369,26 +370,6 @@ def _check_weight(name: str, weight: object) -> None:
         or not -MAX_WEIGHT <= weight <= MAX_WEIGHT  # NaN too
     ):
         raise RequestError(f"weight of adapter {name[:140]!r} must be a finite number (in fp32)")
-
-
-def _check_base(name: str, adapter: Adapter, base: Mapping[str, Tensor]) -> None:
-    """Raises unless the base weights that the adapter brings are the served base's own.
-
-    One of the two may be a rounding of the other, since a base is trained on in one dtype and
-    served in another.
-    """
-    for site, saved in adapter.base_weights.items():
-        own = base.get(site)
-        same = own is not None and (
-            torch.equal(saved.to(own.device, own.dtype), own)
-            or torch.equal(own.to(saved.device, saved.dtype), saved)
-        )
-        if not same:
-            raise AdapterInvalid(
-                f"adapter {name!r} was trained with a changed base: its {site} weight differs from "
-                "the served one; multilora serves LoRA on the base it has, not modules_to_save. "
-                "Train it on this base, or merge it into its own and serve that"
-            )
 
 
 def _some(names: Iterable[str]) -> str:

@@ -15,9 +15,11 @@ from ...errors import AdapterInvalid
 from .files import show, strict_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sized
 
 MAX_CONFIG_BYTES = 1 << 20
+MAX_NAMES = 8192
+TIED = ("embed_tokens", "lm_head")
 LLAMA_TARGETS = ("q_proj", "v_proj")  # PEFT's own choice for a Llama when target_modules is null
 
 V = TypeVar("V")
@@ -124,13 +126,20 @@ class LoraSpec:
 
 def parse_config(data: bytes) -> LoraSpec:
     """Reads the bytes of an `adapter_config.json`, or raises AdapterInvalid naming the field."""
+    if data.count(b"[") + data.count(b"{") > MAX_NAMES:  # it would take long to parse
+        raise AdapterInvalid(f"adapter_config.json has more than {MAX_NAMES} lists and objects")
     raw = strict_json(data, "adapter_config.json")
+    if "peft_type" not in raw and "lora_parameters" in raw:
+        raise AdapterInvalid(
+            "this is an adapter of MLX-LM, which stores its matrices transposed and under names of "
+            "its own; convert it to PEFT's format first"
+        )
     if raw.get("peft_type") != "LORA":
         raise AdapterInvalid(
             f"peft_type={show(raw.get('peft_type'))} is refused; multilora serves LORA adapters"
         )
     for name, value in raw.items():
-        _decide(name, value)
+        _decide(name, value, raw)
     targets = raw.get("target_modules")
     spec = LoraSpec(
         rank=_rank("r", raw.get("r")),
@@ -152,8 +161,10 @@ def parse_config(data: bytes) -> LoraSpec:
     return spec
 
 
-def _decide(name: str, value: object) -> None:
-    """Raises if the field is refused at this value."""
+def _decide(name: str, value: object, raw: Mapping[str, Any]) -> None:
+    """Raises if the field is refused at this value, in this config."""
+    if name == "ensure_weight_tying" and not _may_tie(raw):
+        return
     if name in HONOURED or name in HARMLESS or value is None:
         return
     if name in REFUSED:
@@ -167,6 +178,14 @@ def _decide(name: str, value: object) -> None:
             f"{show(name)}={show(value)} is refused: multilora does not know this field, and to "
             "ignore it could change the answers; remove it if it has no meaning for inference"
         )
+
+
+def _may_tie(raw: Mapping[str, Any]) -> bool:
+    """Whether `ensure_weight_tying` can mean anything: it looks at the embedding and the head."""
+    targets = raw.get("target_modules")
+    if not isinstance(targets, list):
+        return targets is not None
+    return any(isinstance(name, str) and name.endswith(TIED) for name in targets)
 
 
 def _rank(name: str, value: object) -> int:
@@ -196,8 +215,16 @@ def _names(name: str, value: object) -> str | frozenset[str]:
     if isinstance(value, str):
         return value
     if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+        _few(name, value)
         return frozenset(value)
     raise AdapterInvalid(f"{name} must be a string or a list of strings, not {show(value)}")
+
+
+def _few(name: str, value: Sized) -> None:
+    if len(value) > MAX_NAMES:
+        raise AdapterInvalid(
+            f"{name} names {len(value)} modules, more than the {MAX_NAMES} that any base here has"
+        )
 
 
 def _layers(value: object) -> frozenset[int] | None:
@@ -223,4 +250,5 @@ def _table(name: str, value: Any, check: Callable[[str, object], V]) -> dict[str
         return {}
     if not isinstance(value, dict):
         raise AdapterInvalid(f"{name} must be an object, not {show(value)}")
+    _few(name, value)
     return {key: check(f"{name}[{show(key)}]", item) for key, item in value.items()}

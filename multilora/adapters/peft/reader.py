@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+WRITTEN = ("st_size", "st_mtime_ns")  # what a writer changes; not one who puts a new file there
 PICKLE_FILE = "adapter_model.bin"
 PREFIX = "base_model.model."
 BASE_SITES = ("embed", "lm_head")  # PEFT saves their full weight beside a LoRA on them
@@ -88,11 +89,17 @@ def _read(folder: Path, config: ModelConfig, max_rank: int) -> Adapter:
             f"convert to safetensors ({WEIGHTS_FILE}), which PEFT's save_pretrained writes"
         )
     with open_regular(folder / WEIGHTS_FILE, MAX_FILE_BYTES) as file:
+        before = os.fstat(file.fileno())
         header = read_header(file)
         names, base_names = _sort_names(header)
         _check_names(names, targets, config)
         _check_shapes(names, base_names, header, targets, config)
         weights = read_weights(file, header)
+        after = os.fstat(file.fileno())
+    if any(getattr(before, name) != getattr(after, name) for name in WRITTEN):
+        raise AdapterInvalid(
+            f"{WEIGHTS_FILE} was written to while it was read; write to another name and rename"
+        )
     return _assemble(names, base_names, weights, targets)
 
 

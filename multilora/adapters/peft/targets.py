@@ -11,6 +11,7 @@ import regex
 
 from ...errors import AdapterInvalid, AdapterTooLarge
 from .files import show
+from .patterns import check_pattern
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,11 +19,7 @@ if TYPE_CHECKING:
     from ...config.lora_sites import Site
     from .config import LoraSpec
 
-MAX_MATCH_SECONDS = 0.3  # of processor time, for all expressions of an adapter together
-MAX_PATTERN_LENGTH = 1000
-MAX_REPEATS = (
-    1000  # the compiler writes x{n} out n times: (x{1000}){1000} takes 0.4 s, three levels hours
-)
+MAX_MATCH_SECONDS = 0.15  # of processor time, for all expressions of an adapter together
 
 V = TypeVar("V")
 
@@ -150,14 +147,7 @@ class _Matcher:
 
 
 def _compile(field: str, pattern: str) -> Any:
-    repeats = 1
-    for count in regex.findall(r"\{\s*(\d+)", pattern[: MAX_PATTERN_LENGTH + 1]):
-        repeats *= max(1, int(count))
-    if len(pattern) > MAX_PATTERN_LENGTH or repeats > MAX_REPEATS:
-        raise AdapterInvalid(
-            f"{field}: the expression {show(pattern)} is too large (limits: {MAX_PATTERN_LENGTH} "
-            f"characters, {MAX_REPEATS} counted repetitions); list the modules by name"
-        )
+    check_pattern(field, pattern)
     try:
         # Not cached by the library: its cache is shared, and these come from strangers.
         return regex.compile(pattern, cache_pattern=False)

@@ -101,7 +101,7 @@ def test_every_refused_field_has_a_refused_value_here() -> None:
 @pytest.mark.parametrize("name", REFUSED)
 def test_refuses_by_name_with_a_cure(name: str) -> None:
     for value in REFUSED_VALUES[name]:
-        data = json.dumps({**GOOD, name: value}).encode()
+        data = json.dumps({**GOOD, "target_modules": ["lm_head"], name: value}).encode()
         assert_refused(data, f"{name}={value!r} is refused: {REFUSED[name].cure[:40]}")
 
 
@@ -114,6 +114,30 @@ def test_accepts_a_refused_field_where_it_changes_nothing(name: str) -> None:
 def test_the_refusal_of_pissa_says_how_to_convert() -> None:
     with pytest.raises(AdapterInvalid, match="path_initial_model_for_weight_conversion"):
         parse(init_lora_weights="pissa")
+
+
+def test_a_field_is_judged_by_its_context() -> None:
+    """Tied weights mean something to an adapter of the embedding or the head alone."""
+    for targets in (["q_proj", "v_proj"], None):
+        assert parse(target_modules=targets, ensure_weight_tying=True) == parse(
+            target_modules=targets
+        )
+    for targets in (["q_proj", "embed_tokens"], ["model.lm_head"], ".*lm_head", "all-linear"):
+        with pytest.raises(AdapterInvalid, match="ensure_weight_tying=True is refused"):
+            parse(target_modules=targets, ensure_weight_tying=True)
+
+
+def test_an_adapter_of_mlx_is_called_by_its_name() -> None:
+    data = json.dumps({"fine_tune_type": "lora", "lora_parameters": {"rank": 8}}).encode()
+    with pytest.raises(AdapterInvalid, match=r"MLX-LM.*convert"):
+        parse_config(data)
+
+
+def test_more_names_than_any_base_has() -> None:
+    many = [f"m{i}" for i in range(60_000)]
+    for name, value in (("target_modules", many), ("rank_pattern", dict.fromkeys(many, 8))):
+        with pytest.raises(AdapterInvalid, match=f"{name} names 60000 modules"):
+            parse(**{name: value})
 
 
 def test_harmless_fields_change_nothing() -> None:
@@ -216,7 +240,8 @@ BAD_BYTES: dict[str, tuple[bytes, str]] = {
     "UTF-16": (json.dumps(GOOD).encode("utf-16"), "is not JSON"),
     "list": (b"[1]", "must hold a JSON object, not list"),
     "null": (b"null", "must hold a JSON object, not NoneType"),
-    "deep": (b'{"a":' * 100_000, "is not JSON"),
+    "deep": (b'{"a":' * 100_000, "more than 8192 lists and objects"),
+    "less deep": (b'{"a":' * 8000, "is not JSON"),
     "digits": (b'{"r": ' + b"9" * 100_000 + b"}", "is not JSON"),
     "key twice": (b'{"peft_type": "LORA", "r": 8, "r": 16}', "has the key 'r' twice"),
     "inner key twice": (b'{"rank_pattern": {"q": 8, "q": 16}}', "has the key 'q' twice"),

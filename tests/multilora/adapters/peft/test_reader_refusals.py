@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
+from multilora.adapters.peft import reader
 from multilora.adapters.peft.reader import read_adapter
-from multilora.errors import AdapterTooLarge
+from multilora.errors import AdapterInvalid, AdapterTooLarge
 from tests.harness.adapter_folders import CONFIG, change_config, change_tensors, write_adapter
 from tests.harness.refused_adapters import assert_refused
 
@@ -113,3 +115,34 @@ def test_a_large_rank_is_no_matter_where_nothing_uses_it(tmp_path: Path) -> None
     assert read_adapter(tmp_path, CONFIG, max_rank=4).rank == 4
     with pytest.raises(AdapterTooLarge, match=r"rank 4, above max_lora_rank=3; .*>=8"):
         read_adapter(tmp_path, CONFIG, max_rank=3)
+
+
+def test_weights_that_are_written_to_while_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of each version would have a digest of its own, and nonsense for answers."""
+    write_adapter(tmp_path, CONFIG)
+    weights = tmp_path / "adapter_model.safetensors"
+    data, read = weights.read_bytes(), reader.read_weights
+
+    def read_beside_a_writer(*args: Any) -> Any:
+        found = read(*args)
+        change()
+        return found
+
+    def in_place() -> None:
+        with weights.open("r+b") as file:
+            file.seek(len(data) // 2)
+            file.write(data[len(data) // 2 :])
+        os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 1))  # later than any clock's step
+
+    def by_name() -> None:
+        (tmp_path / "new").write_bytes(data)
+        (tmp_path / "new").replace(weights)
+
+    monkeypatch.setattr(reader, "read_weights", read_beside_a_writer)
+    change = by_name
+    read_adapter(tmp_path, CONFIG)
+    change = in_place
+    with pytest.raises(AdapterInvalid, match="was written to while it was read"):
+        read_adapter(tmp_path, CONFIG)
