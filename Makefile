@@ -64,7 +64,7 @@ test-slow: install
 
 # Traces of the engine against the solo run of every request: hours on two cores.
 fuzz: install
-	MULTILORA_TRACES=$${MULTILORA_TRACES:-20000} $(BIN)/pytest -m slow -k long_life \
+	MULTILORA_TRACES=$${MULTILORA_TRACES:-20000} $(BIN)/pytest -s -m slow -k long_life \
 		-o timeout=0 tests/multilora/end_to_end/test_fuzz.py
 
 # The C++ library by other builds than setup.py's: build/<name>/_cpu.so.
