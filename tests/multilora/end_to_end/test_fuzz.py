@@ -280,4 +280,4 @@ def test_a_long_life_leaks_nothing_and_changes_no_answer(world: World, way: str)
     for done in range(0, count, BATCH):  # hypothesis remembers every trace of a run
         live(world, way, examples=min(count - done, BATCH), steps=40)
         world.solo.clear()
-        print(f"{way}: {min(done + BATCH, count)} of {count} traces", flush=True)  # pytest -s
+        print(f"{way}: {min(done + BATCH, count)} of {count} traces", flush=True)  # noqa: T201 - with pytest -s
