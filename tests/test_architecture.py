@@ -43,6 +43,7 @@ WITHOUT_TORCH = ("multilora.config", "multilora.adapters.mix", "multilora.schedu
 MAY_PRINT = (
     "multilora.entrypoints.cli",
     "multilora.entrypoints.commands.generate",
+    "multilora.entrypoints.commands.info",
 )
 MAY_LOAD_PICKLES = ("multilora.checkpoint.meta",)  # Meta's .pth files, with weights_only=True
 FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "yaml"}

@@ -1,4 +1,4 @@
-"""The command line: `multilora generate`, `demo`, `adapters check`, `version`."""
+"""The command line: `multilora generate`, `info`, `demo`, `adapters check`, `version`."""
 
 from __future__ import annotations
 
@@ -48,10 +48,13 @@ def main(args: Sequence[str] | None = None) -> None:
     except MultiloraError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+    except KeyboardInterrupt:  # while commands are imported
+        raise SystemExit(INTERRUPTED) from None
 
 
 def _app() -> typer.Typer:
     from .commands.generate import generate
+    from .commands.info import info
 
     app = typer.Typer(
         help="Serves many LoRA adapters from one shared Llama, in one batch.",
@@ -60,7 +63,7 @@ def _app() -> typer.Typer:
         pretty_exceptions_enable=False,  # main() shows the typed ones
     )
     app.callback()(_global)
-    for command in (generate, demo, version):
+    for command in (generate, info, demo, version):
         app.command()(_quietly_ended(command))
     adapters = typer.Typer(help="Looks at adapters.", no_args_is_help=True)
     adapters.command()(_quietly_ended(check))

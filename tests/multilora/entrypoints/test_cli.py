@@ -61,7 +61,7 @@ def test_the_command_line_sets_it_before_torch_and_the_library_never(
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "--help")
     assert code == 0
-    assert all(name in out for name in ("generate", "demo", "adapters", "version"))
+    assert all(name in out for name in ("generate", "info", "demo", "adapters", "version"))
 
 
 def test_check_prints_what_an_adapter_holds(
