@@ -103,7 +103,8 @@ def _prompt(llm: LLM, asked: Asked, chat: bool) -> str | list[int]:
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
     with _told(asked):
-        return llm.get_tokenizer().apply_chat_template(messages)
+        longest = llm.engine.max_model_len - 1  # and one new token
+        return llm.get_tokenizer().apply_chat_template(messages, max_length=longest)
 
 
 @contextmanager

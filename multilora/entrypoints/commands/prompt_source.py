@@ -80,7 +80,7 @@ def _read(file: str, adapter: AdapterSpec, loaded: Mapping[str, str]) -> list[As
 def _object(text: str, place: str, adapter: AdapterSpec) -> Asked:
     """The prompt of one line of JSON."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_unique)
         json.dumps(value, ensure_ascii=False).encode()  # no halves of surrogate pairs
     except (ValueError, RecursionError) as error:
         raise RequestError(f"{place}: not JSON ({error}); write {EXAMPLE} on each line") from None
@@ -104,6 +104,14 @@ def _object(text: str, place: str, adapter: AdapterSpec) -> Asked:
     return Asked(
         content[0], _spec(value["adapter"], place) if "adapter" in value else adapter, place
     )
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, none of whose fields hides another."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a field stands twice in an object")
+    return found
 
 
 def _are_messages(value: Any) -> bool:

@@ -201,6 +201,7 @@ def test_a_prompt_that_cannot_be_accepted_is_named_by_its_line(
         code, out, err = run(capsys, *generate_args(*options))
         assert (code, out) == (1, "")
         assert err.startswith(f"error: {file}:3: ")
+        assert "shorten the prompt or raise max_model_len" in err
         assert err.count("\n") == 1
 
 

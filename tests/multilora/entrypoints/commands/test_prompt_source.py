@@ -88,6 +88,7 @@ def test_a_terminal_is_not_waited_for_and_prompts_leave_stdin_alone(
         (b"[" * 100_000, "not JSON"),
         (b'{"prompt": "\\ud800"}', "not JSON"),
         (b'{"prompt": "\xff"}', "not UTF-8"),
+        (b'{"prompt": "x", "prompt": "y"}', "stands twice"),
         (b"[]", "must be an object"),
         (b"{}", "one of prompt and messages"),
         (b'{"prompt": "x", "messages": []}', "one of prompt and messages"),
