@@ -40,7 +40,11 @@ PUBLIC = len(LAYERS)  # `multilora` itself: it gives the public names, and is im
 
 # Decisions are pure: these run in microseconds, in tests and in a simulator.
 WITHOUT_TORCH = ("multilora.config", "multilora.adapters.mix", "multilora.scheduling")
-MAY_PRINT = ("multilora.entrypoints.cli",)
+MAY_PRINT = (
+    "multilora.entrypoints.cli",
+    "multilora.entrypoints.commands.generate",
+    "multilora.entrypoints.commands.info",
+)
 MAY_LOAD_PICKLES = ("multilora.checkpoint.meta",)  # Meta's .pth files, with weights_only=True
 FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "yaml"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}

@@ -58,12 +58,12 @@ def shape_of(model: str) -> ModelConfig:
     if name not in SHAPES:
         if not Path(model).is_dir():
             raise CheckpointError(
-                f"load_format='dummy': {model!r} is neither a folder with a config.json nor one of "
+                f"{model!r} is neither a folder with a config.json nor one of "
                 f"{', '.join(SHAPES)} (with :N for N layers)"
             )
         return ModelConfig.from_dir(model)
     if not colon:
         return SHAPES[name]
     if not layers.isdecimal() or int(layers) < 1:
-        raise CheckpointError(f"load_format='dummy': {model!r} must end in a number of layers")
+        raise CheckpointError(f"{model!r} must end in a number of layers, e.g. {name}:4")
     return replace(SHAPES[name], num_layers=int(layers))

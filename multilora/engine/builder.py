@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -64,8 +64,7 @@ def build(config: EngineConfig) -> EngineParts:
     device = open_device(config.device)
     shape = shape_of(config.model) if _is_dummy(config) else read_config(config.model)
     check_capabilities(device, config, shape)
-    dtypes, length = _dtypes(config, shape), _max_model_len(config, shape)
-    needs, memory = _needs(config, device, shape, dtypes, length), device.memory()
+    (dtypes, length, needs), memory = reckon(config, device, shape), device.memory()
     if memory is not None:
         check_device(config, needs, memory)
     elif (host := host_memory()) is not None:
@@ -115,15 +114,25 @@ def _end_ids(shape: ModelConfig, tokenizer: Tokenizer | None) -> frozenset[int]:
     return frozenset(found.difference(beyond))
 
 
-def _needs(
-    config: EngineConfig, device: Device, shape: ModelConfig, dtypes: Dtypes, max_model_len: int
-) -> MemoryNeeds:
-    """What is to be expected. A CPU captures on demand, and takes memory as it is touched."""
-    sizes = batch_shapes(config.max_num_seqs, config.max_loras, max_model_len)
+class Reckoned(NamedTuple):
+    """What is known of an engine before it is loaded."""
+
+    dtypes: Dtypes
+    max_model_len: int
+    needs: MemoryNeeds
+
+
+def reckon(config: EngineConfig, device: Device | type[Device], shape: ModelConfig) -> Reckoned:
+    """What an engine of these settings is to be and needs; a kind of device is enough.
+
+    A CPU captures on demand, and takes memory as it is touched.
+    """
+    dtypes, length = _dtypes(config, shape), _max_model_len(config, shape)
+    sizes = batch_shapes(config.max_num_seqs, config.max_loras, length)
     beforehand = not config.enforce_eager and not device.captures_on_demand
     tokens = [size.tokens for size in sizes] if beforehand else []
     pages = config.pages_per_site(device.is_cuda)
-    return expected(config, shape, dtypes, max_model_len, pages, tokens)
+    return Reckoned(dtypes, length, expected(config, shape, dtypes, length, pages, tokens))
 
 
 def _model(config: EngineConfig, device: Device, shape: ModelConfig, dtype: torch.dtype) -> Llama:

@@ -23,7 +23,7 @@ def check_device(config: EngineConfig, needs: MemoryNeeds, memory: DeviceMemory)
 
     `memory` is that before anything is loaded.
     """
-    _blocks_that_fit(config, needs, memory, memory.total - memory.free)
+    blocks_that_fit(config, needs, memory, memory.total - memory.free)
 
 
 def check_host(config: EngineConfig, needs: MemoryNeeds, memory: DeviceMemory) -> None:
@@ -57,7 +57,7 @@ def num_blocks(config: EngineConfig, needs: MemoryNeeds, memory: DeviceMemory | 
         found = config.num_kv_blocks or max(min(needs.max_blocks, affordable), 1)
     else:
         others = max(memory.total - memory.free - needs.base, 0)
-        fits = _blocks_that_fit(config, needs, memory, others)
+        fits = blocks_that_fit(config, needs, memory, others)
         found = config.num_kv_blocks or min(fits, needs.max_blocks)
     logger.info(
         "memory: base %s, activations %s, rank pages %s, graphs %s, %d KV blocks of %d tokens %s",
@@ -67,6 +67,11 @@ def num_blocks(config: EngineConfig, needs: MemoryNeeds, memory: DeviceMemory | 
         _gb(found * needs.block),
     )
     return found
+
+
+def host_blocks(needs: MemoryNeeds, memory: DeviceMemory) -> int:
+    """KV blocks that the free memory of a host holds beside all else."""
+    return max((memory.free - needs.fixed) // needs.block, 0)
 
 
 def ran_out(
@@ -84,10 +89,10 @@ def ran_out(
     )
 
 
-def _blocks_that_fit(
+def blocks_that_fit(
     config: EngineConfig, needs: MemoryNeeds, memory: DeviceMemory, others: int
 ) -> int:
-    """KV blocks beside all else and `others`, bytes of other processes and the driver.
+    """KV blocks on a GPU beside all else and `others`, bytes of other processes and the driver.
 
     ConfigError if they are fewer than the least number.
     """

@@ -117,7 +117,10 @@ def _raised(
         with _Bomb(error, is_here) as bomb:
             work()
     except BaseException as found:
-        if found is not error:
+        # What CPython 3.11 makes of it, some once in ten thousand times, where a profiler raises as
+        # a `with` is left by an exception: it calls what lies in the place of `__exit__`.
+        is_pythons = isinstance(found, TypeError) and "'traceback' object" in str(found)
+        if found is not error and not is_pythons:
             raise
         return True
     finally:

@@ -27,5 +27,5 @@ def test_a_shape_can_have_fewer_layers() -> None:
     assert shape_of("llama-3.1-70b:2").num_layers == 2
     assert shape_of("llama-3.1-70b").num_layers == 80
     for wrong in ("llama-3.1-70b:", "llama-3.1-70b:x", "llama-3.1-70b:0", "llama-9"):
-        with pytest.raises(CheckpointError, match="load_format='dummy'"):
+        with pytest.raises(CheckpointError, match=repr(wrong)):
             shape_of(wrong)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from multilora.config.engine import EngineConfig
-from multilora.device.capabilities import check_capabilities
+from multilora.device.capabilities import check_capabilities, check_settings
 from multilora.device.select import open_device
 from multilora.engine import builder
 from multilora.errors import ConfigError
@@ -112,3 +112,21 @@ def test_a_gpu_with_e4m3_takes_it(monkeypatch: pytest.MonkeyPatch, capability: i
     refuse(monkeypatch, "3.6.0", capability)
     config = EngineConfig(model="x", device="cuda", kv_cache_dtype="fp8")
     check_capabilities(FakeCuda(), config, replace(TINY, head_dim=64))
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_gpu"),
+    [
+        ({"kv_cache_dtype": "fp8"}, False),
+        ({"kv_cache_dtype": "int8"}, True),
+        ({"quantization": "int8"}, True),
+    ],
+)
+def test_what_no_device_of_the_kind_does_is_said_without_one(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], is_gpu: bool
+) -> None:
+    monkeypatch.setattr(launch_plans, "target_of", lambda *_: pytest.fail("asked a GPU"))
+    config, shape = EngineConfig(model="x", **settings), replace(TINY, head_dim=64)
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        check_settings(config, shape, is_gpu=is_gpu)
+    check_settings(config, shape, is_gpu=not is_gpu)

@@ -13,7 +13,9 @@ import torch
 import multilora_kernels as mk
 from multilora.config.engine import EngineConfig
 from multilora.config.lora_sites import sites_of
-from multilora.device.cpu import DeviceMemory
+from multilora.config.presets import SHAPES
+from multilora.device.cpu import Device, DeviceMemory
+from multilora.device.cuda import CudaDevice
 from multilora.engine import builder
 from multilora.engine.engine import Engine
 from multilora.errors import ConfigError
@@ -273,3 +275,20 @@ def test_end_tokens_that_the_model_has_no_row_for_are_left_out_and_said(
     caplog.clear()
     assert builder._end_ids(replace(TINY, eos_token_ids=(2,)), None) == {2}
     assert not caplog.text
+
+
+def test_a_kind_of_device_is_enough_to_reckon_with() -> None:
+    """Without a GPU: its graphs and its number of rank pages, not a CPU's."""
+    config = EngineConfig(model="x", max_model_len=4096, kv_cache_dtype="fp8")
+    shape = SHAPES["llama-3.1-8b"]
+    on_cpu, on_gpu = (
+        builder.reckon(config, Device, shape),
+        builder.reckon(config, CudaDevice, shape),
+    )
+    assert on_cpu.dtypes == on_gpu.dtypes
+    assert on_gpu.dtypes == (torch.bfloat16, torch.bfloat16, torch.float8_e4m3fn)
+    assert on_cpu.max_model_len == on_gpu.max_model_len == 4096
+    assert on_cpu.needs.graphs == 0 < on_gpu.needs.graphs
+    assert on_cpu.needs.rank_pages == 2 * on_gpu.needs.rank_pages
+    eager = replace(config, enforce_eager=True)
+    assert builder.reckon(eager, CudaDevice, shape).needs.graphs == 0

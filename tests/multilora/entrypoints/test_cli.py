@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -19,18 +21,11 @@ if TYPE_CHECKING:
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
-PROMPT = demo.load_scene(1).prompts["feedback"]
-ANSWER = demo.load_scene(1).answers["feedback"]
-
-
-def generate_args(*more: object) -> list[object]:
-    with demo.assets() as folder:
-        adapter = f"feedback={folder / 'adapters' / 'feedback'}"
-        return ["generate", folder / "base", "--adapter", adapter, *more]
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(capsys, "version") == (0, f"{__version__}\n", "")
+    for spelling in ("version", "--version"):
+        assert run(capsys, spelling) == (0, f"{__version__}\n", "")
 
 
 def test_threads_spin_shortly_unless_the_user_says_how_they_wait(
@@ -66,87 +61,7 @@ def test_the_command_line_sets_it_before_torch_and_the_library_never(
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "--help")
     assert code == 0
-    assert all(name in out for name in ("generate", "demo", "adapters", "version"))
-
-
-@pytest.mark.seconds
-def test_generate_streams_an_adapters_answer(capsys: pytest.CaptureFixture[str]) -> None:
-    args = generate_args("--prompt", PROMPT, "--use", "feedback", "--max-tokens", 12)
-    code, out, err = run(capsys, *args)
-    assert (code, err) == (0, "")
-    assert len(out) > 20
-    assert ANSWER.startswith(out.rstrip("\n"))
-
-
-@pytest.mark.seconds
-def test_generate_quantizes_the_base(capsys: pytest.CaptureFixture[str]) -> None:
-    args = generate_args("--prompt", PROMPT, "--use", "feedback", "--max-tokens", 4)
-    options = ("--quantization", "int4", "--quantization-group-size", "128")
-    options += ("--kv-cache-dtype", "int8")
-    code, out, err = run(capsys, *args, *options)
-    assert (code, err) == (0, "")
-    assert len(out) > 4
-
-
-@pytest.mark.seconds
-def test_generate_can_run_a_shape_with_random_weights(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    with demo.assets() as folder:
-        for name in ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
-            if (folder / "base" / name).is_file():
-                (tmp_path / name).write_bytes((folder / "base" / name).read_bytes())
-    args = ["generate", tmp_path, "--prompt", "Hi", "--no-chat", "--max-tokens", 3]
-    code, out, err = run(capsys, *args)
-    assert (code, out) == (1, "")
-    assert "holds no weights" in err
-    code, _, err = run(capsys, *args, "--load-format", "dummy")
-    assert (code, err) == (0, "")
-
-
-def test_a_missing_gpu_is_one_line_on_stderr(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    code, out, err = run(capsys, *generate_args("--prompt", PROMPT, "--device", "cuda"))
-    assert (code, out) == (1, "")
-    assert err.startswith("error: device 'cuda' cannot be used")
-    assert err.count("\n") == 1
-
-
-@pytest.mark.seconds
-def test_generate_answers_several_prompts_under_their_headings(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    args = generate_args("--prompt", "One", "--prompt", "Two", "--no-chat", "--max-tokens", 3)
-    code, out, _ = run(capsys, *args, "--use", "feedback=0.5")
-    assert code == 0
-    assert out.index("== One ==") < out.index("== Two ==")
-
-
-@pytest.mark.seconds
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (("--use", "nobody"), "nobody"),
-        (("--use", "feedback=much"), "name=weight"),
-        (("--use", "feedback=1", "--use", "feedback=1"), "twice"),
-        (("--adapter", "feedback"), "name=folder"),
-        (("--adapter", "feedback=x"), "twice"),
-        (("--max-tokens", "0"), "max_tokens"),
-        (("--dtype", "int4"), "dtype"),
-        (("--quantization", "int2"), "quantization"),
-        (("--quantization", "int8", "--quantization-group-size", "7"), "group_size"),
-    ],
-)
-def test_a_mistake_is_one_line_on_stderr(
-    capsys: pytest.CaptureFixture[str], options: tuple[str, ...], words: str
-) -> None:
-    code, out, err = run(capsys, *generate_args("--prompt", "Hello", *options))
-    assert (code, out) == (1, "")
-    assert err.startswith("error: ")
-    assert words in err
-    assert err.count("\n") == 1
+    assert all(name in out for name in ("generate", "info", "demo", "adapters", "version"))
 
 
 def test_check_prints_what_an_adapter_holds(
@@ -173,6 +88,41 @@ def test_check_refuses_with_the_typed_error(
     assert (code, out) == (1, "")
     assert err.startswith("error: adapter at ")
     assert "DoRA" in err or "dora" in err
+
+
+def test_ctrl_c_ends_quietly(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        sys.stdout.write("one\n")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "show", interrupted)
+    assert run(capsys, "demo") == (130, "one\n", "")
+
+
+@pytest.mark.seconds
+@pytest.mark.parametrize("count", [1, 100_000])
+def test_a_closed_pipe_ends_quietly(count: int) -> None:
+    """Also one that is closed when only what is buffered is left to write."""
+    code = (
+        "import sys; from multilora.entrypoints import cli; "
+        f"cli.__version__ = 'x' * {count}; sys.stdin.read(); cli.main(['version'])"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    process.stdin.close()
+    with process.stderr as stderr:
+        assert stderr.read() == b""
+    assert process.wait() == 141
 
 
 def test_what_is_missing_is_named_with_its_extra(

@@ -15,6 +15,7 @@ from multilora.runtime.memory_budget import (
     DEFAULT_KV_BYTES,
     check_device,
     check_host,
+    host_blocks,
     num_blocks,
     ran_out,
 )
@@ -65,6 +66,12 @@ def test_blocks_that_were_asked_for_are_given_or_refused() -> None:
     assert num_blocks(config(num_kv_blocks=3), replace(NEEDS, min_blocks=3), GPU) == 3
     with pytest.raises(ConfigError, match="Lower num_kv_blocks to 22411, or lora_pages"):
         num_blocks(config(num_kv_blocks=40_000), replace(NEEDS, min_blocks=40_000), GPU)
+
+
+def test_what_the_free_memory_of_a_host_would_hold() -> None:
+    assert host_blocks(NEEDS, GPU) == (63 - 16 - 1 - 5 - 2) * GB // 2**21
+    assert host_blocks(NEEDS, DeviceMemory(free=24 * GB, total=80 * GB)) == 0
+    assert host_blocks(NEEDS, DeviceMemory(free=20 * GB, total=80 * GB)) == 0
 
 
 def test_on_a_cpu_memory_is_virtual() -> None:
