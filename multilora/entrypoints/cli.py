@@ -126,13 +126,16 @@ def check(
     path: Annotated[Path, typer.Argument(help="Folder of the adapter.")],
     model: Annotated[Path, typer.Option(help="Folder of the base checkpoint.")],
 ) -> None:
-    """Reads an adapter against its base and says what it holds."""
+    """Reads an adapter against its base, as loading does, and says what it holds."""
+    from ..adapters.base_weights import check_base
     from ..adapters.peft.reader import read_adapter
-    from ..checkpoint.reader import read_config
+    from ..checkpoint.reader import read_base_weight, read_config
     from ..config.lora_sites import sites_of
 
     config = read_config(model)
     found = read_adapter(path, config)
+    base = {site: read_base_weight(model, site, config) for site in found.base_weights}
+    check_base(path.name, found, base)
     weights = [w for module in found.modules.values() for w in (module.a, module.b)]
     ranks = {site: found.rank_at(site) for site in sites_of(config)}
     print(f"digest   {found.digest}")

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from multilora import __version__
+from multilora.checkpoint.reader import read_base_weight, read_config
 from multilora.entrypoints import cli, demo
-from tests.harness.adapter_folders import change_config, write_adapter
+from tests.harness.adapter_folders import change_config, change_tensors, write_adapter
 from tests.harness.command_line import run
 from tests.harness.model_folders import TINY, write_checkpoint
 
@@ -133,3 +134,18 @@ def test_what_is_missing_is_named_with_its_extra(
     assert code == 1
     assert "needs typer" in err
     assert "pip install 'multilora[cli]'" in err
+
+
+def test_check_refuses_what_loading_would(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An adapter that brings another embedding than the base has."""
+    write_checkpoint(tmp_path / "base")
+    write_adapter(tmp_path / "a", TINY, targets=("embed_tokens",))
+    own = read_base_weight(tmp_path / "base", "embed", read_config(tmp_path / "base"))
+    name = "base_model.model.model.embed_tokens.base_layer.weight"
+    command = ("adapters", "check", tmp_path / "a", "--model", tmp_path / "base")
+    for weight, status in ((own.clone(), 0), (own * 1.5, 1)):
+        change_tensors(tmp_path / "a", lambda tensors, w=weight: tensors.update({name: w}))
+        code, _, err = run(capsys, *command)
+        assert (code, "changed base" in err) == (status, bool(status))
