@@ -186,10 +186,11 @@ class SamplingParams:
     def _check_ids(self) -> None:
         for name in ("stop_token_ids", "allowed_token_ids"):
             value = getattr(self, name)
-            ids = tuple(dict.fromkeys(_plain(i) for i in _items(value, name, MAX_IDS)))
+            ids = tuple(_plain(i) for i in _items(value, name, MAX_IDS))
             for token in ids:
                 if not _is_token(token):
                     raise RequestError(f"{name} must be token ids, not {shown(token)}")
+            ids = tuple(dict.fromkeys(ids))
             self._set(name, None if value is None and name == "allowed_token_ids" else ids)
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise RequestError(
@@ -208,7 +209,11 @@ class SamplingParams:
                 f"logit_bias may name at most {MAX_BIASED} tokens, not {len(self.logit_bias)}"
             )
         bias = {}
-        for key, value in self.logit_bias.items():
+        try:
+            entries = list(self.logit_bias.items())
+        except Exception as error:
+            raise RequestError(f"logit_bias cannot be read: {shown(error)}") from error
+        for key, value in entries:
             token, value = _plain(key), _plain(value)
             if isinstance(token, str) and token.isascii() and token.isdigit() and len(token) < 20:
                 token = int(token)
@@ -295,8 +300,11 @@ SamplingParams.__init__ = _accepting(SamplingParams.__init__)  # type: ignore[me
 
 def _plain(value: Any) -> Any:
     """Numbers of numpy and torch as Python's; anything else as it is."""
-    is_number = getattr(value, "shape", None) == () and callable(getattr(value, "item", None))
-    return value.item() if is_number else value
+    try:
+        is_number = getattr(value, "shape", None) == () and callable(getattr(value, "item", None))
+        return value.item() if is_number else value
+    except Exception:  # a class of the caller's
+        return value
 
 
 def _is_int(value: object) -> bool:
@@ -317,8 +325,13 @@ def _items(value: Any, name: str, most: int) -> tuple[Any, ...]:
     """A list, tuple, set or array as a tuple; None is empty."""
     if value is None:
         return ()
-    if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__len__"):
+    if isinstance(value, str | bytes | Mapping | type) or not hasattr(value, "__len__"):
         raise RequestError(f"{name} must be a list, not {shown(value)}")
-    if len(value) > most:
-        raise RequestError(f"{name} may have at most {most} entries, not {len(value)}")
-    return tuple(value)
+    try:
+        count = len(value)
+        items = tuple(value) if count <= most else ()
+    except Exception as error:
+        raise RequestError(f"{name} cannot be read: {shown(error)}") from error
+    if count > most:
+        raise RequestError(f"{name} may have at most {most} entries, not {count}")
+    return items

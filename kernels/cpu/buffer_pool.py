@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -12,13 +13,26 @@ from torch import Tensor
 from .huge_pages import REGION, Region
 
 
+class _Lent(weakref.ref[memoryview]):
+    """A block of memory that a tensor has, and where it goes back to."""
+
+    __slots__ = ("address", "free", "place")
+
+    address: int
+    free: list[tuple[Region, int]]
+    place: tuple[Region, int]
+
+
 class BufferPool:
     """Tensors of a pool; what one leaves is given to the next of about its size. Never shrinks."""
 
     def __init__(self) -> None:
         self._regions: list[Region] = []
         self._free: dict[int, list[tuple[Region, int]]] = {}  # by size, the last to come first
-        self._live: dict[int, weakref.ref[memoryview]] = {}  # by address
+        self._live: dict[int, _Lent] = {}  # by address
+        # Blocks that nobody has any more. What a finalizer raises goes nowhere, a Ctrl-C too, so
+        # it calls nothing of Python's: they are taken back when the next block is asked for.
+        self._returned: deque[_Lent] = deque()
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """`torch.empty` on a CPU."""
@@ -26,18 +40,21 @@ class BufferPool:
         if count == 0:
             return torch.empty(tuple(shape), dtype=dtype)
         size = 1 << max(count * dtype.itemsize - 1, 63).bit_length()
+        self._take_back()
         free = self._free.setdefault(size, [])
         region, start = free.pop() if free else self._new(size)
         block = memoryview(region.data)[start : start + size]
         tensor = torch.frombuffer(block, dtype=dtype, count=count).view(tuple(shape))
-        address = tensor.data_ptr()
-
-        def give_back(_: object) -> None:
-            del self._live[address]
-            free.append((region, start))
-
-        self._live[address] = weakref.ref(block, give_back)  # the tensor's memory holds the block
+        lent = _Lent(block, self._returned.append)  # the tensor's memory holds the block
+        lent.address, lent.free, lent.place = tensor.data_ptr(), free, (region, start)
+        self._live[lent.address] = lent
         return tensor
+
+    def _take_back(self) -> None:
+        while self._returned:
+            lent = self._returned.popleft()
+            del self._live[lent.address]
+            lent.free.append(lent.place)
 
     def owns(self, tensor: Tensor) -> bool:
         """Whether the tensor lies in the pool."""

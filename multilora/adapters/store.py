@@ -304,21 +304,20 @@ class AdapterStore:
         assert self._host.keys() >= set(self._names.values())
         assert self._holds.keys() <= self._host.keys()
         assert min(self._holds.values(), default=1) > 0
-        assert not [d for d in self._host if not self._is_needed(d)]
+        named = set(self._names.values())
+        assert not [d for d in self._host if d not in named and not self._is_needed(d)]
         self._device.check_integrity({d: h.packed for d, h in self._host.items()})
 
     # Checks ----------------------------------------------------------------------------------
 
     def _is_needed(self, digest: str) -> bool:
-        return (
-            digest in self._holds
-            or digest in self._names.values()
-            or self._device.is_pinned(digest)
-        )
+        return digest in self._holds or self._device.is_pinned(digest)
 
     def _drop_unneeded(self, digests: Iterable[str]) -> None:
+        digests = [d for d in digests if d in self._host and not self._is_needed(d)]
+        named = set(self._names.values()) if digests else set()
         for digest in digests:
-            if digest in self._host and not self._is_needed(digest):
+            if digest not in named and digest in self._host:
                 self._device.evict(digest)
                 del self._host[digest]
 

@@ -15,6 +15,8 @@ QUANTIZATIONS = ("int8", "int4")
 GROUP_SIZES = (32, 64, 128)
 KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3", "int8")
 LOAD_FORMATS = ("auto", "dummy")
+GENERATION_CONFIGS = ("auto", "vllm")
+COUNTS = ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_loras", "max_lora_rank")
 DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 
 
@@ -98,65 +100,73 @@ class EngineConfig:
     batch_invariant: bool = False
 
     def __post_init__(self) -> None:
-        for name in (
-            "block_size",
-            "max_num_seqs",
-            "max_num_batched_tokens",
-            "max_loras",
-            "max_lora_rank",
+        self._check_types()
+        self._check_numbers()
+        self._check_dtypes()
+        self._check_quantization()
+        for name, known in (
+            ("kv_cache_dtype", KV_CACHE_DTYPES),
+            ("load_format", LOAD_FORMATS),
+            ("generation_config", GENERATION_CONFIGS),
         ):
-            _positive(name, getattr(self, name))
+            if getattr(self, name) not in known:
+                raise ConfigError(
+                    f"{name} must be one of {', '.join(known)}, not {shown(getattr(self, name))}"
+                )
+        if not DEVICE.fullmatch(self.device):
+            raise ConfigError(
+                f"device must be cpu, cuda, cuda:N or auto, not {shown(self.device)}; "
+                "use device='cpu' on a machine without an NVIDIA GPU"
+            )
+
+    def _check_numbers(self) -> None:
+        for name in COUNTS:
+            _check_int(name, getattr(self, name), 1, 2**31)
         for name in ("max_model_len", "num_kv_blocks", "lora_pages"):
             if getattr(self, name) is not None:
-                _positive(name, getattr(self, name))
+                _check_int(name, getattr(self, name), 1, 2**31)
+        _check_int("max_logprobs", self.max_logprobs, -1, 2**31)
+        _check_int("seed", self.seed, -(2**63), 2**63)
+        if self.max_lora_rank % 8:
+            raise ConfigError(f"max_lora_rank must be a multiple of 8, not {self.max_lora_rank}")
+        share = self.gpu_memory_utilization
+        if not isinstance(share, int | float) or isinstance(share, bool) or not 0 < share <= 1:
+            raise ConfigError(
+                f"gpu_memory_utilization must be above 0, at most 1, not {shown(share)}"
+            )
+
+    def _check_dtypes(self) -> None:
         for name in ("dtype", "lora_dtype"):
-            text = str(getattr(self, name)).removeprefix("torch.")
+            given = getattr(self, name)
+            is_named = isinstance(given, str) or type(given).__module__ == "torch"
+            text = str(given).removeprefix("torch.") if is_named else shown(given)
             object.__setattr__(self, name, DTYPE_ALIASES.get(text, text))
             if getattr(self, name) not in ("auto", *DTYPES):
                 raise ConfigError(
                     f"{name} must be one of auto, {', '.join(DTYPES)}, not {shown(text)}"
                 )
-        count = self.max_logprobs
-        if not isinstance(count, int) or isinstance(count, bool) or count < -1:
-            raise ConfigError(f"max_logprobs must be an integer >= -1, not {shown(count)}")
-        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
-            raise ConfigError(
-                f"kv_cache_dtype must be one of {', '.join(KV_CACHE_DTYPES)}, not "
-                f"{self.kv_cache_dtype!r}"
-            )
-        self._check_quantization()
-        if self.max_lora_rank % 8:
-            raise ConfigError(f"max_lora_rank must be a multiple of 8, not {self.max_lora_rank}")
-        if not DEVICE.fullmatch(self.device):
-            raise ConfigError(
-                f"device must be cpu, cuda, cuda:N or auto, not {self.device!r}; "
-                "use device='cpu' on a machine without an NVIDIA GPU"
-            )
-        if self.load_format not in LOAD_FORMATS:
-            raise ConfigError(
-                f"load_format must be one of {', '.join(LOAD_FORMATS)}, not {self.load_format!r}"
-            )
-        if self.generation_config not in ("auto", "vllm"):
-            raise ConfigError(
-                f"generation_config must be auto or vllm, not {shown(self.generation_config)}"
-            )
-        share = self.gpu_memory_utilization
-        if not isinstance(share, int | float) or isinstance(share, bool) or not 0 < share <= 1:
-            raise ConfigError(f"gpu_memory_utilization must be above 0, at most 1, not {share!r}")
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            raise ConfigError(f"seed must be an integer, not {self.seed!r}")
+
+    def _check_types(self) -> None:
+        for field in fields(self):
+            value, kind = getattr(self, field.name), str(field.type)
+            if field.name in ("dtype", "lora_dtype") or (value is None and "None" in kind):
+                continue
+            if kind.startswith("bool") and not isinstance(value, bool):
+                raise ConfigError(f"{field.name} must be True or False, not {shown(value)}")
+            if kind.startswith("str") and not isinstance(value, str):
+                raise ConfigError(f"{field.name} must be a string, not {shown(value)}")
 
     def _check_quantization(self) -> None:
         kind, group = self.quantization, self.quantization_group_size
         if kind is not None and kind not in QUANTIZATIONS:
             raise ConfigError(
-                f"quantization must be None, {' or '.join(QUANTIZATIONS)}, not {kind!r}"
+                f"quantization must be None, {' or '.join(QUANTIZATIONS)}, not {shown(kind)}"
             )
         if group is None:
             return
-        if isinstance(group, bool) or group not in GROUP_SIZES:
+        if not isinstance(group, int) or isinstance(group, bool) or group not in GROUP_SIZES:
             raise ConfigError(
-                f"quantization_group_size must be None or one of {GROUP_SIZES}, not {group!r}"
+                f"quantization_group_size must be None or one of {GROUP_SIZES}, not {shown(group)}"
             )
         if kind is None:
             raise ConfigError(
@@ -188,6 +198,8 @@ class EngineConfig:
         return cls(**without_vllms(kwargs, [f.name for f in fields(cls)]))
 
 
-def _positive(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name} must be a positive integer, not {value!r}")
+def _check_int(name: str, value: object, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value < high:
+        what = "a positive integer" if low == 1 else f"an integer from {low}"
+        bits = high.bit_length() - 1
+        raise ConfigError(f"{name} must be {what}, below 2**{bits}, not {shown(value)}")

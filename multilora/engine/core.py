@@ -28,6 +28,14 @@ _Result = TypeVar("_Result")
 MAX_UNEXPLAINED = 3  # failures in a row for which no request can be blamed
 
 
+def reason_of(error: BaseException) -> str:
+    """What an error says, in a line; its class may be a caller's."""
+    try:
+        return f"{type(error).__name__}: {error}"[:1000]
+    except Exception:
+        return type(error).__name__
+
+
 class EngineCore:
     """The requests of an engine and the steps that compute them."""
 
@@ -97,6 +105,7 @@ class EngineCore:
         self._advance()
         self._due = {i: state for i, state in self.news.items() if state.is_due()}
         outputs = [state.tell() for state in self._due.values()]
+        self._num_unexplained = 0
         return outputs, tuple(output.request_id for output in outputs if output.finished)
 
     def was_told(self) -> None:
@@ -153,7 +162,6 @@ class EngineCore:
         if self._handles and (output is None or len(self._handles) >= depth):
             self._finish_step()
             self._drain_idle()
-        self._num_unexplained = 0
 
     def _mark_scheduled(self) -> None:
         now = self._clock()
@@ -218,7 +226,7 @@ class EngineCore:
 
     def _after(self, error: BaseException) -> None:
         """Recovers from a failed step, and sees to it that its requests are tried again."""
-        reason = f"{type(error).__name__}: {error}"[:1000]
+        reason = reason_of(error)
         involved = self.scheduler.involved()
         num_failed = self.recover()
         self.is_torn = True  # there is more to come
@@ -239,8 +247,11 @@ class EngineCore:
         """Whether anything runs at all, now that a request has failed for good."""
         try:
             self.runner.check_health()
-        except Exception as error:
-            self._die(f"{type(error).__name__}: {error}"[:1000])
+        except Exception:  # what holds fails twice
+            try:
+                self.runner.check_health()
+            except Exception as error:
+                self._die(reason_of(error))
 
     def _die(self, reason: str) -> NoReturn:
         self.dead = f"the engine cannot compute any more ({reason}); make a new one"
@@ -256,7 +267,7 @@ class EngineCore:
                 raise
             except BaseException as error:
                 logger.warning("a recovery failed", exc_info=error)
-                reason = f"{type(error).__name__}: {error}"[:1000]
+                reason = reason_of(error)
         self._die(reason)
 
     def _rebuild(self) -> int:
@@ -288,12 +299,15 @@ class EngineCore:
         """Takes in what a step left behind; True if the answer's text itself cannot be made."""
         if not answer.is_behind:
             return False
-        try:
-            self._take_in(state, answer.seq.index)
-        except Exception as error:
-            logger.warning("request %s has no text", state.request_id, exc_info=error)
-            answer.give_up()
-            self.scheduler.fail(answer.seq, f"its text cannot be made: {error}")
-            self._take_in(state, answer.seq.index)
-            return True
-        return False
+        for is_last in (False, True):  # what fails twice is its own fault
+            try:
+                self._take_in(state, answer.seq.index)
+                return False
+            except Exception as error:
+                if is_last:
+                    logger.warning("request %s has no text", state.request_id, exc_info=error)
+                    reason = reason_of(error)
+        answer.give_up()
+        self.scheduler.fail(answer.seq, f"its text cannot be made: {reason}")
+        self._take_in(state, answer.seq.index)
+        return True

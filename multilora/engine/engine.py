@@ -19,7 +19,7 @@ from ..adapters.peft.reader import read_adapter
 from ..adapters.store import AdapterInfo
 from ..checkpoint.reader import read_base_weight
 from ..config.engine import EngineConfig
-from ..errors import CapacityError, RequestError
+from ..errors import AdapterInvalid, AdapterNotFound, CapacityError, RequestError, shown
 from ..outputs import RequestMetrics, RequestOutput
 from ..sampling_params import SamplingParams
 from ..tokenization.chat_template import has_other_template
@@ -99,10 +99,17 @@ class Engine:
         """
         self._core.forget_told()
         params = params if params is not None else SamplingParams()
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"params must be SamplingParams, not {shown(params)}")
+        adapter = _copied(adapter)
         number = next(self._arrivals)
-        request_id = request_id if request_id is not None else f"request-{number}"
+        while request_id is None and f"request-{number}" in self._core.requests:
+            number = next(self._arrivals)  # a caller has taken that name
+        request_id = f"request-{number}" if request_id is None else request_id
+        if not isinstance(request_id, str):
+            raise RequestError(f"a request id must be a string, not {shown(request_id)}")
         if request_id in self._core.requests:
-            raise RequestError(f"request id {request_id!r} is in use; give another or none")
+            raise RequestError(f"request id {shown(request_id)} is in use; give another or none")
         ids, bad_words = self._inputs.prompt_ids(prompt, params), self._inputs.bad_words(params)
         text = self._inputs.prompt_text(prompt)
         metrics = RequestMetrics(self._wall_clock(), self._clock())
@@ -125,7 +132,7 @@ class Engine:
         Its blocks and slot are free at once, or when the step that computes it now is done.
         """
         self._core.forget_told()
-        state = self._core.requests.get(request_id)
+        state = self._core.requests.get(request_id) if isinstance(request_id, str) else None
         if state is None:
             return False
         with Change(self._core):
@@ -138,9 +145,9 @@ class Engine:
 
         A RequestError when there is none of that id; a finished one is known until the next call.
         """
-        state = self._core.requests.get(request_id)
+        state = self._core.requests.get(request_id) if isinstance(request_id, str) else None
         if state is None:
-            raise RequestError(f"there is no request {request_id[:140]!r}")
+            raise RequestError(f"there is no request {shown(request_id)}")
         return state.output()
 
     @exclusive
@@ -178,6 +185,8 @@ class Engine:
         AdapterInvalid or AdapterTooLarge; then nothing has changed. An adapter that brings weights
         of the base is compared with the base's checkpoint, or CheckpointError if that is gone.
         """
+        if not isinstance(path, str | Path):
+            raise AdapterInvalid(f"an adapter's folder must be a path, not {shown(path)}")
         adapter = read_adapter(path, self.model_config, max_rank=self.config.max_lora_rank)
         base = {
             site: read_base_weight(self.config.model, site, self.model_config)
@@ -201,6 +210,8 @@ class Engine:
     @exclusive
     def unload_adapter(self, name: str) -> None:
         """Forgets a name; requests in flight finish. Raises AdapterNotFound."""
+        if not isinstance(name, str):
+            raise AdapterNotFound(f"no adapter is named {shown(name)}")
         with Change(self._core):
             self.store.unload(name)
 
@@ -256,3 +267,13 @@ class Engine:
     def check_integrity(self) -> None:
         """Asserts that all that requests hold adds up. For tests and for debugging."""
         self._core.check_integrity()
+
+
+def _copied(adapter: AdapterSpec) -> AdapterSpec:
+    """A mapping as a dict of our own: the caller's may change, or be anything."""
+    if not isinstance(adapter, Mapping):
+        return adapter
+    try:
+        return dict(adapter)
+    except Exception as error:
+        raise RequestError(f"adapter cannot be read: {shown(error)}") from error

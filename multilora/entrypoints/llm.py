@@ -11,7 +11,7 @@ from ..adapters.mix import AdapterSpec
 from ..checkpoint.generation_config import sampling_defaults
 from ..config.engine import EngineConfig
 from ..engine.engine import Engine
-from ..errors import ConfigError, RequestError, shown
+from ..errors import ConfigError, EngineDeadError, RequestError, shown
 from ..lora_request import LoRARequest
 from ..outputs import RequestOutput
 from ..sampling_params import RequestOutputKind, SamplingParams
@@ -51,7 +51,10 @@ class LLM:
         self._defaults = {} if config.generation_config == "vllm" else sampling_defaults(folder)
         self.engine = Engine(config)
         self._folders: dict[str, str] = {}  # that `LoRARequest`s have loaded, by name
-        for name, path in (adapters or {}).items():
+        adapters = {} if adapters is None else adapters
+        if not isinstance(adapters, Mapping):
+            raise ConfigError(f"adapters must map names to folders, not {shown(adapters)}")
+        for name, path in adapters.items():
             self.load_adapter(name, path)
 
     # Adapters ---------------------------------------------------------------------------------
@@ -104,6 +107,7 @@ class LLM:
         specs = self._specs(for_each(adapter, len(items), "adapter"), requests)
         _check_priorities(priority, len(items))
         default, added = self.get_default_sampling_params(), list[str]()
+        before = frozenset(self.engine.request_ids)
         try:
             for item, one, spec in zip(items, params, specs, strict=True):
                 asked = (default if one is None else one).clone(
@@ -112,8 +116,7 @@ class LLM:
                 added.append(self.engine.add_request(item, asked, adapter=spec))
             found = self._finish(added, use_tqdm)
         except BaseException:  # KeyboardInterrupt too: nothing may go on running unseen
-            for request_id in added:
-                self.engine.abort(request_id)
+            self._abort_all_but(before)
             raise
         return [
             output if request is None else replace(output, lora_request=request)
@@ -205,6 +208,19 @@ class LLM:
                 fresh.add(name)
             specs[i] = name
         return specs
+
+    def _abort_all_but(self, others: frozenset[str]) -> None:
+        """Ends what `generate` began, whether it knows of it or not; a second Ctrl-C waits."""
+        while True:
+            try:
+                for request_id in self.engine.request_ids:
+                    if request_id not in others:
+                        self.engine.abort(request_id)
+                return
+            except KeyboardInterrupt:
+                continue
+            except EngineDeadError:
+                return
 
     def _finish(
         self, request_ids: list[str], use_tqdm: bool | Callable[..., Any]

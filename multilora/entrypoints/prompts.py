@@ -21,10 +21,8 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
         raise RequestError(
             f"prompts must be text, token ids or a list of them, not {shown(prompts)}"
         )
-    if any(isinstance(item, int) for item in prompts):  # one prompt of token ids
-        if not all(isinstance(item, int) and not isinstance(item, bool) for item in prompts):
-            raise RequestError("prompts mixes token ids with other items; put the ids in a list")
-        return [[item for item in prompts if isinstance(item, int)]]
+    if len(prompts) and isinstance(prompts[0], int):  # one prompt of token ids, however long
+        return [prompts]  # type: ignore[list-item]
     return [_as_prompt(item, f"prompt {i}") for i, item in enumerate(prompts)]
 
 

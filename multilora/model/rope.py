@@ -25,7 +25,7 @@ class Rope:
         scaling = config.rope_scaling
         self._factor = 1.0 if scaling is None else scaling.attention_factor
         # Both at once: an exception between the two must not leave one longer than the other.
-        none = torch.empty(0, config.head_dim // 2, device=device)
+        none = torch.empty(0, config.head_dim // 2, dtype=torch.float32, device=device)
         self._tables = none, none
 
     def tables(self, length: int) -> tuple[Tensor, Tensor]:

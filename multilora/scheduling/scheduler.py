@@ -83,10 +83,15 @@ class Scheduler:
             self.finish(seq, FinishReason.ABORT, None)
 
     def fail(self, seq: Sequence, reason: str) -> None:
-        """Ends a sequence that cannot be computed; what it computed is shared with nobody."""
+        """Ends a sequence that cannot be computed; what it computed is shared with nobody.
+
+        One that had ended, and was not told yet, ends otherwise.
+        """
+        seq.error = reason
         if seq.finish_reason is None:
-            seq.error = reason
             self.finish(seq, FinishReason.ERROR)
+        else:
+            seq.finish_reason, seq.stop_reason = FinishReason.ERROR, None
 
     def finish(
         self, seq: Sequence, reason: FinishReason, stop_reason: int | str | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -52,3 +54,18 @@ def test_a_pool_grows_by_regions_and_takes_large_tensors() -> None:
     tensors.append(pool.empty((70 << 20,), torch.uint8).fill_(4))
     assert all(t.eq(i).all() for i, t in enumerate(tensors))
     assert all(pool.owns(t) for t in tensors)
+
+
+def test_a_block_comes_back_without_a_call_of_pythons() -> None:
+    """What a finalizer raises is lost: a Ctrl-C must not come within one."""
+    pool = mk.BufferPool()
+    tensor = pool.empty((4, 4), torch.float32)
+    calls: list[str] = []
+    sys.setprofile(lambda frame, event, _: calls.append(event) if event == "call" else None)
+    try:
+        del tensor
+    finally:
+        sys.setprofile(None)
+    assert calls == []
+    first = pool.empty((4, 4), torch.float32).data_ptr()
+    assert pool.empty((4, 4), torch.float32).data_ptr() == first

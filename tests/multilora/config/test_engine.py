@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import FrozenInstanceError, fields, replace
 from typing import Any
 
 import pytest
@@ -57,3 +57,22 @@ def test_a_config_cannot_be_changed() -> None:
 def test_an_unknown_load_format_is_refused() -> None:
     with pytest.raises(ConfigError, match="load_format must be one of auto, dummy"):
         EngineConfig(model="x", load_format="gguf")
+
+
+WORTHLESS = (10**5000, [], {}, b"x", object(), float("nan"))
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(EngineConfig)])
+def test_any_value_of_any_field_is_taken_or_refused_in_a_line(name: str) -> None:
+    for value in (*WORTHLESS, True, 1, "x", None):
+        try:
+            EngineConfig(**{"model": "x", name: value})
+        except ConfigError as error:
+            text = str(error)
+        else:
+            continue
+        assert name in text
+        assert len(text) < 400
+    for value in WORTHLESS:
+        with pytest.raises(ConfigError, match=name):
+            EngineConfig(**{"model": "x", name: value})

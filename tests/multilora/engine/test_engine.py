@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -204,3 +205,59 @@ def test_a_request_that_can_never_fit_leaves_no_hold_on_its_adapter(root: Path) 
     engine.check_integrity()
     engine.unload_adapter("a")
     assert engine.memory()["adapters"] == 0
+
+
+def test_a_mapping_of_the_callers_own_is_copied_once(engine: Engine) -> None:
+    """It may raise at the second look, or change: nobody else's answer may depend on it."""
+
+    class Fickle(Mapping[str, float]):
+        looks = 0
+
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, name: str) -> float:
+            return 1.0
+
+        def __iter__(self) -> Iterator[str]:
+            self.looks += 1
+            if self.looks > 1:
+                raise OSError("gone")
+            return iter(["a"])
+
+    weights = {"b": 1.0}
+    first = engine.add_request(list(PROMPT), greedy(3), adapter=weights)
+    second = engine.add_request(list(PROMPT), greedy(3), adapter=Fickle())
+    weights["a"] = 5.0
+    finished = drain(engine)
+    assert finished[first].adapter == {"b": 1.0}
+    assert finished[second].adapter == {"a": 1.0}
+    fickle = Fickle()
+    fickle.looks = 1
+    with pytest.raises(RequestError, match="adapter cannot be read"):
+        engine.add_request(list(PROMPT), greedy(3), adapter=fickle)
+
+
+def test_a_callers_id_that_looks_like_ours_is_no_trouble(engine: Engine) -> None:
+    number = int(engine.add_request(list(PROMPT), greedy(2)).removeprefix("request-"))
+    taken = f"request-{number + 1}"
+    engine.add_request(list(PROMPT), greedy(2), request_id=taken)
+    ours = engine.add_request(list(PROMPT), greedy(2))
+    assert drain(engine).keys() == {f"request-{number}", taken, ours}
+
+
+def test_arguments_that_are_none(engine: Engine) -> None:
+    huge: Any = range(2**62)
+    wrong: list[tuple[Any, Any]] = [
+        (RequestError, lambda: engine.add_request([5], True)),  # type: ignore[arg-type]
+        (RequestError, lambda: engine.add_request([5], request_id=[])),  # type: ignore[arg-type]
+        (CapacityError, lambda: engine.add_request(huge)),
+        (RequestError, lambda: engine.output(None)),  # type: ignore[arg-type]
+        (AdapterNotFound, lambda: engine.unload_adapter(None)),  # type: ignore[arg-type]
+        (AdapterInvalid, lambda: engine.load_adapter("z", None)),  # type: ignore[arg-type]
+    ]
+    for error, call in wrong:
+        with pytest.raises(error):
+            call()
+    assert engine.abort([]) is False  # type: ignore[arg-type]
+    assert not engine.has_work

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from multilora.engine.failures import FailureIsolation
+from multilora.engine.output_processor import CompletionState
 from multilora.errors import EngineDeadError
 from tests.harness.recovery import FORMS, SHORT, World, sampled
-from tests.harness.tiny_engines import Job, add, drain, facts, prompt_of
+from tests.harness.tiny_engines import Job, add, drain, facts, prompt_of, run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -161,3 +163,56 @@ def test_what_passes_in_halves_failed_as_a_whole() -> None:
     steps, found = run_trials(4, lambda step: len(step) > 2)
     assert steps == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1], [2, 3]]
     assert found == ([], True)
+
+
+def test_a_text_that_cannot_be_made_once_or_twice_is_made_later(
+    writer: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exception in the step and one in its recovery cost the answer nothing."""
+    job = Job(tuple(range(40, 50)), sampled(4))
+    alone = facts(run(writer, [job])[0])
+    advance = CompletionState.advance
+    for fails in ((2,), (2, 3), (1, 2)):
+        calls = itertools.count(1)
+
+        def advance_or_raise(answer: Any, calls: Any = calls, fails: Any = fails) -> None:
+            if next(calls) in fails:
+                raise MemoryError("once")
+            advance(answer)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(CompletionState, "advance", advance_or_raise)
+            assert facts(run(writer, [job])[0]) == alone, fails
+
+
+def test_an_ended_answer_whose_text_cannot_be_made_says_so(
+    writer: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advance = CompletionState.advance
+
+    def advance_or_raise(answer: Any) -> None:
+        if answer.seq.finish_reason is not None and answer._tokenizer is not None:
+            raise MemoryError("always")
+        advance(answer)
+
+    monkeypatch.setattr(CompletionState, "advance", advance_or_raise)
+    output = run(writer, [Job(tuple(range(40, 50)), sampled(2))])[0]
+    assert output.outputs[0].finish_reason == "error"
+    assert output.error is not None
+    assert "its text cannot be made: MemoryError: always" in output.error
+
+
+def test_an_exception_without_a_text_of_its_own_is_told_by_its_class(world: World) -> None:
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("no text")
+
+    def processor(_: list[int], logits: Any) -> Any:
+        raise Mute
+
+    engine, neighbour = world.engine("eager"), Job(SHORT, sampled(4))
+    bad = Job(SHORT, sampled(4).clone(logits_processors=[processor]))
+    found = run(engine, [bad, neighbour])
+    assert found[0].error is not None
+    assert "Mute" in found[0].error
+    assert facts(found[1]) == world.facts(neighbour)

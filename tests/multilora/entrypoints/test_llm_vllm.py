@@ -158,3 +158,30 @@ def test_metrics_and_what_is_no_folder(llm: LLM) -> None:
     assert llm.get_metrics()["generated_tokens"] > 0
     with pytest.raises(ConfigError, match="tokenizer must be a folder"):
         LLM("base", {"a": "b"})  # type: ignore[arg-type]
+
+
+def test_a_second_ctrl_c_leaves_nothing_running(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = llm.engine.add_request([5, 6], GREEDY)
+    step, abort, steps = llm.engine.step, llm.engine.abort, iter(range(100))
+    presses = iter([True, False, True, False, False])
+
+    def interrupted_step() -> Any:
+        found = step()
+        if next(steps) == 1:
+            raise KeyboardInterrupt
+        return found
+
+    def interrupted_abort(request_id: str) -> bool:
+        if next(presses, False):
+            raise KeyboardInterrupt
+        return abort(request_id)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine, "step", interrupted_step)
+        patch.setattr(llm.engine, "abort", interrupted_abort)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(["a", "b", "c"], GREEDY.clone(max_tokens=50))
+    assert set(llm.engine.request_ids) <= {mine}
+    while llm.engine.has_work:
+        llm.engine.step()
+    llm.engine.check_integrity()

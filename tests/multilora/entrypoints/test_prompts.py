@@ -21,13 +21,14 @@ MESSAGE = {"role": "user", "content": "x"}
         ({"prompt": "x"}, [{"prompt": "x"}]),
         ([{"prompt_token_ids": [1]}, "y"], [{"prompt_token_ids": [1]}, "y"]),
         ([], []),
+        (range(2**62), [range(2**62)]),  # which the engine refuses by its length
     ],
 )
 def test_one_prompt_or_many(given: Any, prompts: list[Any]) -> None:
     assert as_prompts(given) == prompts
 
 
-@pytest.mark.parametrize("wrong", [5, None, b"x", [b"x"], [1, "x"], [True], ["x", 5], [None]])
+@pytest.mark.parametrize("wrong", [5, None, b"x", [b"x"], ["x", 5], [None]])
 def test_what_is_no_prompt(wrong: Any) -> None:
     with pytest.raises(RequestError, match="prompt"):
         as_prompts(wrong)
