@@ -192,7 +192,9 @@ def read_json(path: Path) -> dict[str, Any]:
                 f"{path} is a Git LFS pointer; fetch the file with `git lfs pull`"
             )
         value = json.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise CheckpointError(f"{path} is nested too deep") from error
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")

@@ -262,7 +262,7 @@ def test_what_executorch_adds_to_params_json_is_refused_by_name(key: str, value:
 def test_json_that_is_none_is_named(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     for text, words in (
-        ("[" * 100_000, "cannot be read as JSON"),
+        ("[" * 100_000, "is nested too deep"),
         ("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n", "Git LFS pointer"),
         ("{", "cannot be read as JSON"),
         ("[]", "must hold a JSON object"),
