@@ -167,7 +167,7 @@ class EngineCore:
         now = self._clock()
         for seq in self.scheduler.running:
             if (state := self._by_seq.get(seq.seq_id)) is not None:
-                state.mark(now, was_scheduled=True)
+                state.mark_scheduled(now)
 
     def _finish_step(self) -> None:
         """Waits for the oldest step in flight, and takes in its result."""
@@ -188,7 +188,7 @@ class EngineCore:
         """Takes in what is new of an answer, to be told by this step."""
         answer, seq = state.answers[index], state.answers[index].seq
         self.news[state.request_id] = state
-        state.mark(self._clock())
+        state.mark_token(self._clock())
         answer.advance()
         if answer.stop is not None and seq.finish_reason in (None, FinishReason.LENGTH):
             self.scheduler.finish(seq, FinishReason.STOP, answer.stop)

@@ -20,7 +20,7 @@ from ..adapters.store import AdapterInfo
 from ..checkpoint.reader import read_base_weight
 from ..config.engine import EngineConfig
 from ..errors import AdapterInvalid, AdapterNotFound, CapacityError, RequestError, shown
-from ..outputs import RequestMetrics, RequestOutput
+from ..outputs import RequestOutput
 from ..sampling_params import SamplingParams
 from ..tokenization.chat_template import has_other_template
 from .builder import build
@@ -112,11 +112,11 @@ class Engine:
             raise RequestError(f"request id {shown(request_id)} is in use; give another or none")
         ids, bad_words = self._inputs.prompt_ids(prompt, params), self._inputs.bad_words(params)
         text = self._inputs.prompt_text(prompt)
-        metrics = RequestMetrics(self._wall_clock(), self._clock())
+        arrived = self._wall_clock(), self._clock()
         with Change(self._core):
             mix, identity = self.store.acquire(adapter)
             state = RequestState(
-                request_id, text, ids, params, adapter, mix, metrics, bad_words, self.tokenizer
+                request_id, text, ids, params, adapter, mix, arrived, bad_words, self.tokenizer
             )
             try:
                 self._core.add(state, self._inputs.start(state, identity, number))

@@ -7,7 +7,6 @@ made from them, token by token, and can be made again.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import NamedTuple
 
 from ..adapters.mix import Mix
@@ -186,13 +185,18 @@ class RequestState:
         params: SamplingParams,
         adapter: str | Mapping[str, float] | None,
         mix: Mix,
-        metrics: RequestMetrics,
+        arrived: tuple[float, float],  # seconds since 1970, and by the engine's clock
         bad_words: tuple[tuple[int, ...], ...] = (),  # of `params`, as token ids
         tokenizer: Tokenizer | None = None,
     ) -> None:
         self.request_id, self.prompt, self.prompt_ids = request_id, prompt, prompt_ids
         self.params, self.adapter, self.mix, self.bad_words = params, adapter, mix, bad_words
-        self.metrics = metrics
+        self._arrived = arrived
+        self._scheduled = self._first = self._last = 0.0
+        self._count = 0  # tokens of all answers
+        # Of everything each time, so that nobody has to know what was told before.
+        is_cumulative = params.output_kind is RequestOutputKind.CUMULATIVE
+        self._tells_all = is_cumulative and params.stream_interval is None
         self._tokenizer = tokenizer
         self._shown_logprobs: list[TokenLogprobs | None] = [None]  # of the prompt, likewise
         self.answers: list[CompletionState] = []
@@ -205,18 +209,21 @@ class RequestState:
 
     def is_due(self) -> bool:
         """Whether its caller wants to hear of it now."""
-        kind = self.params.output_kind
-        if kind is RequestOutputKind.FINAL_ONLY:
+        if self._tells_all:
+            return True
+        if self.params.output_kind is RequestOutputKind.FINAL_ONLY:
             return not self.unfinished
         return not self.unfinished or bool(self._shown(is_delta=True))
 
     def _shown(self, *, is_delta: bool) -> list[CompletionState]:
         """The answers that an output has."""
         interval = self.params.stream_interval or 1
-        return [a for a in self.answers if not is_delta or a.is_due(interval)]
+        return [a for a in self.answers if a.is_due(interval)] if is_delta else self.answers
 
     def tell(self) -> RequestOutput:
         """What its caller wants to hear, to be followed by `was_told` when it is there."""
+        if self._tells_all:
+            return self.output()
         is_delta = self.params.output_kind is RequestOutputKind.DELTA
         for answer in self._shown(is_delta=is_delta):
             answer.tell()
@@ -224,24 +231,27 @@ class RequestState:
 
     def was_told(self) -> None:
         """The last output has reached the caller."""
-        for answer in self.answers:
-            answer.was_told()
+        if not self._tells_all:
+            for answer in self.answers:
+                answer.was_told()
 
-    def mark(self, now: float, *, was_scheduled: bool = False) -> None:
-        """Notes the time of its first step, or of its newest token."""
-        metrics = self.metrics
-        if was_scheduled:
-            if not metrics.scheduled_ts:
-                self.metrics = replace(metrics, scheduled_ts=now)
-            return
-        count = sum(len(answer.seq.output_ids) for answer in self.answers)
-        if count > metrics.num_generation_tokens:
-            self.metrics = replace(
-                metrics,
-                first_token_ts=metrics.first_token_ts or now,
-                last_token_ts=now,
-                num_generation_tokens=count,
-            )
+    def mark_scheduled(self, now: float) -> None:
+        """Notes the time of its first step."""
+        self._scheduled = self._scheduled or now
+
+    def mark_token(self, now: float) -> None:
+        """Notes the time of its newest token, if there is a new one."""
+        count = sum([len(answer.seq.output_ids) for answer in self.answers])
+        if count > self._count:
+            self._first, self._last, self._count = self._first or now, now, count
+
+    @property
+    def metrics(self) -> RequestMetrics:
+        """When what happened to it."""
+        arrival, queued = self._arrived
+        return RequestMetrics(
+            arrival, queued, self._scheduled, self._first, self._last, self._count
+        )
 
     def output(self, *, is_delta: bool = False) -> RequestOutput:
         """Everything so far; of its answers with `is_delta` what is new, of those that have it."""
