@@ -234,10 +234,11 @@ def groups(plan: Plan, bench: Bench) -> Sequence[tuple[str, Callable[[], None]]]
 def run_all(work: Sequence[partial[None]], bench: Bench) -> None:
     """Does the cases for which there is time."""
     for case in work:
+        name = " ".join([case.func.__name__, *(str(part) for part in case.args)])
         if bench.report.seconds_left < 20 and not bench.rehearsed:
-            bench.report.leave_out(case.args)
+            bench.report.leave_out(name)
             continue
-        bench.run(case.args, case)
+        bench.run(name, case)
 
 
 def peft(plan: Plan, bench: Bench) -> None:
