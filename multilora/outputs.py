@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .lora_request import LoRARequest
 
@@ -49,8 +50,7 @@ class CompletionOutput:
         return self.finish_reason is not None
 
 
-@dataclass(frozen=True, slots=True)
-class RequestMetrics:
+class RequestMetrics(NamedTuple):
     """When what happened to a request; the names are vLLM's.
 
     `arrival_time` is in seconds since 1970. The others are of a clock that begins anywhere and

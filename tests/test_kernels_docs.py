@@ -7,7 +7,7 @@ import re
 import pytest
 
 import multilora_kernels as mk
-from tests.code_blocks import DOCS, code_blocks
+from tests.harness.code_blocks import DOCS, code_blocks
 
 PAGE = DOCS / "kernels.md"
 PYTHON, TRITON = "python", ("python triton", "python triton interpreter", "python triton codegen")

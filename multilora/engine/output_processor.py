@@ -30,7 +30,7 @@ class CompletionState:
     def __init__(self, seq: Sequence, tokenizer: Tokenizer | None) -> None:
         self.seq = seq
         self._tokenizer = tokenizer if seq.params.detokenize else None
-        self._told = self._telling = _Told()
+        self._told = self._telling = _NOTHING_TOLD
         self._restart()
 
     def _restart(self) -> None:
@@ -116,7 +116,7 @@ class CompletionState:
 
         What may yet become a stop string is held back.
         """
-        seq, told = self.seq, self._told if is_delta else _Told()
+        seq, told = self.seq, self._told if is_delta else _NOTHING_TOLD
         wanted = seq.params.logprobs is not None
         return CompletionOutput(
             index=seq.index,
@@ -133,9 +133,13 @@ class CompletionState:
     def _num_chars(self) -> int:
         """Characters of the text that cannot become part of a stop string."""
         params = self.seq.params
-        held = self.seq.finish_reason is None and not params.include_stop_str_in_output
-        longest = max(map(len, params.stop), default=1) if held and params.stop else 1
-        return max(len(self.text) - longest + 1, 0)
+        if (
+            not params.stop
+            or params.include_stop_str_in_output
+            or self.seq.finish_reason is not None
+        ):
+            return len(self.text)
+        return max(len(self.text) - max(map(len, params.stop)) + 1, 0)
 
     def is_due(self, interval: int) -> bool:
         """Whether there is something to tell, at an interval in tokens."""
@@ -160,6 +164,9 @@ class _Told(NamedTuple):
     tokens: int = 0
     chars: int = 0
     is_final: bool = False
+
+
+_NOTHING_TOLD = _Told()
 
 
 def decoded(logprobs: TokenLogprobs, tokenizer: Tokenizer | None) -> TokenLogprobs:
@@ -241,7 +248,9 @@ class RequestState:
 
     def mark_token(self, now: float) -> None:
         """Notes the time of its newest token, if there is a new one."""
-        count = sum([len(answer.seq.output_ids) for answer in self.answers])
+        count = 0
+        for answer in self.answers:
+            count += len(answer.seq.output_ids)
         if count > self._count:
             self._first, self._last, self._count = self._first or now, now, count
 
@@ -255,17 +264,20 @@ class RequestState:
 
     def output(self, *, is_delta: bool = False) -> RequestOutput:
         """Everything so far; of its answers with `is_delta` what is new, of those that have it."""
-        seqs = [answer.seq for answer in self.answers]
+        error, finished = None, True
+        for answer in self.answers:
+            finished = finished and answer.seq.finish_reason is not None
+            error = error or answer.seq.error
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
             prompt_token_ids=self._shown_ids,
             prompt_logprobs=self._prompt_logprobs(),
             outputs=[a.output(is_delta=is_delta) for a in self._shown(is_delta=is_delta)],
-            finished=not self.unfinished,
-            num_cached_tokens=seqs[0].num_cached or 0,
+            finished=finished,
+            num_cached_tokens=self.answers[0].seq.num_cached or 0,
             adapter=self.adapter if isinstance(self.adapter, str | None) else dict(self.adapter),
-            error=next((seq.error for seq in seqs if seq.error is not None), None),
+            error=error,
             metrics=self.metrics,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from ..errors import CapacityError, RequestError, TokenizerError
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 BRACKETED = re.compile(r"[<\[{(|].*\w.*[>\]})|]", re.DOTALL)  # such as <|im_end|> or [INST]
 
 
-class FolderTokenizer:
+class FolderTokenizer(ABC):
     """A tokenizer of a model folder. A reader gives its table and encodes plain text."""
 
     def __init__(
@@ -149,9 +150,9 @@ class FolderTokenizer:
                 f"{max_length}; shorten the prompt or raise max_model_len"
             )
 
+    @abstractmethod
     def _encode_plain(self, text: str, *, first: bool) -> list[int]:
         """Ids of text without any added token; `first` = the text stands at the very start."""
-        raise NotImplementedError
 
     def _ids(self, text: str, accept: Callable[[AddedToken, int, int], bool]) -> list[int]:
         ids: list[int] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import runpy
 from typing import TYPE_CHECKING
 
-from tests.code_blocks import DOCS, code_blocks
+from tests.harness.code_blocks import DOCS, code_blocks
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,6 +14,7 @@ from multilora.device.input_buffer import InputBuffer
 from multilora.sampling.device import DeviceSampler
 from multilora.sampling.host import HostSampler
 from multilora.sampling.logits_processors import logits_processors
+from multilora.sampling.logprobs import collect_logprobs, launch_logprobs
 from multilora.sampling.sampler import (
     MESSAGES,
     SampledToken,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from multilora.outputs import TokenLogprobs
     from multilora.sampling.sampler import SampledToken
     from multilora.sampling_params import SamplingParams
 
@@ -154,3 +156,10 @@ def random_request(draw: random.Random) -> Request:
     prompt = [draw.randrange(VOCAB) for _ in range(5)]
     output = [draw.randrange(VOCAB) for _ in range(draw.randrange(8))]
     return Request(params, draw.getrandbits(60), prompt, output, frozenset((2, 3)))
+
+
+def token_logprobs(logits: Tensor, targets: list[int], top: int) -> list[TokenLogprobs]:
+    """Of each target its log probability, and the likeliest beside it."""
+    chosen = torch.tensor(targets, dtype=torch.int64)
+    rows = logits[: len(targets)]
+    return collect_logprobs(launch_logprobs(Device(), rows, chosen, [top] * len(targets)))

@@ -11,8 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ...errors import AdapterInvalid
-from .files import show, strict_json
+from ...errors import AdapterInvalid, shown
+from .files import strict_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sized
@@ -136,7 +136,7 @@ def parse_config(data: bytes) -> LoraSpec:
         )
     if raw.get("peft_type") != "LORA":
         raise AdapterInvalid(
-            f"peft_type={show(raw.get('peft_type'))} is refused; multilora serves LORA adapters"
+            f"peft_type={shown(raw.get('peft_type'))} is refused; multilora serves LORA adapters"
         )
     for name, value in raw.items():
         _decide(name, value, raw)
@@ -172,10 +172,10 @@ def _decide(name: str, value: object, raw: Mapping[str, Any]) -> None:
         if not any(
             type(value) is type(neutral) and value == neutral for neutral in refusal.neutral
         ):
-            raise AdapterInvalid(f"{name}={show(value)} is refused: {refusal.cure}")
+            raise AdapterInvalid(f"{name}={shown(value)} is refused: {refusal.cure}")
     elif value is not False and not (isinstance(value, str | list | dict) and not value):
         raise AdapterInvalid(
-            f"{show(name)}={show(value)} is refused: multilora does not know this field, and to "
+            f"{shown(name)}={shown(value)} is refused: multilora does not know this field, and to "
             "ignore it could change the answers; remove it if it has no meaning for inference"
         )
 
@@ -190,7 +190,7 @@ def _may_tie(raw: Mapping[str, Any]) -> bool:
 
 def _rank(name: str, value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise AdapterInvalid(f"{name} must be a positive integer, not {show(value)}")
+        raise AdapterInvalid(f"{name} must be a positive integer, not {shown(value)}")
     return value
 
 
@@ -202,12 +202,12 @@ def _alpha(name: str, value: object) -> float:
             alpha = math.inf
         if math.isfinite(alpha) and alpha >= 0:
             return alpha
-    raise AdapterInvalid(f"{name} must be a finite number that is not negative, not {show(value)}")
+    raise AdapterInvalid(f"{name} must be a finite number that is not negative, not {shown(value)}")
 
 
 def _flag(name: str, value: object) -> bool:
     if value is not None and not isinstance(value, bool):
-        raise AdapterInvalid(f"{name} must be true or false, not {show(value)}")
+        raise AdapterInvalid(f"{name} must be true or false, not {shown(value)}")
     return bool(value)
 
 
@@ -217,7 +217,7 @@ def _names(name: str, value: object) -> str | frozenset[str]:
     if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
         _few(name, value)
         return frozenset(value)
-    raise AdapterInvalid(f"{name} must be a string or a list of strings, not {show(value)}")
+    raise AdapterInvalid(f"{name} must be a string or a list of strings, not {shown(value)}")
 
 
 def _few(name: str, value: Sized) -> None:
@@ -231,7 +231,7 @@ def _layers(value: object) -> frozenset[int] | None:
     layers = value if isinstance(value, list) else [] if value is None else [value]
     if any(not isinstance(layer, int) or isinstance(layer, bool) for layer in layers):
         raise AdapterInvalid(
-            f"layers_to_transform must be an integer or a list of integers, not {show(value)}"
+            f"layers_to_transform must be an integer or a list of integers, not {shown(value)}"
         )
     return frozenset(layers) or None  # PEFT takes an empty list as all layers
 
@@ -240,7 +240,7 @@ def _layers_patterns(value: object) -> tuple[str, ...]:
     patterns = value if isinstance(value, list) else [value] if value else []
     if any(not isinstance(pattern, str) for pattern in patterns):
         raise AdapterInvalid(
-            f"layers_pattern must be a string or a list of strings, not {show(value)}"
+            f"layers_pattern must be a string or a list of strings, not {shown(value)}"
         )
     return tuple(patterns)
 
@@ -249,6 +249,6 @@ def _table(name: str, value: Any, check: Callable[[str, object], V]) -> dict[str
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise AdapterInvalid(f"{name} must be an object, not {show(value)}")
+        raise AdapterInvalid(f"{name} must be an object, not {shown(value)}")
     _few(name, value)
-    return {key: check(f"{name}[{show(key)}]", item) for key, item in value.items()}
+    return {key: check(f"{name}[{shown(key)}]", item) for key, item in value.items()}

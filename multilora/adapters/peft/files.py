@@ -8,7 +8,7 @@ import stat
 from collections import Counter
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from ...errors import AdapterInvalid
+from ...errors import AdapterInvalid, shown
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,7 +52,7 @@ def strict_json(data: bytes, what: str) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
             twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-            raise AdapterInvalid(f"{what} has the key {show(twice)} twice; keep one")
+            raise AdapterInvalid(f"{what} has the key {shown(twice)} twice; keep one")
         return found
 
     try:
@@ -64,12 +64,6 @@ def strict_json(data: bytes, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise AdapterInvalid(f"{what} must hold a JSON object, not {type(value).__name__}")
     return value
-
-
-def show(value: object) -> str:
-    """A value for an error text: its repr, cut to a readable length."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _check_regular(path: Path, info: os.stat_result) -> None:

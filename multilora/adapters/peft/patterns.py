@@ -11,8 +11,7 @@ import re
 import warnings
 from typing import Any
 
-from ...errors import AdapterInvalid
-from .files import show
+from ...errors import AdapterInvalid, shown
 
 try:
     from re import _parser as parser  # type: ignore[attr-defined]
@@ -47,7 +46,7 @@ def check_pattern(field: str, pattern: str) -> None:
 
 
 def _refused(field: str, pattern: str, why: str) -> AdapterInvalid:
-    return AdapterInvalid(f"{field}: {show(pattern)} is refused: {why}; list the modules by name")
+    return AdapterInvalid(f"{field}: {shown(pattern)} is refused: {why}; list the modules by name")
 
 
 def _size(tree: Any) -> int:

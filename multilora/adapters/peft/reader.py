@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...config.lora_sites import sites_of
-from ...errors import AdapterError, AdapterInvalid
+from ...errors import AdapterError, AdapterInvalid, shown
 from .config import MAX_CONFIG_BYTES, parse_config
-from .files import open_regular, show
+from .files import open_regular
 from .targets import Target, find_targets
 from .weights import MAX_FILE_BYTES, TensorInfo, Weight, read_header, read_weights
 
@@ -71,10 +71,10 @@ def read_adapter(folder: str | Path, config: ModelConfig, *, max_rank: int = 512
     try:
         return _read(Path(folder), config, max_rank)
     except AdapterError as error:
-        raise type(error)(f"adapter at {show(str(folder))}: {error}") from error
+        raise type(error)(f"adapter at {shown(str(folder))}: {error}") from error
     except OSError as error:  # the disk, the network, or a file that is none
         why = error.strerror or error
-        raise AdapterInvalid(f"adapter at {show(str(folder))} cannot be read: {why}") from error
+        raise AdapterInvalid(f"adapter at {shown(str(folder))} cannot be read: {why}") from error
 
 
 def _read(folder: Path, config: ModelConfig, max_rank: int) -> Adapter:
@@ -116,7 +116,7 @@ def _sort_names(header: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
         name = stored.removeprefix(PREFIX)
         if not stored.startswith(PREFIX):
             raise AdapterInvalid(
-                f"unexpected tensor {show(stored)}: PEFT's names begin with {PREFIX!r}"
+                f"unexpected tensor {shown(stored)}: PEFT's names begin with {PREFIX!r}"
             )
         if name in base_paths:
             found, key = base_names, base_paths[name]
@@ -124,7 +124,7 @@ def _sort_names(header: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
             found, key = names, _without_adapter_name(name)
         if key in found:
             raise AdapterInvalid(
-                f"tensors {show(found[key])} and {show(stored)} are one weight; keep one adapter"
+                f"tensors {shown(found[key])} and {shown(stored)} are one weight; keep one adapter"
             )
         found[key] = stored
     return names, base_names
@@ -157,7 +157,7 @@ def _check_names(
     for name, stored in names.items():
         if name not in wanted:
             raise AdapterInvalid(
-                f"unexpected tensor {show(stored)}: {_why_unexpected(name, config)}"
+                f"unexpected tensor {shown(stored)}: {_why_unexpected(name, config)}"
             )
     missing = wanted - names.keys()
     if missing:
@@ -203,14 +203,14 @@ def _check_shapes(
             found = header[names[name]].shape
             if found != shape:
                 raise AdapterInvalid(
-                    f"tensor {show(names[name])} has shape {list(found)}, but the base model and "
+                    f"tensor {shown(names[name])} has shape {list(found)}, but the base model and "
                     f"rank {target.rank} of the config (r, rank_pattern) need {list(shape)}"
                 )
     for stored in base_names.values():
         shape, found = (config.vocab_size, config.hidden_size), header[stored].shape
         if found != shape:
             raise AdapterInvalid(
-                f"tensor {show(stored)} has shape {list(found)}, but the base model's is "
+                f"tensor {shown(stored)} has shape {list(found)}, but the base model's is "
                 f"{list(shape)}: it was trained with a resized vocabulary; "
                 "merge it into its base and serve that"
             )
@@ -246,4 +246,4 @@ def _some(names: Collection[str]) -> str:
     """The first few names, and how many more there are."""
     first = sorted(names)[:3]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{', '.join(map(show, first))}{more}"
+    return f"{', '.join(map(shown, first))}{more}"

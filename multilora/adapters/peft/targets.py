@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import regex
 
-from ...errors import AdapterInvalid, AdapterTooLarge
-from .files import show
+from ...errors import AdapterInvalid, AdapterTooLarge, shown
 from .patterns import check_pattern
 
 if TYPE_CHECKING:
@@ -65,8 +64,8 @@ def find_targets(spec: LoraSpec, sites: Mapping[str, Site], max_rank: int) -> di
         rank = matcher.first("rank_pattern", spec.rank_pattern, path, spec.rank)
         if rank > max_rank:
             raise AdapterTooLarge(
-                f"{path} has rank {show(rank)}, above max_lora_rank={max_rank}; "
-                f"restart with max_lora_rank>={show(-(-rank // 8) * 8)}"
+                f"{path} has rank {shown(rank)}, above max_lora_rank={max_rank}; "
+                f"restart with max_lora_rank>={shown(-(-rank // 8) * 8)}"
             )
         alpha = matcher.first("alpha_pattern", spec.alpha_pattern, path, spec.alpha)
         scale = alpha / (math.sqrt(rank) if spec.rslora else rank)
@@ -74,8 +73,8 @@ def find_targets(spec: LoraSpec, sites: Mapping[str, Site], max_rank: int) -> di
     if not found:
         names = spec.targets if isinstance(spec.targets, str) else sorted(spec.targets)
         raise AdapterInvalid(
-            f"target_modules={show(names)} (with exclude_modules and layers_to_transform) names no "
-            f"module of this base; its modules end in {', '.join(_last_names(sites))}"
+            f"target_modules={shown(names)} (with exclude_modules and layers_to_transform) names "
+            f"no module of this base; its modules end in {', '.join(_last_names(sites))}"
         )
     return found
 
@@ -142,7 +141,7 @@ class _Matcher:
         except TimeoutError as error:
             raise AdapterInvalid(
                 f"{field}: its expressions take more than {MAX_MATCH_SECONDS} s to match; "
-                f"simplify {show(pattern)}, or list the modules by name"
+                f"simplify {shown(pattern)}, or list the modules by name"
             ) from error
 
 
@@ -153,7 +152,7 @@ def _compile(field: str, pattern: str) -> Any:
         return regex.compile(pattern, cache_pattern=False)
     except (regex.error, RecursionError, OverflowError, ValueError, IndexError) as error:
         raise AdapterInvalid(
-            f"{field}: {show(pattern)} is not a regular expression: {error}"
+            f"{field}: {shown(pattern)} is not a regular expression: {error}"
         ) from error
 
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 
-from ...errors import AdapterInvalid
-from .files import show, strict_json
+from ...errors import AdapterInvalid, shown
+from .files import strict_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -87,13 +87,13 @@ def read_weights(
         data = bytearray(info.end - info.start)
         if file.readinto(data) != len(data):  # type: ignore[attr-defined]
             raise AdapterInvalid(
-                f"the safetensors file changed while it was read: {show(name)} is cut"
+                f"the safetensors file changed while it was read: {shown(name)} is cut"
             )
         tensor = torch.frombuffer(data, dtype=info.dtype).view(info.shape)
         # Both ends are NaN if any value is; isfinite().all() takes ten times as long.
         if not all(math.isfinite(end) for end in torch.aminmax(tensor)):
             raise AdapterInvalid(
-                f"tensor {show(name)} holds NaN or infinite values; train it again"
+                f"tensor {shown(name)} holds NaN or infinite values; train it again"
             )
         found[name] = Weight(tensor, hashlib.sha256(data).hexdigest())
     return found
@@ -111,23 +111,27 @@ def _check_crowd(data: bytes) -> None:
 def _tensor_info(name: str, entry: Any) -> TensorInfo:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise AdapterInvalid(
-            f"the safetensors header must give {show(name)} a dtype, a shape and data_offsets"
+            f"the safetensors header must give {shown(name)} a dtype, a shape and data_offsets"
         )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise AdapterInvalid(
-            f"tensor {show(name)} has dtype {show(dtype)}; save it as one of {', '.join(DTYPES)}"
+            f"tensor {shown(name)} has dtype {shown(dtype)}; save it as one of {', '.join(DTYPES)}"
         )
     if not _is_counts(shape, MAX_DIMENSIONS) or not shape or min(shape) < 1:
-        raise AdapterInvalid(f"tensor {show(name)} has the impossible or empty shape {show(shape)}")
+        raise AdapterInvalid(
+            f"tensor {shown(name)} has the impossible or empty shape {shown(shape)}"
+        )
     if not _is_counts(offsets, 2) or len(offsets) != 2:
-        raise AdapterInvalid(f"tensor {show(name)} has the impossible data_offsets {show(offsets)}")
+        raise AdapterInvalid(
+            f"tensor {shown(name)} has the impossible data_offsets {shown(offsets)}"
+        )
     start, end = offsets
     expected = math.prod(shape) * DTYPES[dtype].itemsize
     if end - start != expected:
         raise AdapterInvalid(
-            f"tensor {show(name)} has {end - start} bytes, "
-            f"but {dtype} {show(shape)} needs {expected}"
+            f"tensor {shown(name)} has {end - start} bytes, "
+            f"but {dtype} {shown(shape)} needs {expected}"
         )
     return TensorInfo(DTYPES[dtype], tuple(shape), start, end)
 
@@ -146,8 +150,8 @@ def _check_ranges(header: Mapping[str, TensorInfo], data_bytes: int) -> None:
     for name, info in sorted(header.items(), key=lambda item: item[1].start):
         if info.start != position or info.end > data_bytes:
             raise AdapterInvalid(
-                f"the safetensors file is damaged: {show(name)} should begin at byte {position} of "
-                f"{data_bytes}, but its range is {info.start} to {info.end}"
+                f"the safetensors file is damaged: {shown(name)} should begin at byte {position} "
+                f"of {data_bytes}, but its range is {info.start} to {info.end}"
             )
         position = info.end
     if position != data_bytes:

@@ -10,9 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from multilora.device.cpu import Device
-from multilora.outputs import TokenLogprobs
-from multilora.sampling.logprobs import collect_logprobs, launch_logprobs
 from multilora.sampling.random_numbers import random_numbers, random_stream
 from multilora.sampling.sampler import SampledToken, SampleError
 from tests.harness.sampler_calls import (
@@ -22,11 +19,10 @@ from tests.harness.sampler_calls import (
     mixed_rows,
     reachable,
     sample,
+    token_logprobs,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import Tensor
 
 INF = math.inf
@@ -37,21 +33,8 @@ def uniform(seed: int, position: int) -> int:
     return int(random_numbers(streams, np.array([position]))[0])
 
 
-def token_logprobs(logits: Tensor, targets: list[int], top: int) -> list[TokenLogprobs]:
-    chosen = torch.tensor(targets, dtype=torch.int64)
-    rows = logits[: len(targets)]
-    return collect_logprobs(launch_logprobs(Device(), rows, chosen, [top] * len(targets)))
-
-
 def surviving(scores: Tensor) -> set[int]:
     return set(scores[0].isfinite().nonzero().flatten().tolist())
-
-
-@pytest.fixture
-def restored_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 # -- greedy and failures --

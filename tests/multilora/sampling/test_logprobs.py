@@ -8,31 +8,11 @@ import pytest
 import torch
 
 from multilora.device.cpu import Device
-from multilora.outputs import TokenLogprobs
 from multilora.sampling.logprobs import collect_logprobs, launch_logprobs
-from tests.harness.sampler_calls import (
-    make_logits,
-    make_row,
-    sample,
-)
+from tests.harness.sampler_calls import make_logits, make_row, sample, token_logprobs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch import Tensor
-
-
-def token_logprobs(logits: Tensor, targets: list[int], top: int) -> list[TokenLogprobs]:
-    chosen = torch.tensor(targets, dtype=torch.int64)
-    rows = logits[: len(targets)]
-    return collect_logprobs(launch_logprobs(Device(), rows, chosen, [top] * len(targets)))
-
-
-@pytest.fixture
-def restored_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+    pass
 
 
 # -- log probabilities --

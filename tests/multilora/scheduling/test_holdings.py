@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from multilora.scheduling.scheduler_output import ChunkResult, SchedulerOutput, StepResult
-from tests.harness.scheduler_house import House
+from tests.harness.scheduler_house import House, answer
 
 
 @pytest.mark.parametrize("caching", [True, False])
 def test_later_answers_to_a_request_share_the_prompt_blocks_of_the_first(caching: bool) -> None:
     house = House(max_num_batched_tokens=8, enable_prefix_caching=caching)
     answers = [house.seq([1] * 14, n=3, max_tokens=2) for _ in range(3)]
-    for index, answer in enumerate(answers):
-        answer.index, answer.arrival = index, answers[0].arrival
+    for index, each in enumerate(answers):
+        each.index, each.arrival = index, answers[0].arrival
     prompt_tokens = 0
     while (plan := house.plan()) is not None:
         prompt_tokens += sum(min(c.count, max(14 - c.start, 0)) for c in plan.chunks)
@@ -30,13 +29,6 @@ def test_rows_are_limited_and_reused() -> None:
     assert house.step() == seqs[2:4]
     assert house.step() == seqs[4:]
     house.check_empty()
-
-
-def answer(plan: SchedulerOutput, token: int = 9) -> StepResult:
-    rows = (
-        ChunkResult(c.request_slot, token if c.samples else None, None, None) for c in plan.chunks
-    )
-    return StepResult(tuple(rows))
 
 
 def test_an_aborted_sequence_holds_its_blocks_until_its_plans_are_committed() -> None:

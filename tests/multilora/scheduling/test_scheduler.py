@@ -7,8 +7,8 @@ import pytest
 from multilora.errors import CapacityError
 from multilora.outputs import FinishReason
 from multilora.scheduling.block_pool import ROOT_KEY, block_key
-from multilora.scheduling.scheduler_output import ChunkResult, SchedulerOutput, StepResult
-from tests.harness.scheduler_house import EOS, House
+from multilora.scheduling.scheduler_output import ChunkResult, StepResult
+from tests.harness.scheduler_house import EOS, House, answer
 
 
 def test_a_sequence_is_prefilled_in_chunks_then_decoded_to_its_length() -> None:
@@ -274,13 +274,6 @@ def test_plans_are_committed_once_and_in_their_order() -> None:
     house.scheduler.update(first, results[0])
     with pytest.raises(AssertionError, match="not the oldest step"):
         house.scheduler.update(third, results[0])
-
-
-def answer(plan: SchedulerOutput, token: int = 9) -> StepResult:
-    rows = (
-        ChunkResult(c.request_slot, token if c.samples else None, None, None) for c in plan.chunks
-    )
-    return StepResult(tuple(rows))
 
 
 def test_a_plan_ahead_counts_on_a_token_that_is_not_sampled_yet() -> None:

@@ -14,8 +14,8 @@ from multilora.errors import RequestError, TokenizerError
 from multilora.tokenization.chat_template import ChatTemplate
 from multilora.tokenization.tiktoken_tokenizer import LLAMA3_SPECIALS
 from multilora.tokenization.tokenizer import load_tokenizer
+from tests.harness.tokenizer_folders import BASE
 
-BASE = Path(__file__).resolve().parents[3] / "multilora" / "assets" / "uma" / "base"
 TOOL_TEMPLATE = """\
 {{- bos_token }}
 {%- if not date_string is defined %}{%- set date_string = "26 Jul 2024" %}{%- endif %}

@@ -12,8 +12,8 @@ import pytest
 
 from multilora.errors import TokenizerError
 from multilora.tokenization.tokenizer import load_tokenizer
+from tests.harness.tokenizer_folders import BASE
 
-BASE = Path(__file__).resolve().parents[3] / "multilora" / "assets" / "uma" / "base"
 CHATML = "<|im_start|>user\nthe cat<|im_end|>\n"
 WORDS = [f"the cat {i} sat on the mat and {i * i} hats" for i in range(300)]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -22,8 +21,8 @@ from multilora.tokenization.tiktoken_tokenizer import (
     TiktokenTokenizer,
 )
 from multilora.tokenization.tokenizer import load_tokenizer
+from tests.harness.tokenizer_folders import BASE, copy_files
 
-BASE = Path(__file__).resolve().parents[3] / "multilora" / "assets" / "uma" / "base"
 TEXTS = (
     "",
     " ",
@@ -39,13 +38,6 @@ CORPUS = [f"the cat {i} sat on <the> mat, ein Hund und {i * i} Vögel.\n" for i 
 
 
 EOS = {"__type": "AddedToken", "content": "</s>", "lstrip": False, "special": True}
-
-
-def copy_files(folder: Path, *names: str) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        shutil.copy(BASE / name, folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -267,42 +259,6 @@ def test_tiktoken_cuts_only_long_runs(readers):
     assert reader.encode(long, add_special_tokens=False) == cut
 
 
-@pytest.mark.parametrize("flag", [True, False])
-@pytest.mark.parametrize("post_processor", [True, False])
-def test_bos_comes_from_the_file_whatever_the_config_says(tmp_path, flag, post_processor):
-    folder = copy_files(tmp_path, "tokenizer.json", "tokenizer_config.json")
-    raw = json.loads((folder / "tokenizer.json").read_text())
-    if not post_processor:
-        raw["post_processor"] = None
-    (folder / "tokenizer.json").write_text(json.dumps(raw))
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "add_bos_token": flag}))
-    want = oracle_of(folder).encode("hi")
-    assert load_tokenizer(folder).encode("hi") == want
-    assert (want[0] == 2816) == post_processor
-
-
-def test_eos_ids_come_from_every_file(tmp_path):
-    folder = copy_files(tmp_path, "tokenizer.json")
-    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 2825]}')
-    (folder / "config.json").write_text('{"eos_token_id": 7}')
-    assert load_tokenizer(folder).eos_token_ids == (5, 7, 2817, 2824, 2825)
-
-
-def test_end_id_outside_the_vocabulary_names_its_file(tmp_path):
-    folder = copy_files(tmp_path, "tokenizer.json")
-    (folder / "generation_config.json").write_text('{"eos_token_id": [128009]}')
-    with pytest.raises(TokenizerError, match=r"generation_config\.json.*128009"):
-        load_tokenizer(folder)
-
-
-def test_unknown_bos_token_is_refused(tmp_path):
-    folder = copy_files(tmp_path, "tokenizer.json")
-    (folder / "tokenizer_config.json").write_text('{"bos_token": "<start>"}')
-    with pytest.raises(TokenizerError, match="bos_token '<start>'"):
-        load_tokenizer(folder)
-
-
 def test_folder_without_tokenizer_says_what_to_add(tmp_path):
     with pytest.raises(TokenizerError, match=r"neither tokenizer\.json nor tokenizer\.model"):
         load_tokenizer(tmp_path)
@@ -337,39 +293,3 @@ def test_truncated_sentencepiece_model_is_named(tmp_path, folders):
     (tmp_path / "tokenizer.model").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(TokenizerError, match=r"tokenizer\.model"):
         load_tokenizer(tmp_path)
-
-
-def test_decoder_without_a_byte_table_is_refused(tmp_path):
-    folder = copy_files(tmp_path, "tokenizer.json")
-    raw = json.loads((folder / "tokenizer.json").read_text())
-    raw["decoder"] = {"type": "WordPiece", "prefix": "##", "cleanup": True}
-    (folder / "tokenizer.json").write_text(json.dumps(raw))
-    with pytest.raises(TokenizerError, match="decoder WordPiece is not supported"):
-        load_tokenizer(folder)
-
-
-def test_special_tokens_that_take_spaces_are_parsed_as_transformers_does(tmp_path):
-    folder = copy_files(tmp_path, "tokenizer.json")
-    raw = json.loads((folder / "tokenizer.json").read_text())
-    raw["added_tokens"][9] |= {"lstrip": True, "rstrip": True}
-    raw["added_tokens"][8] |= {"single_word": True}
-    (folder / "tokenizer.json").write_text(json.dumps(raw))
-    reader, oracle = load_tokenizer(folder), oracle_of(folder)
-    for text in ("a  <|eot_id|> \n b", "<|eot_id|>", "x<|eom_id|> y <|eom_id|> z"):
-        assert reader.encode_with_special(text) == oracle.encode(text, add_special_tokens=False)
-
-
-def test_truncation_in_the_file_does_not_cut_prompts(tmp_path):
-    folder = copy_files(tmp_path, "tokenizer.json")
-    raw = json.loads((folder / "tokenizer.json").read_text())
-    raw["truncation"] = {
-        "direction": "Right",
-        "max_length": 4,
-        "strategy": "LongestFirst",
-        "stride": 0,
-    }
-    (folder / "tokenizer.json").write_text(json.dumps(raw))
-    reader = load_tokenizer(folder)
-    assert reader.decode(reader.encode("a long prompt of many words")) == (
-        "a long prompt of many words"
-    )
