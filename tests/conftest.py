@@ -134,6 +134,14 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _remains() -> Iterator[None]:
+    """What a planted exception left is collected before the next test begins."""
+    yield
+    if failpoints := sys.modules.get("tests.harness.failpoints"):
+        failpoints.collect_remains()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _poison() -> Iterator[None]:
     """Fills memory that our packages get with NaN, so that an unwritten value shows.

@@ -6,8 +6,10 @@ each call to `sys.setprofile`'s function, and raises there what that function ra
 
 from __future__ import annotations
 
+import gc
 import itertools
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -109,10 +111,29 @@ def raised_at_call(number: int, error: BaseException, work: Callable[[], Any]) -
     return _raised(error, lambda _: next(numbers) == number, work)
 
 
+class _Left:
+    """Whether something was raised whose remains nobody has collected."""
+
+    is_there = False
+
+
+def collect_remains() -> None:
+    """Collects what exceptions of this module left: a file, say, that Python closes and warns of.
+
+    Else it does so in the middle of another test, which then fails.
+    """
+    if _Left.is_there:
+        _Left.is_there = False
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            gc.collect()
+
+
 def _raised(
     error: BaseException, is_here: Callable[[Point], bool], work: Callable[[], Any]
 ) -> bool | None:
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    _Left.is_there = True
     try:
         with _Bomb(error, is_here) as bomb:
             work()

@@ -39,7 +39,7 @@ def open_regular(path: Path, max_bytes: int) -> BinaryIO:
             raise AdapterInvalid(
                 f"{path.name} has {info.st_size} bytes, above the limit of {max_bytes}"
             )
-    except AdapterInvalid:
+    except BaseException:
         file.close()
         raise
     return file
