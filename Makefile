@@ -9,7 +9,7 @@ CPU_LIBRARY := kernels/_cpu*.so
 TRITON36 := build/triton-3.6.0
 
 .PHONY: install typing check test test-fast test-triton test-codegen test-triton36 test-slow fuzz sanitize \
-        csrc-check bench demo wheel clean
+        csrc-check bench demo docs wheel clean
 
 install: $(STAMP)
 
@@ -130,6 +130,12 @@ bench: install
 demo: | $(BIN)/python
 	$(BIN)/python -I -c 'import multilora_kernels, rich, tqdm, typer' 2>/dev/null || $(PIP) -e '.[cli]'
 	$(BIN)/multilora demo
+
+# The pages of docs/ and the reference from the docstrings: build/site. A dead link is an error.
+docs: typing | $(BIN)/python
+	$(BIN)/python -I -c 'import mkdocstrings, mkdocs, material' 2>/dev/null || $(PIP) -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q -f docs/site/mkdocs.yml
+	@echo build/site/index.html
 
 wheel: install
 	$(BIN)/python -m build --outdir dist .
