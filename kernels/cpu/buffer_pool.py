@@ -45,9 +45,12 @@ class BufferPool:
         region, start = free.pop() if free else self._new(size)
         block = memoryview(region.data)[start : start + size]
         tensor = torch.frombuffer(block, dtype=dtype, count=count).view(tuple(shape))
-        lent = _Lent(block, self._returned.append)  # the tensor's memory holds the block
-        lent.address, lent.free, lent.place = tensor.data_ptr(), free, (region, start)
-        self._live[lent.address] = lent
+        address, place = tensor.data_ptr(), (region, start)
+        # The tensor's memory holds the block. Nothing is called from here on: a Ctrl-C would leave
+        # a block that comes back and does not say from where.
+        lent = _Lent(block, self._returned.append)
+        lent.address, lent.free, lent.place = address, free, place
+        self._live[address] = lent
         return tensor
 
     def _take_back(self) -> None:

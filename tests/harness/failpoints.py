@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import itertools
 import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,6 +26,7 @@ FOLDERS = tuple(
     for package in (multilora, multilora_kernels)
     if package.__file__
 )
+LOCKS = (type(threading.Lock()), type(threading.RLock()))
 
 
 class Point(NamedTuple):
@@ -55,6 +57,10 @@ class _Watch:
             caller, called = frame.f_back, frame.f_code.co_name
         elif event == "c_call":
             called = getattr(arg, "__name__", "?")
+            # Python handles no signal between the end of a `with` and the call that ends it: what
+            # is raised here alone would leave a lock locked.
+            if called == "__exit__" and isinstance(getattr(arg, "__self__", None), LOCKS):
+                return
         else:
             return
         if caller is None or not caller.f_code.co_filename.startswith(FOLDERS):

@@ -69,3 +69,32 @@ def test_a_block_comes_back_without_a_call_of_pythons() -> None:
     assert calls == []
     first = pool.empty((4, 4), torch.float32).data_ptr()
     assert pool.empty((4, 4), torch.float32).data_ptr() == first
+
+
+def test_an_interrupt_anywhere_leaves_a_pool_that_works() -> None:
+    """Also between a block and the note of where it goes back to."""
+    pool, number, left = mk.BufferPool(), 0, 0
+
+    def see(*_: object) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+
+    done = False
+    while not done:
+        number += 1
+        left = number
+        sys.setprofile(see)
+        try:
+            tensor = pool.empty((50,), torch.float32)
+            done, left = left > 0, 0  # there are not so many points
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.setprofile(None)
+        tensor = pool.empty((50,), torch.float32)
+        tensor.fill_(number)
+        del tensor
+        assert pool.empty((50,), torch.float32).shape == (50,)
+    assert number > 8
