@@ -12,6 +12,7 @@ that looks at a tensor's value on the host, or whose shapes depend on one, canno
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,8 +68,13 @@ class CpuGraph:
         self.output = pool.borrow(output) if pool.owns(output) else output
 
     def replay(self) -> None:
-        """Calls every operator again. The output is valid until the pool's next use."""
-        with torch.inference_mode():
+        """Calls every operator again. The output is valid until the pool's next use.
+
+        Who is in inference mode does not enter it once more: an interrupt on the way out of the
+        inner one could leave the thread in it for good.
+        """
+        is_in = torch.is_inference_mode_enabled()
+        with nullcontext() if is_in else torch.inference_mode():
             for step in self._steps:
                 step.run()
 

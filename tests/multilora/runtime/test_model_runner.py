@@ -143,9 +143,10 @@ def test_a_reset_runner_goes_on_with_the_same_bits_wherever_it_was_interrupted(
     runner = engine_of(root, **SETTINGS[case]).runner
     depth = 2 if case == "device" else 1
     wanted = answers(runner, depth)
-    forget_graphs(runner)
-    with watched(Events()) as all_events:
-        assert answers(runner, depth) == wanted
+    for _ in range(2):  # a first capture makes memory that later ones find
+        forget_graphs(runner)
+        with watched(Events()) as all_events:
+            assert answers(runner, depth) == wanted
     points = range(1, all_events.count, max(all_events.count // POINTS, 1) | 1)
     assert len(points) >= POINTS
     for point in points:
