@@ -143,11 +143,11 @@ def test_a_reset_runner_goes_on_with_the_same_bits_wherever_it_was_interrupted(
     runner = engine_of(root, **SETTINGS[case]).runner
     depth = 2 if case == "device" else 1
     wanted = answers(runner, depth)
-    for _ in range(2):  # a first capture makes memory that later ones find
-        forget_graphs(runner)
-        with watched(Events()) as all_events:
-            assert answers(runner, depth) == wanted
-    points = range(1, all_events.count, max(all_events.count // POINTS, 1) | 1)
+    forget_graphs(runner)
+    with watched(Events()) as all_events:
+        assert answers(runner, depth) == wanted
+    # Some few calls are made or not, by when memory comes back: the last ones are not for sure.
+    points = range(1, all_events.count - 20, max(all_events.count // POINTS, 1) | 1)
     assert len(points) >= POINTS
     for point in points:
         forget_graphs(runner)
