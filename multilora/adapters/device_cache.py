@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .output_scales import PackedScales
 from .rank_pages import AdapterTable, PackedSite, RankPagePool
 
 if TYPE_CHECKING:
@@ -139,11 +140,14 @@ class DeviceAdapterCache:
         rows = self._rows(mix)
         for site, (ids, weights) in rows.items():
             self.table.write(slot, site, ids, weights)
+        for site, scales in self._scales(mix, packed).items():
+            self.table.scales[site].write(slot, scales)
         self._slot_pages[slot] = {site: len(ids) for site, (ids, _) in rows.items()}
         entry = self._mixes[mix] = _Slot(slot)
         return entry
 
     def _copy(self, site: str, packed: PackedSite) -> list[int]:
+        self.pools[site].reserve()  # also for biases alone
         ids = self.pools[site].allocate(packed.num_pages)
         assert ids is not None
         self.pools[site].write(ids, packed)
@@ -158,6 +162,18 @@ class DeviceAdapterCache:
                 ids += pages
                 weights += [weight] * len(pages)
         return rows
+
+    @staticmethod
+    def _scales(
+        mix: Mix, packed: Mapping[str, Mapping[str, PackedSite]]
+    ) -> dict[str, list[tuple[PackedScales, float]]]:
+        """What the adapters of the mix do beside their deltas, with their weights, by site."""
+        found: dict[str, list[tuple[PackedScales, float]]] = {}
+        for digest, weight in mix:
+            for site, one in packed[digest].items():
+                if one.scales is not None:
+                    found.setdefault(site, []).append((one.scales, weight))
+        return found
 
     def _evict_mix(self, mix: Mix) -> None:
         entry = self._mixes.pop(mix)
@@ -180,11 +196,13 @@ class DeviceAdapterCache:
         slots = [entry.slot for entry in self._mixes.values()]
         assert sorted(slots + self._free_slots) == list(range(self._num_slots))
         expected = {entry.slot: self._rows(mix) for mix, entry in self._mixes.items()}
+        scaled = {entry.slot: self._scales(mix, packed) for mix, entry in self._mixes.items()}
         assert all(entry.pins >= 0 for entry in self._mixes.values())
         for slot in range(self._num_slots):
             rows = expected.get(slot, {})
             assert self._slot_pages[slot] == {site: len(ids) for site, (ids, _) in rows.items()}
             for site in self.pools:
+                assert self.table.scales[site].has_row(slot) == (site in scaled.get(slot, {}))
                 ids, weights = rows.get(site, ([], []))
                 assert self.table.row(slot, site) == (
                     ids,

@@ -24,13 +24,15 @@ from multilora_kernels import (
 )
 
 from ..errors import AdapterInvalid
+from .output_scales import PackedScales, ScaleRows, dora_gains, pack_scales
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
     from ..config.lora_sites import Site
+    from .output_scales import BaseWeights
     from .peft.reader import Adapter
 
 
@@ -44,6 +46,7 @@ class PackedSite:
 
     a: Tensor  # [pages, layers, slices, 8, in]; for the embedding [pages, vocab, 8]
     b: Tensor  # [pages, layers, 8, out]
+    scales: PackedScales | None = None
 
     @property
     def num_pages(self) -> int:
@@ -52,18 +55,24 @@ class PackedSite:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of both tensors."""
-        return self.a.nbytes + self.b.nbytes
+        """Bytes of all its tensors."""
+        scales = 0 if self.scales is None else self.scales.num_bytes
+        return self.a.nbytes + self.b.nbytes + scales
 
 
-def pack(adapter: Adapter, site: Site, dtype: torch.dtype) -> PackedSite | None:
-    """Lays the adapter's weights at one site out as pages; None if it does not target the site.
+def pack(
+    adapter: Adapter, site: Site, dtype: torch.dtype, base: BaseWeights | None = None
+) -> PackedSite | None:
+    """Lays the adapter's weights at one site out as pages; None if it does nothing at the site.
 
-    Rows above a module's rank, and layers and slices without LoRA, are zero. The scale is folded
-    into B in fp32 before the one cast to `dtype`. Raises AdapterInvalid if a value overflows.
+    Rows above a module's rank, and layers and slices without LoRA, are zero. The scale, and DoRA's
+    gain, are folded into B in fp32 before the one cast to `dtype`. `base` is looked at for DoRA and
+    trained biases. Raises AdapterInvalid if a value overflows.
     """
+    gains = {} if base is None else dora_gains(adapter, site, base)
+    scales = pack_scales(adapter, site, gains, base)
     pages = pages_for(adapter.rank_at(site.name))
-    if not pages:
+    if not pages and scales is None:
         return None
     a = torch.zeros(pages, *a_shape(site), dtype=dtype)
     b = torch.zeros(pages, site.layers, PAGE_ROWS, site.out, dtype=dtype)
@@ -72,14 +81,15 @@ def pack(adapter: Adapter, site: Site, dtype: torch.dtype) -> PackedSite | None:
     for (name, layer, index), module in adapter.modules.items():
         if name == site.name:
             columns = b[:, layer, :, starts[index] : starts[index + 1]]
-            weights = LoraWeights(module.a, module.b, module.scale)
-            write_lora_(rows[:, layer, index], columns, weights)
-    if not all(math.isfinite(end) for values in (a, b) for end in torch.aminmax(values)):
+            gain = gains.get((name, layer, index))
+            wide = module.b if gain is None else module.b.float() * gain[:, None]
+            write_lora_(rows[:, layer, index], columns, LoraWeights(module.a, wide, module.scale))
+    if pages and not all(math.isfinite(end) for values in (a, b) for end in torch.aminmax(values)):
         raise AdapterInvalid(
             f"the adapter's weights at site {site.name} (A, or alpha / r times B) overflow "
             f"{dtype}; lower its lora_alpha, or start with lora_dtype='float32'"
         )
-    return PackedSite(a, b)
+    return PackedSite(a, b, scales)
 
 
 def a_shape(site: Site) -> tuple[int, ...]:
@@ -181,7 +191,7 @@ class RankPagePool:
         assert self._pages is not None
         assert len(page_ids) == packed.num_pages
         assert self._used.issuperset(page_ids)
-        index = torch.tensor(page_ids, device=self._device)
+        index = torch.tensor(page_ids, dtype=torch.int64, device=self._device)
         for pages, values in zip(self._pages, (packed.a, packed.b), strict=True):
             pages.index_copy_(0, index, values.to(self._device))
 
@@ -201,11 +211,11 @@ class RankPagePool:
 
 
 class AdapterTable:
-    """For each site and slot: which pages, with which weights."""
+    """For each site and slot: which pages, with which weights, and which scales."""
 
     def __init__(
         self,
-        sites: Iterable[str],
+        sites: Mapping[str, Site],
         slots: int,
         max_pages: int,
         device: torch.device | str = "cpu",
@@ -218,6 +228,7 @@ class AdapterTable:
             )
             for name in sites
         }
+        self.scales = {name: ScaleRows(site, slots, device) for name, site in sites.items()}
 
     def site(self, name: str, pages: int | None = None) -> Table:
         """The table of one site; what the kernels take. Its tensors stay the same for good.
@@ -248,8 +259,9 @@ class AdapterTable:
 
     def clear(self, slot: int) -> None:
         """Leaves a slot without pages at every site."""
-        for table in self._tables.values():
+        for name, table in self._tables.items():
             table.num_pages[slot] = 0
+            self.scales[name].clear(slot)
 
     def row(self, slot: int, site: str) -> tuple[list[int], list[float]]:
         """Page ids and weights of a slot at a site, as `write` got them (weights in fp32)."""

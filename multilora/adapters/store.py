@@ -29,6 +29,7 @@ from ..errors import (
 from .base_weights import check_base
 from .device_cache import DeviceAdapterCache
 from .mix import AdapterSpec, Mix, mix_identity
+from .output_scales import has_scales
 from .rank_pages import AdapterTable, PackedSite, RankPagePool, pack
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from ..config.engine import EngineConfig
     from ..config.lora_sites import Site
     from .mix import Mix
+    from .output_scales import BaseWeights
     from .peft.reader import Adapter
 
 
@@ -80,7 +82,7 @@ class AdapterStore:
         device: torch.device | str = "cpu",
         is_gpu: bool = False,  # whether there are as many pages as on a GPU
     ) -> None:
-        self._sites, self._config, self._dtype = sites, config, dtype
+        self._sites, self._config, self._dtype, self._is_gpu = sites, config, dtype, is_gpu
         self._names: dict[str, str] = {}  # name -> digest
         self._host: dict[str, HostAdapter] = {}  # by digest
         self._holds: Counter[str] = Counter()  # by digest
@@ -100,12 +102,13 @@ class AdapterStore:
         adapter: Adapter,
         *,
         base: Mapping[str, Tensor] | None = None,
+        served: BaseWeights | None = None,
     ) -> str:
         """Makes `name` mean this adapter from now on, and returns its digest.
 
         Raises like `pack`, which it is with `install`; then nothing has changed.
         """
-        self.install(name, adapter.digest, self.pack(name, adapter, base=base))
+        self.install(name, adapter.digest, self.pack(name, adapter, base=base, served=served))
         return adapter.digest
 
     def pack(
@@ -114,15 +117,22 @@ class AdapterStore:
         adapter: Adapter,
         *,
         base: Mapping[str, Tensor] | None = None,
+        served: BaseWeights | None = None,
     ) -> HostAdapter:
         """The adapter in page layout, which changes nothing here.
 
         `base` holds the base model's own "embed" and "lm_head" weights, which an adapter that
-        brings such weights must equal. Raises AdapterError for a name that is not allowed,
-        AdapterInvalid, or AdapterTooLarge.
+        brings such weights must equal; `served` are the linears as they are served, for DoRA and
+        trained biases. Raises AdapterError for a name that is not allowed, AdapterInvalid, or
+        AdapterTooLarge.
         """
         _check_name(name)
         self._check_size(name, adapter)
+        if has_scales(adapter) and not self._config.has_lora_scales(self._is_gpu):
+            raise AdapterInvalid(
+                f"adapter {name!r} has DoRA or biases, for which there is no memory; restart with "
+                "lora_scales=True"
+            )
         check_base(name, adapter, base or {})
         if adapter.digest in self._host:
             return self._host[adapter.digest]
@@ -130,7 +140,7 @@ class AdapterStore:
             packed = {
                 site.name: found
                 for site in self._sites.values()
-                if (found := pack(adapter, site, self._dtype)) is not None
+                if (found := pack(adapter, site, self._dtype, served)) is not None
             }
         except AdapterInvalid as error:
             raise AdapterInvalid(f"adapter {name!r}: {error}") from error
@@ -258,9 +268,15 @@ class AdapterStore:
         return self._device.table
 
     def reserve(self) -> None:
-        """Takes the memory of all pages of the sites in layers, which then stays in place."""
+        """Takes the memory of all pages of the sites in layers, and of scales if there are to be.
+
+        It then stays in place.
+        """
         for pool in self._layer_pools():
             pool.reserve()
+        if self._config.has_lora_scales(self._is_gpu):
+            for rows in self.table.scales.values():
+                rows.reserve()
 
     @contextmanager
     def stand_ins(self) -> Iterator[None]:
@@ -272,8 +288,11 @@ class AdapterStore:
 
     @property
     def reserved_bytes(self) -> int:
-        """Bytes of all pages of the sites in layers, which most adapters need."""
-        return sum(pool.capacity * pool.page_bytes for pool in self._layer_pools())
+        """Bytes of what `reserve` takes, which most adapters need."""
+        pages = sum(pool.capacity * pool.page_bytes for pool in self._layer_pools())
+        has_scales = self._is_gpu and self._config.has_lora_scales(is_gpu=True)
+        scales = self.table.scales.values() if has_scales else ()
+        return pages + sum(rows.capacity_bytes for rows in scales)
 
     def _layer_pools(self) -> list[RankPagePool]:
         return [pool for name, pool in self._device.pools.items() if self._sites[name].in_layers]

@@ -58,6 +58,9 @@ class EngineConfig:
         max_lora_rank: Largest rank of one mix at one site, a multiple of 8.
         lora_pages: Rank pages, of 8 rank rows each, at each site. None = 8 a slot, 4 on a GPU.
         lora_dtype: Of the rank pages. "auto" = the model's dtype.
+        lora_scales: Whether adapters may have DoRA or biases. None = on a CPU, where these take
+            memory when the first one comes; on a GPU they take it at the start: 8 bytes for each
+            output of a linear and slot.
         policy: Order of the waiting requests; "fcfs" = as they came.
         gpu_memory_utilization: Share of a GPU's memory for all of this, above 0 and at most 1.
         enforce_eager: True = decode steps are not captured.
@@ -91,6 +94,7 @@ class EngineConfig:
     max_lora_rank: int = 512
     lora_pages: int | None = None
     lora_dtype: str = "auto"
+    lora_scales: bool | None = None
     policy: str = "fcfs"
 
     gpu_memory_utilization: float = 0.9
@@ -180,6 +184,10 @@ class EngineConfig:
         5.4 GB of the 8B shape and 26.5 GB of the 70B one would be much for what most adapters need.
         """
         return self.lora_pages or self.max_loras * (4 if is_gpu else 8)
+
+    def has_lora_scales(self, is_gpu: bool) -> bool:
+        """Whether adapters may have DoRA or biases."""
+        return not is_gpu if self.lora_scales is None else self.lora_scales
 
     def is_async(self, is_gpu: bool) -> bool:
         """Whether a step is prepared while the one before it runs."""

@@ -75,7 +75,7 @@ REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "lora_extra_vocab_size": ((0, 256), "no adapter may bring rows of its own"),
     "fully_sharded_loras": ((False,), "there is one device"),
     "long_lora_scaling_factors": (NOTHING, "scale RoPE in the checkpoint's config.json"),
-    "enable_lora_bias": ((False,), "an adapter's bias is refused by name when it is loaded"),
+    "enable_lora_bias": ((False, True), "biases need nothing said on a CPU, lora_scales on a GPU"),
     "tensor_parallel_size": ((1,), "one device serves the model"),
     "pipeline_parallel_size": ((1,), "one device serves the model"),
     "data_parallel_size": ((1,), "start an engine for each device"),

@@ -132,7 +132,9 @@ def reckon(config: EngineConfig, device: Device | type[Device], shape: ModelConf
     beforehand = not config.enforce_eager and not device.captures_on_demand
     tokens = [size.tokens for size in sizes] if beforehand else []
     pages = config.pages_per_site(device.is_cuda)
-    return Reckoned(dtypes, length, expected(config, shape, dtypes, length, pages, tokens))
+    has_scales = device.is_cuda and config.has_lora_scales(is_gpu=True)
+    needs = expected(config, shape, dtypes, length, pages, tokens, has_scales=has_scales)
+    return Reckoned(dtypes, length, needs)
 
 
 def _model(config: EngineConfig, device: Device, shape: ModelConfig, dtype: torch.dtype) -> Llama:

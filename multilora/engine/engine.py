@@ -192,7 +192,7 @@ class Engine:
             site: read_base_weight(self.config.model, site, self.model_config)
             for site in adapter.base_weights
         }
-        host = self.store.pack(name, adapter, base=base)
+        host = self.store.pack(name, adapter, base=base, served=self.model)
         with Change(self._core):
             self.store.install(name, adapter.digest, host)
         if self.tokenizer is not None and has_other_template(

@@ -136,7 +136,10 @@ def check(
     found = read_adapter(path, config)
     base = {site: read_base_weight(model, site, config) for site in found.base_weights}
     check_base(path.name, found, base)
-    weights = [w for module in found.modules.values() for w in (module.a, module.b)]
+    of_modules = (
+        (module.a, module.b, module.magnitude, module.bias) for module in found.modules.values()
+    )
+    weights = [w for ws in (*of_modules, found.biases.values()) for w in ws if w is not None]
     ranks = {site: found.rank_at(site) for site in sites_of(config)}
     print(f"digest   {found.digest}")
     print(f"rank     {found.rank}")

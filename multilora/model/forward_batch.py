@@ -9,6 +9,7 @@ from torch import Tensor
 
 import multilora_kernels as mk
 
+from ..adapters.output_scales import ScaleRows
 from ..adapters.rank_pages import RankPagePool
 from ..device.cpu import Side
 
@@ -19,6 +20,7 @@ class SiteLora:
 
     pool: RankPagePool
     table: mk.Table
+    scales: ScaleRows  # what they do beside their deltas, layer by layer
     tiles: mk.Tiles
     slice_starts: tuple[int, ...]
 

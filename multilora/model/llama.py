@@ -98,6 +98,36 @@ class Llama(nn.Module):
             yield block.mlp.down.part()
         yield fill(norms)
 
+    def linear(self, site: str, layer: int) -> Linear:
+        """The base's linear of a site, the embedding aside."""
+        if site == "lm_head":
+            return self.head.base
+        block = self.blocks[layer]
+        assert isinstance(block, DecoderLayer)
+        of_site = {
+            "qkv": block.attention.qkv,
+            "o": block.attention.o,
+            "gate_up": block.mlp.gate_up,
+            "down": block.mlp.down,
+        }
+        return of_site[site].base
+
+    @torch.inference_mode()
+    def columns(self, site: str, layer: int, first: int, last: int) -> Tensor:
+        """Weights of output columns of a site, as they are served: fp32 [last - first, in]."""
+        device, vocab = self.norm.weight.device, self.config.vocab_size
+        if site != "embed":
+            ids = torch.arange(first, last, device=device)
+            return self.linear(site, layer).rows(ids, torch.float32)
+        if self.embed.tied is None:
+            return self.embed.weight[:, first:last].T.float()
+        rows = self.embed.tied.rows(torch.arange(vocab, device=device), torch.float32)
+        return rows[:, first:last].T
+
+    def bias(self, site: str, layer: int) -> Tensor | None:
+        """The bias of a site, [out]; None if it has none."""
+        return None if site == "embed" else self.linear(site, layer).bias
+
     @cached_property
     def rows_are_independent(self) -> bool:
         """Whether rows need no padding; asked when everything is loaded."""

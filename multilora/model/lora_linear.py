@@ -89,7 +89,7 @@ class Linear(nn.Module):
         """Rows of the weight, [tokens, in], by ids int64 [tokens]: the embedding tied to a head."""
         if isinstance(self.weight, mk.PackedWeight):
             return mk.unpack_rows(self.weight, ids).to(dtype)
-        return self.weight[ids]
+        return self.weight[ids].to(dtype)
 
     @property
     def rows_are_independent(self) -> bool:
@@ -127,15 +127,16 @@ class LoraLinear(nn.Module):
             y: Tensor = self.base(x, batch.batch_invariant)
             return y
         a, b = lora.pool.layer(self.layer)
+        table = lora.scales.table(lora.table, self.layer)
         if side is None:
             y = self.base(x, batch.batch_invariant)
-            mk.lora_(y, x, a, b, lora.table, lora.tiles, lora.slice_starts)
+            mk.lora_(y, x, a, b, table, lora.tiles, lora.slice_starts)
             return y
         with side.fork():
-            planes = mk.lora_shrink(x, a, lora.table, lora.tiles, mk.lora_splits(x, a))
+            planes = mk.lora_shrink(x, a, table, lora.tiles, mk.lora_splits(x, a))
         y = self.base(x, batch.batch_invariant)
         side.join()
-        mk.lora_expand_(y, planes, b, lora.table, lora.tiles, lora.slice_starts)
+        mk.lora_expand_(y, planes, b, table, lora.tiles, lora.slice_starts)
         return y
 
     def part(self) -> Part:
@@ -160,7 +161,7 @@ class LoraEmbedding(nn.Module):
         y = self.weight[ids] if self.tied is None else self.tied.rows(ids, self.dtype)
         if lora is not None:
             a, b = lora.pool.layer(0)
-            mk.lora_embed_(y, ids, a, b, lora.table, lora.tiles)
+            mk.lora_embed_(y, ids, a, b, lora.scales.table(lora.table, 0), lora.tiles)
         return y
 
     def part(self) -> Part:

@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import multilora_kernels as mk
 
+from ..adapters.output_scales import ScaleRows
+from ..adapters.rank_pages import RankPagePool
 from ..device.cpu import CapturedGraph, Device
 from .step_inputs import ROWS, BatchShape, StepInputs, StepTensors
 
@@ -60,6 +63,14 @@ Work = Callable[[frozenset[str], Tensor], Tensor]
 """A step that adapts these sites, as a function of its block table: logits [tokens, vocab]."""
 
 
+class _Key(NamedTuple):
+    """What a graph is of."""
+
+    shape: BatchShape
+    adapted: frozenset[str]  # sites with rank pages
+    scaled: frozenset[str]  # those of them with DoRA's scales or biases, too
+
+
 class GraphRunner:
     """The captured decode steps of a runner."""
 
@@ -67,19 +78,18 @@ class GraphRunner:
         self,
         device: Device,
         sites: Iterable[str],  # that graphs with LoRA may adapt
-        has_pages: Callable[[str], bool],  # whether a site's rank pages have their place by now
+        pool: Callable[[str], RankPagePool],  # of a site; its pages may not have their place yet
+        scales: Mapping[str, ScaleRows],  # by site; these neither
         block_table: Tensor,  # int32 [most sequences, max_blocks]
         max_seq_len: int,
         logits: Tensor | None = None,  # [most tokens, vocab] that all write to; None: own ones
     ) -> None:
         self.sites = frozenset(sites)
-        self._device, self._has_pages = device, has_pages
+        self._device, self._pool, self._scales = device, pool, scales
         self._block_table, self._max_seq_len, self._logits = block_table, max_seq_len, logits
-        self._graphs: dict[tuple[BatchShape, frozenset[str]], CapturedGraph] = {}
+        self._graphs: dict[_Key, CapturedGraph] = {}
         self._beforehand: list[BatchShape] = []  # the smallest first
-        self._came: set[tuple[BatchShape, frozenset[str]]] = (
-            set()
-        )  # on demand: to capture next time
+        self._came: set[_Key] = set()  # on demand: to capture next time
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -90,7 +100,7 @@ class GraphRunner:
         """Captures `work(shape)` for each shape. Says what it took, beside what was expected."""
         start, before = time.perf_counter(), self._device.memory()
         for shape in sizes:
-            self._capture(shape, self._adapted(shape), work(shape))
+            self._capture(self._key(shape), work(shape))
             self._beforehand.append(shape)
         self._beforehand.sort(key=lambda shape: (shape.tokens, shape.tiles))
         self._device.synchronize()
@@ -127,29 +137,31 @@ class GraphRunner:
 
     def run(self, shape: BatchShape, sent: StepTensors, work: Work) -> Tensor:
         """What `work` gives, for a step that was sent with the shape."""
-        table, sites = sent.block_table, self._adapted(shape)
+        table, key = sent.block_table, self._key(shape)
         self._block_table[: table.shape[0], : table.shape[1]].copy_(table)
-        key = shape, sites
         graph = self._graphs.get(key)
         if graph is not None:
             graph.replay()
             return graph.output
         if key in self._came:
-            return self._capture(shape, sites, work).output
+            return self._capture(key, work).output
         self._came.add(key)
-        return work(sites, self._block_table[: shape.seqs])
+        return work(key.adapted, self._block_table[: shape.seqs])
 
-    def _adapted(self, shape: BatchShape) -> frozenset[str]:
-        return frozenset(filter(self._has_pages, self.sites)) if shape.tiles else frozenset()
+    def _key(self, shape: BatchShape) -> _Key:
+        if not shape.tiles:
+            return _Key(shape, frozenset(), frozenset())
+        adapted = frozenset(name for name in self.sites if self._pool(name).is_allocated)
+        return _Key(shape, adapted, frozenset(n for n in adapted if self._scales[n].is_allocated))
 
-    def _capture(self, shape: BatchShape, sites: frozenset[str], work: Work) -> CapturedGraph:
-        table = self._block_table[: shape.seqs]
+    def _capture(self, key: _Key, work: Work) -> CapturedGraph:
+        table = self._block_table[: key.shape.seqs]
 
         def logits() -> Tensor:
-            found = work(sites, table)
+            found = work(key.adapted, table)
             return found if self._logits is None else self._logits[: len(found)].copy_(found)
 
-        graph = self._graphs[shape, sites] = self._device.capture(logits)
+        graph = self._graphs[key] = self._device.capture(logits)
         return graph
 
 

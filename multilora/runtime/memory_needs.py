@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..adapters.output_scales import ScaleRows
 from ..adapters.rank_pages import RankPagePool
 from ..config.lora_sites import sites_of
 from ..config.quantization import schemes_of
@@ -44,7 +45,7 @@ class MemoryNeeds:
 
     base: int  # the weights
     activations: int  # of the largest step
-    rank_pages: int  # of the sites in layers, all of them
+    rank_pages: int  # of the sites in layers, all of them, and the slots' scales
     graphs: int  # captured ones
     block: int  # one KV block
     min_blocks: int  # num_kv_blocks, or those of one request of full length
@@ -71,6 +72,8 @@ def expected(
     max_model_len: int,
     rank_pages: int,  # of each site
     graphs: Sequence[int],  # tokens of each graph that is captured at the start
+    *,
+    has_scales: bool = False,  # whether the scales of all slots are there from the start
 ) -> MemoryNeeds:
     """The needs of an engine of this shape, as far as they are known before it is loaded."""
     size, blocks = dtypes.model.itemsize, -(-max_model_len // config.block_size)
@@ -82,7 +85,8 @@ def expected(
     return MemoryNeeds(
         base=weight_bytes(shape, dtypes.model, schemes_of(config)),
         activations=max(step, sampled),
-        rank_pages=rank_pages * page_bytes(shape, dtypes.lora),
+        rank_pages=rank_pages * page_bytes(shape, dtypes.lora)
+        + has_scales * scale_bytes(shape, config.max_loras),
         graphs=graph_bytes(shape, graphs, max_model_len, size, rank) if graphs else 0,
         block=KVCache.block_bytes(shape, config.block_size, dtypes.kv),
         min_blocks=config.num_kv_blocks or blocks,
@@ -114,6 +118,11 @@ def page_bytes(shape: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes of one rank page at each site in layers."""
     sites = [site for site in sites_of(shape).values() if site.in_layers]
     return sum(RankPagePool(site, 1, dtype=dtype).page_bytes for site in sites)
+
+
+def scale_bytes(shape: ModelConfig, slots: int) -> int:
+    """Bytes of the scales and biases of all slots, at every site."""
+    return sum(ScaleRows(site, slots).capacity_bytes for site in sites_of(shape).values())
 
 
 def step_bytes(

@@ -196,7 +196,8 @@ class ModelRunner:
         tiles = sent.head_tiles if name == "lm_head" else sent.tiles
         assert tiles is not None, f"a step that adapts {name} has no tiles for it"
         starts = self._sites[name].slice_starts
-        return SiteLora(self.store.pool(name), self.store.table.site(name, pages), tiles, starts)
+        table, scales = self.store.table.site(name, pages), self.store.table.scales[name]
+        return SiteLora(self.store.pool(name), table, scales, tiles, starts)
 
     # Graphs -----------------------------------------------------------------------------------
 
@@ -217,7 +218,8 @@ class ModelRunner:
         self.graphs = GraphRunner(
             self._device,
             (name for name, site in self._sites.items() if site.in_layers),
-            lambda name: self.store.pool(name).is_allocated,
+            self.store.pool,
+            self.store.table.scales,
             empty_block_table(seqs, -(-self._max_len // config.block_size), self._device),
             self._max_len,
             self._logits_of(sizes[0]) if sizes else None,

@@ -45,6 +45,9 @@ def write_adapter(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     use_rslora: bool = False,
+    use_dora: bool = False,
+    lora_bias: bool = False,
+    bias: str = "none",
     scale: float | None = 0.1,
     **extra_config: Any,
 ) -> Path:
@@ -52,7 +55,8 @@ def write_adapter(
 
     `targets` are last path components, `embed_tokens` and `lm_head` among them; `layers` limits
     them to some layers. A and B are normal with deviation `scale`; None makes the delta a few
-    percent of what the base gives, whatever the sizes. `extra_config` is added to the config as it
+    percent of what the base gives, whatever the sizes. `use_dora`, `lora_bias` and `bias` bring
+    their tensors, `bias` for a config that has biases. `extra_config` is added to the config as it
     is and does not change the tensors.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -74,6 +78,14 @@ def write_adapter(
                 ):
                     values = torch.randn(shape, generator=generator) * deviation
                     tensors[f"base_model.model.{path}.{name}"] = values.to(dtype)
+                if use_dora:  # lengths about those of the tests' random weights
+                    values = torch.rand(piece.out, generator=generator) + 0.5
+                    name = f"base_model.model.{path}.lora_magnitude_vector"
+                    tensors[name] = (values * 0.1 * site.in_**0.5).to(dtype)
+                if lora_bias:
+                    values = torch.randn(piece.out, generator=generator) * 0.1
+                    tensors[f"base_model.model.{path}.lora_B.bias"] = values.to(dtype)
+    tensors |= _base_biases(config, targets, bias, dtype, generator)
     folder.mkdir(parents=True, exist_ok=True)
     fields = {
         "peft_type": "LORA",
@@ -85,12 +97,37 @@ def write_adapter(
         "rank_pattern": dict(rank_pattern or {}),
         "alpha_pattern": dict(alpha_pattern or {}),
         "use_rslora": use_rslora,
-        "bias": "none",
+        "use_dora": use_dora,
+        "lora_bias": lora_bias,
+        "bias": bias,
         **extra_config,
     }
     (folder / "adapter_config.json").write_text(json.dumps(fields, indent=2))
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def _base_biases(
+    config: ModelConfig,
+    targets: Sequence[str],
+    kind: str,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+) -> dict[str, torch.Tensor]:
+    """What PEFT saves with `bias`: of all linears that have one, or of those with LoRA."""
+    tensors = {}
+    names = ("qkv", "o") * config.attention_bias + ("gate_up", "down") * config.mlp_bias
+    for site in (sites_of(config)[name] for name in names):
+        for layer in range(site.layers):
+            for index, piece in enumerate(site.slices):
+                is_target = piece.module in targets
+                if kind == "none" or (kind == "lora_only" and not is_target):
+                    continue
+                path = f"base_model.model.{site.module_path(layer, index)}"
+                values = torch.randn(piece.out, generator=generator) * 0.1
+                name = f"{path}.base_layer.bias" if is_target else f"{path}.bias"
+                tensors[name] = values.to(dtype)
+    return tensors
 
 
 def change_config(folder: Path, **fields: Any) -> None:

@@ -22,6 +22,8 @@ MAX_NAMES = 8192
 TIED = ("embed_tokens", "lm_head")
 LLAMA_TARGETS = ("q_proj", "v_proj")  # PEFT's own choice for a Llama when target_modules is null
 
+BIASES = ("none", "all", "lora_only")
+
 V = TypeVar("V")
 
 HONOURED: Mapping[str, str] = {
@@ -35,6 +37,9 @@ HONOURED: Mapping[str, str] = {
     "exclude_modules": "path endings or a regular expression; stronger than target_modules",
     "layers_to_transform": "layers in which target_modules counts",
     "layers_pattern": "name before the layer number in a module's path",
+    "use_dora": "each output column is rescaled to a trained length; not with lora_bias",
+    "lora_bias": "a bias on lora_B, times the scale of its module",
+    "bias": "all or lora_only: trained biases in place of the base's, where it has any",
 }
 
 HARMLESS: Mapping[str, str] = {
@@ -68,11 +73,6 @@ _MERGE = "merge the adapter into its base and serve that as a base model"
 _RETRAIN = "train without it"
 
 REFUSED: Mapping[str, Refusal] = {
-    "use_dora": Refusal((False,), f"DoRA is not supported; {_MERGE}"),
-    "bias": Refusal(
-        ("none",), f'trained biases are not supported; train with bias="none", or {_MERGE}'
-    ),
-    "lora_bias": Refusal((False,), f"a bias on lora_B is not supported; {_MERGE}"),
     "modules_to_save": Refusal(
         ([],), f"fully trained modules are not supported; target them with LoRA, or {_MERGE}"
     ),
@@ -122,6 +122,9 @@ class LoraSpec:
     layers_patterns: tuple[str, ...]
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
+    dora: bool = False
+    lora_bias: bool = False
+    bias: str = "none"  # which biases of the base were trained: "none", "all" or "lora_only"
 
 
 def parse_config(data: bytes) -> LoraSpec:
@@ -151,7 +154,12 @@ def parse_config(data: bytes) -> LoraSpec:
         layers_patterns=_layers_patterns(raw.get("layers_pattern")),
         rank_pattern=_table("rank_pattern", raw.get("rank_pattern"), _rank),
         alpha_pattern=_table("alpha_pattern", raw.get("alpha_pattern"), _alpha),
+        dora=_flag("use_dora", raw.get("use_dora")),
+        lora_bias=_flag("lora_bias", raw.get("lora_bias")),
+        bias=_bias(raw.get("bias")),
     )
+    if spec.dora and spec.lora_bias:
+        raise AdapterInvalid("use_dora with lora_bias is refused: PEFT has no such adapter")
     if spec.layers is not None and isinstance(spec.targets, str):
         raise AdapterInvalid(
             "layers_to_transform needs a list in target_modules; put the layers into the expression"
@@ -186,6 +194,14 @@ def _may_tie(raw: Mapping[str, Any]) -> bool:
     if not isinstance(targets, list):
         return targets is not None
     return any(isinstance(name, str) and name.endswith(TIED) for name in targets)
+
+
+def _bias(value: object) -> str:
+    if value is None:
+        return "none"
+    if not isinstance(value, str) or value not in BIASES:
+        raise AdapterInvalid(f"bias must be {', '.join(BIASES)}, not {shown(value)}")
+    return value
 
 
 def _rank(name: str, value: object) -> int:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ...config.model import ModelConfig
+    from .config import LoraSpec
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -44,6 +45,8 @@ class LoraModule:
     a: Tensor  # [rank, in], for the embedding [rank, vocab]; dtype as stored
     b: Tensor  # [out, rank]; dtype as stored
     scale: float  # alpha / r, or alpha / sqrt(r) with rsLoRA, after the patterns
+    magnitude: Tensor | None = None  # [out]: DoRA's length of each output column
+    bias: Tensor | None = None  # [out], which `scale` multiplies too
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,7 @@ class Adapter:
     # What PEFT saved of the base itself, [vocab, hidden] by site name ("embed", "lm_head"). Who has
     # the base must find its own weight equal, or refuse the adapter: it was trained on another one.
     base_weights: Mapping[str, Tensor] = field(default_factory=dict)
+    biases: Mapping[ModuleKey, Tensor] = field(default_factory=dict)  # [out], for the base's own
 
     def rank_at(self, site: str) -> int:
         """Largest rank over the layers and slices of a site; 0 = the site is not adapted."""
@@ -92,15 +96,19 @@ def _read(folder: Path, config: ModelConfig, max_rank: int) -> Adapter:
         before = os.fstat(file.fileno())
         header = read_header(file)
         names, base_names = _sort_names(header)
-        _check_names(names, targets, config)
-        _check_shapes(names, base_names, header, targets, config)
+        wanted = _wanted(spec, targets, config)
+        _check_names(names, wanted, config)
+        _check_shapes(names, base_names, header, wanted, config)
         weights = read_weights(file, header)
         after = os.fstat(file.fileno())
     if any(getattr(before, name) != getattr(after, name) for name in WRITTEN):
         raise AdapterInvalid(
             f"{WEIGHTS_FILE} was written to while it was read; write to another name and rename"
         )
-    return _assemble(names, base_names, weights, targets)
+    found = {name: weights[stored] for name, stored in names.items()}
+    base_weights = {site: weights[stored] for site, stored in base_names.items()}
+    biases = {key: found[name] for name, (key, _) in _biases(spec, targets, config).items()}
+    return _assemble(spec, targets, found, biases, base_weights)
 
 
 def _sort_names(header: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
@@ -121,7 +129,7 @@ def _sort_names(header: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
         if name in base_paths:
             found, key = base_names, base_paths[name]
         else:
-            found, key = names, _without_adapter_name(name)
+            found, key = names, _plain(name)
         if key in found:
             raise AdapterInvalid(
                 f"tensors {shown(found[key])} and {shown(stored)} are one weight; keep one adapter"
@@ -130,10 +138,17 @@ def _sort_names(header: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
     return names, base_names
 
 
-def _without_adapter_name(name: str) -> str:
-    """Drops the name in "q_proj.lora_A.default.weight": it means nothing outside PEFT."""
+def _plain(name: str) -> str:
+    """Drops the name in "q_proj.lora_A.default.weight": it means nothing outside PEFT.
+
+    So does "base_layer", and the "weight" of a magnitude, which some versions of PEFT write.
+    """
+    if name.endswith(".base_layer.bias"):
+        return f"{name.removesuffix('.base_layer.bias')}.bias"
     path, dot, rest = name.rpartition(".lora_")
     words = rest.split(".")
+    if words[0] == "magnitude_vector":
+        words = words[:1] if len(words) < 3 or words[2:] == ["weight"] else words
     plain = 1 if words[0].startswith("embedding_") else 2
     if dot and len(words) == plain + 1:
         del words[1]
@@ -147,19 +162,56 @@ def _pair(path: str, target: Target) -> tuple[str, str]:
     return f"{path}.lora_A.weight", f"{path}.lora_B.weight"
 
 
+def _vectors(path: str, spec: LoraSpec) -> dict[str, str]:
+    """Names of what a module has beside A and B, by the field of LoraModule."""
+    found = {}
+    if spec.dora:
+        found["magnitude"] = f"{path}.lora_magnitude_vector"
+    if spec.lora_bias:
+        found["bias"] = f"{path}.lora_B.bias"
+    return found
+
+
+def _biases(
+    spec: LoraSpec, targets: Mapping[str, Target], config: ModelConfig
+) -> dict[str, tuple[ModuleKey, int]]:
+    """Of the base's biases those that were trained: name -> (module, size)."""
+    names = ("qkv", "o") * config.attention_bias + ("gate_up", "down") * config.mlp_bias
+    places = (
+        (sites_of(config)[name], layer, index)
+        for name in names
+        for layer in range(config.num_layers)
+        for index in range(len(sites_of(config)[name].slices))
+    )
+    return {
+        f"{path}.bias": ((site.name, layer, index), site.slices[index].out)
+        for site, layer, index in places
+        for path in (site.module_path(layer, index),)
+        if spec.bias == "all" or (spec.bias == "lora_only" and path in targets)
+    }
+
+
+def _wanted(
+    spec: LoraSpec, targets: Mapping[str, Target], config: ModelConfig
+) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor that the config asks for."""
+    found: dict[str, tuple[int, ...]] = {}
+    for path, target in targets.items():
+        found |= zip(_pair(path, target), (target.a_shape, target.b_shape), strict=True)
+        found |= dict.fromkeys(_vectors(path, spec).values(), target.b_shape[:1])
+    return found | {name: (size,) for name, (_, size) in _biases(spec, targets, config).items()}
+
+
 def _check_names(
-    names: Mapping[str, str],
-    targets: Mapping[str, Target],
-    config: ModelConfig,
+    names: Mapping[str, str], wanted: Mapping[str, object], config: ModelConfig
 ) -> None:
-    """Raises AdapterInvalid unless the tensors are the A and B of the targeted modules, no more."""
-    wanted = {name for path, target in targets.items() for name in _pair(path, target)}
+    """Raises AdapterInvalid unless the tensors are those that the config asks for, no more."""
     for name, stored in names.items():
         if name not in wanted:
             raise AdapterInvalid(
                 f"unexpected tensor {shown(stored)}: {_why_unexpected(name, config)}"
             )
-    missing = wanted - names.keys()
+    missing = wanted.keys() - names.keys()
     if missing:
         raise AdapterInvalid(
             f"the config targets modules whose tensors are missing: {_some(missing)}; "
@@ -170,9 +222,11 @@ def _check_names(
 def _why_unexpected(name: str, config: ModelConfig) -> str:
     words = name.split(".")
     if "lora_magnitude_vector" in words:
-        return "DoRA is not supported"
+        return "the config does not say use_dora"
+    if words[-2:] == ["lora_B", "bias"]:
+        return "the config does not say lora_bias"
     if words[-1] == "bias":
-        return "biases are not supported"
+        return "the config's bias says that it was not trained, or the base model has no such bias"
     layer = words[2] if words[:2] == ["model", "layers"] and len(words) > 2 else ""
     if layer.isdecimal() and (len(layer) > 9 or int(layer) >= config.num_layers):
         return f"the base model has no layer {layer[:9]}; its last is {config.num_layers - 1}"
@@ -195,17 +249,16 @@ def _check_shapes(
     names: Mapping[str, str],
     base_names: Mapping[str, str],
     header: Mapping[str, TensorInfo],
-    targets: Mapping[str, Target],
+    wanted: Mapping[str, tuple[int, ...]],
     config: ModelConfig,
 ) -> None:
-    for path, target in targets.items():
-        for name, shape in zip(_pair(path, target), (target.a_shape, target.b_shape), strict=True):
-            found = header[names[name]].shape
-            if found != shape:
-                raise AdapterInvalid(
-                    f"tensor {shown(names[name])} has shape {list(found)}, but the base model and "
-                    f"rank {target.rank} of the config (r, rank_pattern) need {list(shape)}"
-                )
+    for name, shape in wanted.items():
+        found = header[names[name]].shape
+        if found != shape:
+            raise AdapterInvalid(
+                f"tensor {shown(names[name])} has shape {list(found)}, but the base model and "
+                f"the config (r, rank_pattern) need {list(shape)}"
+            )
     for stored in base_names.values():
         shape, found = (config.vocab_size, config.hidden_size), header[stored].shape
         if found != shape:
@@ -217,25 +270,31 @@ def _check_shapes(
 
 
 def _assemble(
-    names: Mapping[str, str],
-    base_names: Mapping[str, str],
-    weights: Mapping[str, Weight],
+    spec: LoraSpec,
     targets: Mapping[str, Target],
+    weights: Mapping[str, Weight],  # by plain name
+    biases: Mapping[ModuleKey, Weight],
+    base_weights: Mapping[str, Weight],
 ) -> Adapter:
     modules: dict[ModuleKey, LoraModule] = {}
     content: list[object] = ["lora 1"]  # a new reading of old files must change this
     for path, target in sorted(targets.items()):
-        a, b = (weights[names[name]] for name in _pair(path, target))
+        a, b = (weights[name] for name in _pair(path, target))
+        vectors = {field: weights[name] for field, name in _vectors(path, spec).items()}
         modules[target.site.name, target.layer, target.index] = LoraModule(
-            a.tensor, b.tensor, target.scale
+            a.tensor, b.tensor, target.scale, **{f: v.tensor for f, v in vectors.items()}
         )
         content.append([path, target.rank, target.scale.hex(), *_identity(a), *_identity(b)])
-    base_weights = {}
-    for site, stored in sorted(base_names.items()):
-        base_weights[site] = weights[stored].tensor
-        content.append([site, *_identity(weights[stored])])
-    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    return Adapter(digest, modules, max(t.rank for t in targets.values()), base_weights)
+        content += [[path, field, *_identity(vector)] for field, vector in vectors.items()]
+    others = {str(key): weight for key, weight in (*biases.items(), *base_weights.items())}
+    content += [[key, *_identity(weight)] for key, weight in sorted(others.items())]
+    return Adapter(
+        hashlib.sha256(json.dumps(content).encode()).hexdigest(),
+        modules,
+        max(t.rank for t in targets.values()),
+        {site: weight.tensor for site, weight in base_weights.items()},
+        {key: weight.tensor for key, weight in biases.items()},
+    )
 
 
 def _identity(weight: Weight) -> tuple[str, str]:

@@ -99,7 +99,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         targets = ("v_proj", "down_proj", *(("lm_head",) if version == 2 else ()))
         config = replace(TINY, num_layers=1)
         folder = root / str(version)
-        write_adapter(folder, config, rank=rank, seed=version, scale=0.4, targets=targets)
+        kind = {"use_dora": version == 1, "lora_bias": version == 2}
+        write_adapter(folder, config, rank=rank, seed=version, scale=0.4, targets=targets, **kind)
     return World(root)
 
 

@@ -52,7 +52,9 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     dtype, settings = KINDS[request.param]
     write_checkpoint(root / "base", dtype=dtype)
     adapters = {
-        name: write_adapter(root / name, TINY, rank=rank, seed=rank, scale=0.3)
+        name: write_adapter(
+            root / name, TINY, rank=rank, seed=rank, scale=0.3, use_dora=name == "c"
+        )
         for name, rank in RANKS.items()
     }
     write_adapter(

@@ -187,6 +187,12 @@ FEATURES: dict[str, dict[str, Any]] = {
     "embedding alone": {"targets": ("embed_tokens",), "scale": 0.5},
     "some layers": {"layers": (0, 2)},
     "one slice": {"targets": ("k_proj", "up_proj"), "rank": 5},
+    "dora": {"use_dora": True, "rank": 6},
+    "dora on embedding and head": {
+        "use_dora": True,
+        "targets": (*LINEARS, "embed_tokens", "lm_head"),
+    },
+    "dora on one slice, rslora": {"use_dora": True, "use_rslora": True, "targets": ("v_proj",)},
 }
 
 
@@ -200,6 +206,30 @@ def test_a_feature_of_peft_is_honoured(
     (plain,) = outputs_of(base, {}, [None], count=12)
     assert plain.prompt_logprobs != with_it.prompt_logprobs, "the adapter changes nothing"
     assert without.outputs[0].token_ids
+
+
+BIASES: dict[str, dict[str, Any]] = {
+    "on lora_B": {"lora_bias": True, "rank": 12, "use_rslora": True},
+    "all of the base": {"bias": "all", "targets": ("q_proj", "down_proj")},
+    "of the base with LoRA": {"bias": "lora_only", "targets": ("v_proj", "o_proj", "up_proj")},
+    "all, with dora": {"bias": "all", "use_dora": True},
+    "untouched by dora": {"use_dora": True},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*does not account for bias:UserWarning")
+@pytest.mark.parametrize("kind", BIASES)
+def test_biases_are_those_of_peft(kind: str, tmp_path: Path) -> None:
+    """On a base that has biases; its own and an adapter's, which a batch must not share."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    base = tmp_path / "base"
+    config = write_checkpoint(base, attention_bias=True, mlp_bias=True)
+    fields = {"scale": 0.2, "seed": 3, **BIASES[kind]}
+    folder = write_adapter(tmp_path / "a", config, **fields)
+    model = transformers.LlamaForCausalLM.from_pretrained(base).eval()
+    with_it, without = outputs_of(base, {"a": folder}, ["a", None], count=12)
+    check(without, model)
+    check(with_it, peft.PeftModel.from_pretrained(model, folder).eval())
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
@@ -233,4 +263,27 @@ def test_a_mix_is_pefts_concatenation_of_its_adapters(
     )
     model.set_adapter("both")
     mix = dict(zip("ab", weights, strict=True))
+    check(outputs_of(base, adapters, [mix], count=12)[0], model)
+
+
+def test_a_mix_with_dora_is_the_weighted_sum_of_the_changes_to_the_base(tmp_path: Path) -> None:
+    """PEFT has no such mix: the oracle is W + sum of w (merged - W), and the same of biases."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    base = tmp_path / "base"
+    config = write_checkpoint(base, attention_bias=True)
+    adapters = {
+        "dora": write_adapter(tmp_path / "a", config, seed=1, use_dora=True, bias="all"),
+        "plain": write_adapter(tmp_path / "b", config, seed=2, rank=16),
+        "other-dora": write_adapter(tmp_path / "c", config, seed=3, rank=4, use_dora=True),
+    }
+    mix = dict(zip(adapters, (0.6, 0.5, -0.3), strict=True))
+    model = transformers.LlamaForCausalLM.from_pretrained(base).eval()
+    own = {name: value.clone() for name, value in model.state_dict().items()}
+    mixed = {name: value.clone() for name, value in own.items()}
+    for name, weight in mix.items():
+        fresh = transformers.LlamaForCausalLM.from_pretrained(base)
+        merged = peft.PeftModel.from_pretrained(fresh, adapters[name]).merge_and_unload()
+        for key, value in merged.state_dict().items():
+            mixed[key] += weight * (value - own[key])
+    model.load_state_dict(mixed)
     check(outputs_of(base, adapters, [mix], count=12)[0], model)

@@ -86,7 +86,9 @@ def test_lora_on_top_is_peft_on_the_dequantized_base(
     config = write_checkpoint(tmp_path / "base", tie_word_embeddings=tied)
     targets = LINEARS if tied else (*LINEARS, "embed_tokens", "lm_head")
     folders = {
-        name: write_adapter(tmp_path / name, config, rank=rank, seed=rank, targets=targets)
+        name: write_adapter(
+            tmp_path / name, config, rank=rank, seed=rank, targets=targets, use_dora=rank > 8
+        )
         for name, rank in (("a", 4), ("b", 24))
     }
     engine = make_engine(tmp_path / "base", folders, **settings)

@@ -48,7 +48,8 @@ def adapted(site: str) -> tuple[SiteLora, list[Any]]:
     mixes = [(("a", 1.0),), (("b", 2.0),)]
     assert [store.pin(mix) for mix in mixes] == [0, 1]
     tiles = mk.make_tiles(SLOTS, mk.DECODE_TILE)
-    lora = SiteLora(store.pool(site), store.table.site(site), tiles, SITES[site].slice_starts)
+    table, scales = store.table.site(site), store.table.scales[site]
+    lora = SiteLora(store.pool(site), table, scales, tiles, SITES[site].slice_starts)
     last = SITES[site].layers - 1
     return lora, [make_adapter(name, sites=(site,)).modules[site, last, 0] for name in "ab"]
 

@@ -64,10 +64,29 @@ def test_the_defaults_of_the_installed_peft_are_accepted() -> None:
     assert spec == LoraSpec(8, 8.0, False, frozenset(LLAMA_TARGETS), frozenset(), None, (), {}, {})
 
 
+def test_dora_and_biases_are_read() -> None:
+    fields = {"use_dora": True, "lora_bias": False, "bias": "lora_only"}
+    spec = parse_config(json.dumps({**GOOD, **fields}).encode())
+    assert (spec.dora, spec.lora_bias, spec.bias) == (True, False, "lora_only")
+    assert parse_config(json.dumps({**GOOD, "bias": None}).encode()).bias == "none"
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"use_dora": 1}, "use_dora"),
+        ({"use_dora": "yes"}, "use_dora"),
+        ({"lora_bias": []}, "lora_bias"),
+        ({"bias": True}, "bias must be none, all, lora_only, not True"),
+        ({"bias": "some"}, "bias must be none, all, lora_only, not 'some'"),
+        ({"use_dora": True, "lora_bias": True}, "use_dora with lora_bias is refused"),
+    ],
+)
+def test_dora_and_biases_of_other_values_are_refused(fields: dict[str, Any], words: str) -> None:
+    assert_refused(json.dumps({**GOOD, **fields}).encode(), words)
+
+
 REFUSED_VALUES: dict[str, list[Any]] = {
-    "use_dora": [True, 1],
-    "bias": ["all", "lora_only", True],
-    "lora_bias": [True],
     "modules_to_save": [["lm_head"], "lm_head"],
     "alora_invocation_tokens": [[1, 2], []],
     "trainable_token_indices": [[1], {"embed_tokens": [3]}],
