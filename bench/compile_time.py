@@ -32,6 +32,10 @@ def main() -> None:
     parser.add_argument("--settings", type=json.loads, default={}, help="of the engine, as JSON")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    try:
+        check(args.shape, args.settings)
+    except Exception as error:  # of the package, which is imported by then only
+        parser.error(str(error))
     if args.child:
         print(json.dumps(measure(args.shape, args.settings)))
         return
@@ -49,6 +53,21 @@ def main() -> None:
             print(f"{count} variants with the cache {state}: {total:.1f} CPU s")
             for kernel, seconds in sorted(found.items()):
                 print(f"  {kernel:24} {len(seconds):3} variants, {sum(seconds):5.2f} CPU s")
+
+
+def check(shape: str, settings: object) -> None:
+    """Raises for what is no shape, or no settings of an engine."""
+    sys.path.insert(0, str(ROOT / "bench"))
+    from checkout import load_checkout
+
+    load_checkout()
+    from multilora.config.engine import EngineConfig
+    from multilora.config.presets import shape_of
+
+    shape_of(shape)
+    if not isinstance(settings, dict):
+        raise ValueError(f"--settings must be a JSON object, not {settings!r}")
+    EngineConfig.from_kwargs(model=shape, **settings)
 
 
 def measure(shape: str, settings: dict[str, Any]) -> dict[str, list[float]]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import math
 import os
 import signal
@@ -34,6 +35,11 @@ REHEARSAL = {"TRITON_INTERPRET": "1", "MULTILORA_TEST_DEVICE": "rehearsal"}
 # seconds of a run of nine minutes.
 SHARES = {"smoke": 45, "tests": 130, "profile": 105, "kernels": 90, "engine": 110, "tune": 60}
 ENDED = 124  # the exit status of a part that was ended for time
+NEEDED = (
+    *("torch", "triton", "numpy", "safetensors", "tiktoken", "tokenizers", "sentencepiece"),
+    *("jinja2", "pytest"),
+)
+COMPARED = ("transformers", "peft")
 NOT_PACKED = "tune"  # compiles hundreds of kernels that lose
 LEAST = 5  # seconds: with less a part does not begin
 GRACE = 20  # seconds; a part looks at the clock between two cases
@@ -58,12 +64,35 @@ def main() -> int:
         minutes = math.nan
     if not 0 <= minutes <= 10_000:
         return refuse(f"MINUTES={given!r} is no number of minutes")
+    if (why := lacking(rehearse=rehearse)) is not None:
+        return refuse(why)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a part is ended, too
     try:
-        run = Run(out, start, time.monotonic() + 60 * minutes, rehearse)
+        held = gpu_files.lock(out)
+        if held is None:
+            return refuse(f"another run, or a part that it left behind, works in OUT={out}")
+        run = Run(out, start, time.monotonic() + 60 * minutes, rehearse, held)
     except OSError as error:
         return refuse(f"OUT or TRITON_CACHE_DIR cannot be written: {error}")
-    return run.parts(asked)
+    try:
+        return run.parts(asked)
+    finally:
+        os.close(held)
+
+
+def lacking(*, rehearse: bool) -> str | None:
+    """Why nothing can run here; None if it can. Says what is left out for want of a package."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"{sys.executable} lacks {', '.join(missing)}: nothing can run"
+    if others := [name for name in COMPARED if importlib.util.find_spec(name) is None]:
+        print(f"without {', '.join(others)} the comparison in `engine` is left out", flush=True)
+    if rehearse or gpu_files.ask_driver("name"):
+        return None
+    command = sys.executable, "-c", "import torch; print(torch.cuda.is_available())"
+    if gpu_files.first_line(*command, seconds=60) == "True":  # a driver without nvidia-smi
+        return None
+    return "there is no GPU here; `make gpu-rehearsal` does the same without one, on tiny shapes"
 
 
 def refuse(why: str) -> int:
@@ -74,11 +103,18 @@ def refuse(why: str) -> int:
 class Run:
     """One run: what it writes to, what it goes on from, until when."""
 
-    def __init__(self, out: Path, start: Path, end: float, rehearse: bool) -> None:
-        self.out, self.end, self.rehearse = out, end, rehearse
+    def __init__(
+        self,
+        out: Path,
+        start: Path,
+        end: float,
+        rehearse: bool,
+        held: int,  # the lock of `out`
+    ) -> None:
+        self.out, self.end, self.rehearse, self.held = out, end, rehearse, held
         self.state = gpu_files.state(rehearse=rehearse)
-        out.mkdir(parents=True, exist_ok=True)
-        gpu_files.take_results(start, out, self.state)
+        for line in gpu_files.take_results(start, out, self.state):
+            print(line, flush=True)
         default = gpu_files.ROOT / "build" / "triton-cache"
         self.cache = Path(os.environ.get("TRITON_CACHE_DIR", default)).resolve()
         for line in gpu_files.unpack(start, self.cache):
@@ -102,6 +138,9 @@ class Run:
                 code = self.one(part, seconds)
             wrong += [part] if code else []
             print(f"{part}: {self.summary(part, code)}{' (before)' * (part in before)}", flush=True)
+            if code == 1 and part == wanted[0] == "smoke" and not asked:
+                print("WRONG: smoke; the other parts would measure what is wrong: PARTS names them")
+                return 1
         ran = len(wanted) > len(no_time)
         line = f"WRONG: {', '.join(wrong)}" if wrong else "all right" if ran else "nothing ran"
         print(line + (f"; no time for {', '.join(no_time)}" if no_time else ""), flush=True)
@@ -135,8 +174,11 @@ class Run:
         kernels = {"TRITON_CACHE_DIR": str(self.cache), "TRITON_STORE_BINARY_ONLY": "1"}
         environment = {**os.environ, **kernels, **(REHEARSAL if self.rehearse else {})}
         print(f"{part}: {int(seconds)} s at most", flush=True)
-        # A process group: what the part started ends with it.
-        running = subprocess.Popen(command, env=environment, preexec_fn=os.setpgrp)
+        # What it started ends with the part, and the part with us. As long as any of it lives, it
+        # holds the lock.
+        running = subprocess.Popen(
+            command, env=environment, preexec_fn=begin_group, pass_fds=(self.held,)
+        )
         try:
             return running.wait(seconds + GRACE)
         except subprocess.TimeoutExpired:
@@ -183,10 +225,19 @@ class Run:
 
 
 def short(why: str) -> str:
-    """The first line of a reason, cut; of a traceback the last one, too."""
-    first, *rest = why.strip().splitlines()
-    line = f"{first} {rest[-1].strip()}" if "Traceback" in first and rest else first
+    """A reason in one line, cut."""
+    first, *rest = why.strip().splitlines() or [""]
+    line = first
+    if rest and (
+        "Traceback" in first or first.endswith(":")
+    ):  # what follows says it; of a traceback the end
+        line = f"{first} {rest[-1 if 'Traceback' in first else 0].strip()}"
     return line if len(line) <= 160 else f"{line[:157]}..."
+
+
+def begin_group() -> None:
+    os.setpgrp()
+    gpu_files.end_with_parent()
 
 
 def end_group(group: int) -> None:

@@ -42,18 +42,20 @@ class Report:
         self._path, self._end = path, time.monotonic() + seconds
         self.case = ""  # that is being done, for a later run to know it by
         before = gpu_files.read(path)
-        self._earlier: list[dict[str, Any]] = []
-        self._earlier_slow: list[dict[str, Any]] = []
-        if before.get("state") == state and not before.get("complete"):
-            self._earlier = before["results"] + before["earlier"]
-            self._earlier_slow = before.get("slow", []) + before.get("earlier_slow", [])
+        if before.get("state") != state or before.get("complete"):
+            before = {}
+        self._earlier: list[dict[str, Any]] = before.get("results", []) + before.get("earlier", [])
+        self._earlier_slow = before.get("slow", []) + before.get("earlier_slow", [])
         self.content: dict[str, Any] = {
             "state": state,
             "machine": machine(device),
             "results": [],
             "left_out": 0,
             "left_out_cases": [],
-            "clocks": [],  # [seconds since 1970, what the driver says]; "at" of a result likewise
+            # [seconds since 1970, what the driver says]; "at" of a result likewise
+            "clocks": before.get("clocks", []),
+            "compiled_while_timed": before.get("compiled_while_timed", []),
+            "cases_done": before.get("cases_done", []),  # with all their results
             "earlier": self._earlier,  # of the run before this one, not asked for yet
             "earlier_slow": self._earlier_slow,
         }
@@ -76,15 +78,26 @@ class Report:
         return None
 
     def knows_case(self, name: str) -> bool:
-        """Whether an earlier run has done a case; its results and what was slow are then ours."""
-        if not self.known(case_name=name):
-            return False
-        while self.known(case_name=name):  # a case may have more than one result
-            pass
-        for slow in [slow for slow in self._earlier_slow if slow.get("case_name") == name]:
-            self._earlier_slow.remove(slow)
-            self.content.setdefault("slow", []).append(slow)
-        return True
+        """Whether an earlier run has done a case; its results and what was slow are then ours.
+
+        A case may have more than one result. One that was ended between them is done again.
+        """
+        is_done = name in self.content["cases_done"]
+        found = [result for result in self._earlier if result.get("case_name") == name]
+        slow = [slow for slow in self._earlier_slow if slow.get("case_name") == name]
+        self._earlier[:] = [result for result in self._earlier if result not in found]
+        self._earlier_slow[:] = [other for other in self._earlier_slow if other not in slow]
+        if is_done:
+            self.content["results"] += found
+            if slow:
+                self.content.setdefault("slow", []).extend(slow)
+        return is_done
+
+    def finish_case(self, name: str) -> None:
+        """Notes that a case has all its results; one without any is a group of others."""
+        if any(result.get("case_name") == name for result in self.content["results"]):
+            self.content["cases_done"].append(name)
+            self.write()
 
     def add(self, **result: Any) -> None:
         """Adds a case."""

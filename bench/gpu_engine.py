@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from statistics import median
 from typing import Any
 
@@ -223,12 +224,17 @@ def groups(plan: Plan, bench: Bench) -> Sequence[tuple[str, Callable[[], None]]]
             del cases, work
             release(bench.device)
 
-    return (
-        ("base", base),
-        ("adapted", adapted),
-        ("peft", partial(peft, plan, bench)),
-        ("one thing switched off", sequential),
-    )
+    found: dict[str, Callable[[], None]] = {
+        "base": base,
+        "adapted": adapted,
+        "one thing switched off": sequential,
+    }
+    missing = [name for name in ("transformers", "peft") if find_spec(name) is None]
+    if missing:
+        bench.report.content["skipped"] = [f"peft: {', '.join(missing)} not installed"]
+    else:
+        found["peft"] = partial(peft, plan, bench)
+    return tuple(found.items())
 
 
 def run_all(work: Sequence[partial[None]], bench: Bench) -> None:

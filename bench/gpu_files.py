@@ -6,11 +6,15 @@ first: small enough, and few enough, for a machine from which only some files co
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import tarfile
 import zlib
 from pathlib import Path
@@ -41,13 +45,37 @@ def ask_driver(*fields: str) -> str:
     return first_line("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
 
 
-def first_line(*command: str) -> str:
+def first_line(*command: str, seconds: float = 10) -> str:
     """The first line that a command prints; empty if it fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip().partition("\n")[0] if done.returncode == 0 else ""
+
+
+# Processes ----------------------------------------------------------------------------------------
+
+
+def lock(out: Path) -> int | None:
+    """A descriptor that holds a folder for who has it, and for whom it is passed on to.
+
+    None if another run, or a part that it left behind, has the folder.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    file = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        return None
+    return file
+
+
+def end_with_parent() -> None:
+    """For a process that begins: it is killed when the one that started it ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 # Results ------------------------------------------------------------------------------------------
@@ -69,11 +97,24 @@ def write(path: Path, content: dict[str, Any]) -> None:
     part.replace(path)
 
 
-def take_results(folder: Path, out: Path, now: dict[str, str]) -> None:
-    """Copies the results of an earlier run, if they are of this source and this GPU."""
-    for path in folder.glob("*.json"):
-        if not (out / path.name).exists() and read(path).get("state") == now:
-            shutil.copy(path, out / path.name)
+def take_results(folder: Path, out: Path, now: dict[str, str]) -> list[str]:
+    """Copies the results of an earlier run, if they are of this state; a line about each other.
+
+    What `out` has of this state already stays.
+    """
+    lines = []
+    for path in sorted(folder.glob("*.json")):
+        then, target = read(path).get("state"), out / path.name
+        if then is None or folder == out:  # a table of `tune`, say
+            continue
+        if then != now:
+            others = [name for name in now.keys() | then.keys() if now.get(name) != then.get(name)]
+            lines.append(f"{path} is not gone on with: other {', '.join(sorted(others))}")
+        elif read(target).get("state") == now:
+            lines.append(f"{path} is not gone on with: {target} has results of its own")
+        else:
+            shutil.copy(path, target)
+    return lines
 
 
 # Compiled kernels ---------------------------------------------------------------------------------

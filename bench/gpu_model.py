@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -333,7 +334,11 @@ def measured(path: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--engine", type=Path, default=Path("build/gpu/engine.json"))
-    found = measured(parser.parse_args().engine)
+    path = parser.parse_args().engine
+    try:
+        found = measured(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        sys.exit(f"{path} has no results of bench/gpu_engine.py: {type(error).__name__}: {error}")
     models = (
         ("Llama 3.1 8B, bf16", LLAMA_8B, {}),
         ("Llama 3.1 70B, bf16 (141 GB: by layers only)", LLAMA_70B, {}),

@@ -175,6 +175,8 @@ class Bench:
             work()
         except Exception:
             self.report.fail(f"{case}: {traceback.format_exc()}")
+        else:
+            self.report.finish_case(name)
 
     def close(self, text: str) -> str:
         """Writes the report for the last time; the part's last line."""
@@ -189,6 +191,9 @@ def open_bench(args: argparse.Namespace, device: Device, report: Report) -> Benc
     """Measures the copy bandwidth, and watches the compiler from now on."""
     watch = Watch()
     watch.install()
+    # One list, so that it is written with every result; an earlier run's is its beginning.
+    watch.while_timed[:0] = report.content["compiled_while_timed"]
+    report.content["compiled_while_timed"] = watch.while_timed
     copy = copy_bandwidth(device, 1 << (20 if args.rehearse else 30))
     card = STAND_IN if args.rehearse else card_of(device.name, copy)
     report.content["copy_gigabytes_per_second"] = round(copy / 1e9, 1)

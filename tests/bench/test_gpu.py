@@ -38,6 +38,7 @@ class Suite:
         patch.setattr(gpu, "HERE", folder)
         patch.setattr(sys, "argv", ["gpu.py"])
         patch.setattr(gpu_files, "state", lambda rehearse: self.state)
+        patch.setattr(gpu, "lacking", lambda *, rehearse: None)
         patch.setenv("OUT", str(self.out))
         patch.setenv("TRITON_CACHE_DIR", str(folder / "kernels"))
         self.state = {"source": "a", "gpu": "b"}
@@ -191,7 +192,8 @@ def test_kernels_are_packed_and_come_back(suite: Suite, monkeypatch: pytest.Monk
 def test_an_end_from_outside_ends_the_part(suite: Suite, tmp_path: Path) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(Path(gpu.__file__).parent)!r})\n"
-        f"import gpu, pathlib; gpu.HERE = pathlib.Path({str(tmp_path)!r}); sys.exit(gpu.main())"
+        f"import gpu, pathlib; gpu.HERE = pathlib.Path({str(tmp_path)!r})\n"
+        "gpu.lacking = lambda *, rehearse: None; sys.exit(gpu.main())"
     )
     script = "content['pid'] = os.getpid(); write(); time.sleep(99)"
     environment = {
@@ -218,3 +220,96 @@ def test_what_it_does_not_know_is_refused(
     known = "smoke, tests, profile, kernels, engine, tune"
     assert f"unknown part 'kernel'; PARTS may name {known}" in said
     assert "FROM=/nowhere is no folder" in said
+
+
+PARENT = """
+import os, pathlib, sys; sys.path.insert(0, {bench!r})
+import gpu, gpu_files
+gpu.HERE = pathlib.Path({here!r}); gpu.lacking = lambda *, rehearse: None
+sys.exit(gpu.main())
+"""
+
+
+def test_a_run_that_is_killed_leaves_no_part_and_one_folder_has_one_run(
+    suite: Suite, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code = PARENT.format(bench=str(Path(gpu.__file__).parent), here=str(tmp_path))
+    script = "content['pid'] = os.getpid(); write(); time.sleep(99)"
+    environment = {
+        **os.environ,
+        **{"PARTS": "tests", "SCRIPTS": json.dumps({"tests": script}), "STATE": "{}"},
+    }
+    running = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    for _ in range(600):
+        if "pid" in gpu_files.read(suite.out / "tests.json"):
+            break
+        time.sleep(0.1)
+    assert suite.run("smoke") == 2
+    assert f"another run, or a part that it left behind, works in OUT={suite.out}" in (
+        capfd.readouterr().err
+    )
+    running.kill()
+    running.wait()
+    part = Path(f"/proc/{suite.content('tests')['pid']}")
+    for _ in range(100):
+        if not part.exists():
+            break
+        time.sleep(0.1)
+    assert not part.exists()
+    assert suite.run("smoke") == 0
+
+
+def test_what_an_earlier_run_left_is_gone_on_with_or_named(
+    suite: Suite, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    suite.run("smoke,tests")
+    before, suite.out = suite.out, suite.out.parent / "later"
+    monkeypatch.setenv("FROM", str(before))
+    monkeypatch.setenv("OUT", str(suite.out))
+    suite.out.mkdir()
+    stale = {"state": {"source": "old", "gpu": "b"}, "results": [], "left_out": 0}
+    (suite.out / "smoke.json").write_text(json.dumps(stale))
+    suite.run("kernels")
+    assert suite.content("smoke")["complete"], "what is stale gives way"
+    capfd.readouterr()
+    suite.run("kernels")
+    assert f"{before / 'smoke.json'} is not gone on with: {suite.out / 'smoke.json'} has" in (
+        capfd.readouterr().out
+    )
+    suite.state = {"source": "a", "gpu": "b", "tests": "lora"}
+    suite.run("kernels")
+    assert f"{before / 'tests.json'} is not gone on with: other tests\n" in capfd.readouterr().out
+
+
+def test_nothing_runs_without_a_gpu_or_a_package(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    monkeypatch.setattr(gpu_files, "first_line", lambda *_, **__: "")
+    assert gpu.main() == 2
+    assert capsys.readouterr().err.startswith("there is no GPU here; `make gpu-rehearsal`")
+    monkeypatch.setattr(gpu, "NEEDED", ("torch", "no_such_package"))
+    assert gpu.main() == 2
+    assert "lacks no_such_package: nothing can run\n" in capsys.readouterr().err
+    monkeypatch.setattr(gpu, "NEEDED", ())
+    monkeypatch.setattr(gpu, "COMPARED", ("no_such_package",))
+    assert gpu.lacking(rehearse=True) is None
+    assert "without no_such_package the comparison" in capsys.readouterr().out
+
+
+def test_after_a_wrong_smoke_nothing_else_runs_unless_it_is_named(
+    suite: Suite, capfd: pytest.CaptureFixture[str]
+) -> None:
+    wrong = "content['failures'] = ['engine: wrong by 3']; write(); sys.exit(1)"
+    assert suite.run(smoke=wrong) == 1
+    assert "WRONG: smoke; the other parts would measure" in capfd.readouterr().out
+    assert not (suite.out / "tests.json").exists()
+    assert suite.run("smoke,kernels", smoke=wrong) == 1
+    assert (suite.out / "kernels.json").exists()
+
+
+def test_a_reason_in_one_line() -> None:
+    assert gpu.short("a case:\n  two is not 3\n  more") == "a case: two is not 3"
+    assert gpu.short("x: Traceback (most\n a\nKeyError: 3") == "x: Traceback (most KeyError: 3"
+    assert gpu.short("") == ""
+    assert len(gpu.short("y" * 400)) == 160

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +76,43 @@ def test_a_case_that_an_earlier_run_measured_is_not_measured_again(tmp_path: Pat
     assert names == ["a", "a", "b", "b", "c", "c"]
     assert sorted(slow["case"] for slow in found["slow"]) == ["a 1", "b 1", "c 1"]
     assert found["earlier_slow"] == []
+
+
+def test_a_case_that_was_ended_between_two_results_is_measured_again(tmp_path: Path) -> None:
+    def run(last: int) -> list[int]:
+        report, done = make(tmp_path / "x.json"), []
+        judge = Judge(report.content)
+
+        def work() -> None:
+            for part in (1, 2):
+                if part > last:
+                    raise KeyboardInterrupt
+                done.append(part)
+                report.add(part=part, **judge.beside(f"part {part}", 40 / part, 10))
+
+        bench: Any = Bench(None, report, None, None, judge, 1e10, None)  # type: ignore[arg-type]
+        with suppress(KeyboardInterrupt):
+            bench.run("group", partial(bench.run, "peft", work))
+        report.write()
+        return done
+
+    assert run(1) == [1]
+    assert run(2) == [1, 2]
+    assert run(2) == []
+    found = gpu_files.read(tmp_path / "x.json")
+    assert [result["part"] for result in found["results"]] == [1, 2]
+    assert found["cases_done"] == ["peft"]
+    assert len(found["slow"]) == 1
+
+
+def test_what_was_seen_beside_the_cases_is_kept(tmp_path: Path) -> None:
+    first = make(tmp_path / "x.json")
+    first.content["clocks"].append([1, "1980"])
+    first.content["compiled_while_timed"].append("a: _shrink")
+    first.write()
+    second = make(tmp_path / "x.json")
+    assert second.content["clocks"] == [[1, "1980"]]
+    assert second.content["compiled_while_timed"] == ["a: _shrink"]
 
 
 @pytest.mark.parametrize("other", ["complete", "source", "gpu"])

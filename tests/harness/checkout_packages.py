@@ -20,9 +20,14 @@ FOLDERS = {
 
 
 def load_packages(*names: str) -> None:
-    """Loads these packages from the checkout, unless they are installed."""
+    """Loads these packages from the checkout, unless it is what is installed, to be edited.
+
+    What else is installed under these names is another state of the project: it is not looked at.
+    """
     for name in names:
-        if importlib.util.find_spec(name) is None:
+        spec = importlib.util.find_spec(name)
+        places = () if spec is None else spec.submodule_search_locations or ()
+        if FOLDERS[name].resolve() not in {Path(place).resolve() for place in places}:
             _load(name, FOLDERS[name])
 
 
