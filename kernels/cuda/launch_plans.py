@@ -1,9 +1,10 @@
 """Launch parameters of the GPU kernels: tables by (architecture, op, shape, tokens), no autotuning.
 
-A table is a JSON file in `launch_plans/`. What enters a row's arithmetic (K splits, K tiles)
-stands under "arithmetic" and depends on the op and its shape alone; what only places the work (row and column
-tiles, warps, stages) stands under "schedule", by token bucket. So a row's bits cannot depend on how
-many rows are with it. `python -m multilora_kernels.cuda.tune` writes the tables anew on a GPU.
+A table is a JSON file in `launch_plans/`. What enters a row's arithmetic (K splits, K tiles) stands
+under "arithmetic" and depends on the op and its shape alone; what only places the work (row and
+column tiles, warps, stages) stands under "schedule", by token bucket. So a row's bits cannot depend
+on how many rows are with it. `python -m multilora_kernels.cuda.tune` writes the tables anew on a
+GPU.
 """
 
 from __future__ import annotations
