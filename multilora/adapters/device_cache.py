@@ -12,7 +12,7 @@ from .output_scales import PackedScales
 from .rank_pages import AdapterTable, PackedSite, RankPagePool
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     from .mix import Mix
 
@@ -43,8 +43,8 @@ class DeviceAdapterCache:
         """Slot of the mix, or None with nothing changed. `packed` is by digest, then by site."""
         entry = self._mixes.get(mix)
         if entry is None:
-            victims = self._find_victims(packed)
-            if victims is None or not self._has_slot():
+            victims = self._find_victims(packed) if self._has_slot() else None
+            if victims is None:
                 return None
             for digest in victims:
                 self.evict(digest)
@@ -100,6 +100,10 @@ class DeviceAdapterCache:
         """Pages that the widest of these slots has at one site."""
         counts = (self._slot_pages[slot].values() for slot in set(slots) if slot >= 0)
         return max((count for of_slot in counts for count in of_slot), default=0)
+
+    def resident(self) -> Collection[Mix] | None:
+        """The mixes in slots if all of these are pinned, so that no other can come; else None."""
+        return None if self._has_slot() else self._mixes.keys()
 
     def _touch(self, mix: Mix) -> None:
         self._mixes.move_to_end(mix)

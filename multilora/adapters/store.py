@@ -28,12 +28,12 @@ from ..errors import (
 )
 from .base_weights import check_base
 from .device_cache import DeviceAdapterCache
-from .mix import AdapterSpec, Mix, mix_identity
+from .mix import AdapterSpec, Mix, check_weight, mix_identity
 from .output_scales import has_scales
 from .rank_pages import AdapterTable, PackedSite, RankPagePool, pack
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Collection, Iterable, Iterator
 
     from torch import Tensor
 
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
-MAX_WEIGHT = torch.finfo(torch.float32).max  # the table's dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,12 +197,12 @@ class AdapterStore:
         for name, weight in adapter.items():
             if not isinstance(name, str):
                 raise RequestError(f"an adapter name must be a string, not {type(name).__name__}")
-            _check_weight(name, weight)
+            check_weight(name, weight)
             weights.setdefault(self._digest(name), []).append(float(weight))
         # fsum, since the order of the names must not matter
         mix = tuple((d, total) for d, ws in sorted(weights.items()) if (total := math.fsum(ws)))
         for digest, total in mix:
-            _check_weight(digest, total)
+            check_weight(digest, total)
         self._check_mix(mix)
         return mix
 
@@ -249,6 +248,10 @@ class AdapterStore:
         if mix:
             self._device.unpin(mix)
             self._drop_unneeded(digest for digest, _ in mix)
+
+    def resident(self) -> Collection[Mix] | None:
+        """The only mixes beside the base that `pin` can succeed for now; None: others may, too."""
+        return self._device.resident()
 
     def active_sites(self, slots: Iterable[int]) -> frozenset[str]:
         """Sites that any of these slots adapts; at others there is nothing to do. -1 is allowed."""
@@ -379,15 +382,6 @@ def _check_name(name: object) -> None:
             f"adapter name {shown} is not allowed; use 1 to 128 letters, digits "
             "and ._:/- with a letter or digit first and no '..'"
         )
-
-
-def _check_weight(name: str, weight: object) -> None:
-    if (
-        not isinstance(weight, (int, float))
-        or isinstance(weight, bool)
-        or not -MAX_WEIGHT <= weight <= MAX_WEIGHT  # NaN too
-    ):
-        raise RequestError(f"weight of adapter {name[:140]!r} must be a finite number (in fp32)")
 
 
 def _some(names: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Collection
 from collections.abc import Sequence as Items
 from typing import Protocol
 
@@ -22,6 +23,9 @@ class AdapterSlots(Protocol):
 
     def unpin(self, mix: Mix) -> None:
         """Gives back one `pin`."""
+
+    def resident(self) -> Collection[Mix] | None:
+        """The only mixes that can be pinned now, beside the base; None if others may be, too."""
 
 
 class Holdings:
@@ -111,6 +115,12 @@ class WithoutSlot:
     def lets_pass(self, mix: Mix) -> bool:
         """Whether a sequence of that mix may ask for a slot. The base needs none."""
         return not mix or (self._most < self._max_num_seqs and mix not in self._mixes)
+
+    def covers(self, mixes: Collection[Mix]) -> bool:
+        """Whether no sequence of any of these mixes may ask for a slot in this step."""
+        if self._most >= self._max_num_seqs:
+            return () not in mixes
+        return len(self._mixes) >= len(mixes) and self._mixes.issuperset(mixes)
 
     def add(self, seq: Sequence) -> None:
         """It found none."""

@@ -1,8 +1,9 @@
 """In which order waiting sequences are considered. A new policy is a class and a name below.
 
-A policy orders admission alone. It sees the waiting sequences and a `View`, and returns some of the
-waiting ones, each once; it must not change them, and gives the same order for the same state: a
-step may be done again. One that raises, or returns anything else, ends the engine, not a request.
+A policy orders admission alone. It sees the waiting sequences, by arrival, and a `View`, and
+returns some of the waiting ones, each once; it must not change them, and gives the same order for
+the same state: a step may be done again. One that raises, or returns anything else, ends the
+engine, not a request.
 Whom a lack of blocks preempts is the scheduler's: the running sequence that came last.
 """
 
@@ -30,13 +31,16 @@ class View:
 class Policy(Protocol):
     """The order of admission."""
 
-    def order(self, waiting: Items[Sequence], view: View) -> list[Sequence]:
+    def order(self, waiting: Items[Sequence], view: View) -> Items[Sequence]:
         """The sequences to consider, best first; one left out waits for a later step."""
 
 
-def checked_order(policy: Policy, waiting: Items[Sequence], view: View) -> list[Sequence]:
+def checked_order(policy: Policy, waiting: Items[Sequence], view: View) -> Items[Sequence]:
     """What the policy says. A ValueError, with its name, for what it must not say."""
-    found = list(policy.order(waiting, view))
+    order = policy.order(waiting, view)
+    if order is waiting:
+        return order
+    found = list(order)
     named = {id(seq) for seq in found}
     if len(named) < len(found) or not named <= {id(seq) for seq in waiting}:
         name = type(policy).__name__
@@ -52,9 +56,9 @@ def by_arrival(seq: Sequence) -> tuple[int, int]:
 class Fcfs:
     """First come, first served; a preempted sequence keeps its place, and so comes first."""
 
-    def order(self, waiting: Items[Sequence], view: View) -> list[Sequence]:
-        """All of them by arrival."""
-        return sorted(waiting, key=by_arrival)
+    def order(self, waiting: Items[Sequence], view: View) -> Items[Sequence]:
+        """All of them by arrival, in which order they are given."""
+        return waiting
 
 
 POLICIES: dict[str, Policy] = {"fcfs": Fcfs()}

@@ -24,6 +24,7 @@ from .policies import View, by_arrival, checked_order, policy_named
 from .prefix_cache import PrefixCache
 from .scheduler_output import ChunkResult, NewSequence, ScheduledChunk, SchedulerOutput, StepResult
 from .sequence import Sequence
+from .waiting_queue import WaitingQueue
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Container
@@ -38,7 +39,7 @@ class Scheduler:
         self, config: EngineConfig, pool: BlockPool, slots: AdapterSlots, max_model_len: int
     ) -> None:
         """A ConfigError names the known policies if `config.policy` is not one."""
-        self.waiting: list[Sequence] = []
+        self.waiting = WaitingQueue()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self.num_prompt_tokens = self.num_generated_tokens = 0  # computed, sampled
@@ -62,7 +63,8 @@ class Scheduler:
         for seq in seqs:
             self._check_fits(seq, room)
             seq.max_total = min(seq.max_total, self._max_model_len, room)
-        self.waiting += seqs
+        for seq in seqs:
+            self.waiting.add(seq)
 
     def _check_fits(self, seq: Sequence, room: int) -> None:
         need = len(seq.prompt_ids) + 1
@@ -191,15 +193,16 @@ class Scheduler:
         self._considered = None
         self._in_flight.clear()
         self._holdings.reset()
-        self.running, self.waiting = [], []
+        self.running, self.waiting = [], WaitingQueue()
         for seq in seqs:
             seq.rewind()
-        self.waiting = sorted((s for s in seqs if s.finish_reason is None), key=by_arrival)
+        self.waiting = WaitingQueue(seq for seq in seqs if seq.finish_reason is None)
         self._prefixes.keep({seq.seq_id for seq in self.waiting})
 
     def check_integrity(self) -> None:
         """Asserts that what the sequences hold is what the pool and the tables say."""
-        self._holdings.check_integrity(self.running, self.waiting)
+        self.waiting.check_integrity()
+        self._holdings.check_integrity(self.running, tuple(self.waiting))
         flying = [(slot, seq) for step in self._in_flight for slot, seq in step.items()]
         kept = all(seq.request_slot == slot for slot, seq in flying)
         assert kept, "a request slot was taken from a step in flight"
@@ -257,8 +260,9 @@ class Scheduler:
     ) -> list[NewSequence]:
         """Admits waiting sequences and appends their first chunks."""
         new_sequences: list[NewSequence] = []
-        if not budget or not self._holdings.has_request_slot:  # before a long queue is put in order
-            return new_sequences
+        can_admit = budget and self._holdings.has_request_slot
+        if not can_admit or not self.waiting.has_any(self._adapters.resident()):
+            return new_sequences  # before a long queue is gone through
         without_slot = WithoutSlot(self._max_num_seqs)
         leading = {seq.arrival for seq in self.running if self._leads(seq)}
         view = View(tuple(self.running), self._pool.num_free)
@@ -266,6 +270,8 @@ class Scheduler:
         order = checked_order(self._policy, tuple(self.waiting), view)
         for seq in order:
             if not budget or not self._holdings.has_request_slot:
+                break
+            if without_slot.covers(self.waiting.mixes):  # for none of those to come there is one
                 break
             if only is not None and seq.seq_id not in only:
                 continue
@@ -315,7 +321,7 @@ class Scheduler:
             assert not last.in_flight
             self._release(last)
             last.num_scheduled = last.num_computed = 0
-            self.waiting.append(last)
+            self.waiting.add(last)
             self.num_preemptions += 1
 
     def _take_blocks(self, seq: Sequence, budget: int) -> int:

@@ -14,7 +14,7 @@ from multilora.scheduling.scheduler_output import ChunkResult, SchedulerOutput, 
 from multilora.scheduling.sequence import Sequence
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
 EOS = 2
 
@@ -44,6 +44,10 @@ class FakeSlots:
             self.table[mix] = free[0]
         self.pins[mix] += 1
         return self.table[mix]
+
+    def resident(self) -> Collection[Mix] | None:
+        pinned = [mix for mix in self.table if self.pins[mix]]
+        return self.table.keys() if len(pinned) == self.num_slots else None
 
     def unpin(self, mix: Mix) -> None:
         assert self.pins[mix] > 0

@@ -75,7 +75,7 @@ def test_the_last_arrival_is_preempted_and_recomputed() -> None:
     assert plan is not None
     assert house.scheduler.num_preemptions == 1
     assert house.scheduler.running == [first]
-    assert house.scheduler.waiting == [last]  # and not admitted in the same plan
+    assert list(house.scheduler.waiting) == [last]  # and not admitted in the same plan
     assert plan.freed_request_slots == (1,)
     assert (last.num_scheduled, last.blocks, last.request_slot) == (0, [], None)
     house.scheduler.update(plan, house.run(plan))
@@ -91,7 +91,7 @@ def test_a_preempted_sequence_finds_its_own_blocks_which_is_no_hit() -> None:
     first, last = house.seq([1] * 7, max_tokens=5), house.seq([3] * 7, max_tokens=5)
     while first.finish_reason is None:
         house.step()
-    assert house.scheduler.waiting == [last]
+    assert list(house.scheduler.waiting) == [last]
     plan = house.plan()
     assert plan is not None
     assert (plan.chunks[0].start, plan.chunks[0].count) == (8, 1)
@@ -111,7 +111,7 @@ def test_no_one_is_admitted_in_a_plan_that_preempts() -> None:
             assert plan.new_sequences == ()
         house.scheduler.abort(newcomer)
     assert house.pool.num_free == 1  # enough for a first chunk
-    assert house.scheduler.waiting == [last]
+    assert list(house.scheduler.waiting) == [last]
     assert house.scheduler.running == [first]
 
 
@@ -121,7 +121,7 @@ def test_a_later_arrival_preempts_itself_rather_than_an_earlier_one() -> None:
     house.step()
     house.step()
     assert house.scheduler.running == [first]
-    assert house.scheduler.waiting == [last]
+    assert list(house.scheduler.waiting) == [last]
     while house.step():
         pass
     assert len(last.output_ids) == 3
@@ -134,7 +134,7 @@ def test_a_sequence_without_blocks_is_not_overtaken() -> None:
     big, small = house.seq([3] * 9, max_tokens=1), house.seq([4], max_tokens=1)
     house.step()
     assert house.scheduler.running == []
-    assert house.scheduler.waiting == [big, small]
+    assert list(house.scheduler.waiting) == [big, small]
     assert house.step() == [big, small]
 
 
@@ -148,7 +148,7 @@ def test_a_sequence_without_its_adapter_is_skipped(why: str) -> None:
     blocked = house.seq([1], mix="b", max_tokens=1)
     same, base = house.seq([1], mix="a", max_tokens=9), house.seq([1], max_tokens=9)
     house.step()
-    assert house.scheduler.waiting == [blocked]
+    assert list(house.scheduler.waiting) == [blocked]
     assert same in house.scheduler.running
     assert base in house.scheduler.running
     house.slots.cold.clear()
@@ -206,7 +206,7 @@ def test_abort_works_in_every_state() -> None:
     house = House(max_num_seqs=2)
     running, flying, waiting = (house.seq([n] * 5) for n in (3, 4, 5))
     house.scheduler.abort(waiting)
-    assert house.scheduler.waiting == [running, flying]
+    assert list(house.scheduler.waiting) == [running, flying]
     house.step()
     house.scheduler.abort(running)
     house.check()
