@@ -86,9 +86,9 @@ class Session:
         packed: dict[str, Any] = {}
         pack = store.pack
 
-        def once(adapter: Any, site: Any, dtype: torch.dtype) -> Any:
+        def once(adapter: Any, site: Any, *rest: Any) -> Any:
             if site.name not in packed:
-                packed[site.name] = pack(adapter, site, dtype)
+                packed[site.name] = pack(adapter, site, *rest)
             return packed[site.name]
 
         with mock.patch.object(store, "pack", once):

@@ -71,7 +71,8 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do or to tell."""
-        return len(self.requests) > len(self.told)
+        # An interrupted `forget_told` may have dropped some of them.
+        return len(self.requests) > sum(i in self.requests for i in self.told)
 
     def add(self, state: RequestState, seqs: list[Sequence]) -> None:
         """Queues a request that holds its adapters. A CapacityError if it could never run."""
@@ -129,7 +130,6 @@ class EngineCore:
         alive = {seq.seq_id for seq in everyone if seq.finish_reason is None}
         unfinished = {seq.seq_id for state in requests for seq in state.unfinished}
         assert alive == unfinished == set(self._by_seq), "sequences differ"
-        assert set(self.told) <= self.requests.keys()
         self.store.check_integrity(
             pins=[seq.mix for seq in scheduler.running],
             holds=[state.mix for state in requests if state.unfinished],

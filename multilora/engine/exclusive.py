@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import wraps
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import EngineBusyError, EngineDeadError, MultiloraError
@@ -21,7 +22,9 @@ class Gate:
     def __init__(self, core: EngineCore) -> None:
         self.core = core
         self.lock = threading.RLock()
-        self.is_open = True
+        # The thread that is inside, or whose call is through and may still be interrupted on its
+        # way back: what it was to tell is then told by the next call, which must not come before.
+        self.caller: int | None = None
 
 
 class Change:
@@ -44,30 +47,35 @@ def exclusive(method: _Method) -> _Method:
     @wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         gate: Gate = self._gate
-        core = gate.core
-        entered = False
+        core, me = gate.core, get_ident()
+        if gate.caller == me:
+            raise EngineBusyError(
+                f"Engine.{method.__name__} was called from within another call of the engine, such "
+                "as by a policy or a signal handler; call it later"
+            )
+        is_inside = is_told = False
         try:
-            with gate.lock:
-                if not gate.is_open:
-                    raise EngineBusyError(
-                        f"Engine.{method.__name__} was called from within another call of the "
-                        "engine, such as by a policy or a signal handler; call it later"
-                    )
-                gate.is_open = False
-                try:
-                    core.was_told()
-                    entered = True
-                    if core.dead is not None:
-                        raise EngineDeadError(core.dead)
-                    if core.is_torn:
-                        core.recover()
-                    return method(self, *args, **kwargs)
-                finally:
-                    gate.is_open = True
+            while True:
+                with gate.lock:
+                    if gate.caller is None:
+                        is_inside, gate.caller = True, me
+                        core.was_told()
+                        is_told = True
+                        if core.dead is not None:
+                            raise EngineDeadError(core.dead)
+                        if core.is_torn:
+                            core.recover()
+                        found = method(self, *args, **kwargs)
+                        break
+                threading.Event().wait(0.001)  # for another thread's call, on its way back
+            # Python handles no signal between these two.
+            gate.caller = None
+            return found
         except BaseException:
-            # An interrupt came after the step, before its caller.
-            if entered and core.telling is not None:
+            if is_told and core.telling is not None:
                 core.news, core.told, core.telling = core.telling, (), None
+            if is_inside:
+                gate.caller = None
             raise
 
     return call  # type: ignore[return-value]

@@ -269,9 +269,8 @@ class Scheduler:
         self._considered = None  # a policy that raises is at fault itself
         order = checked_order(self._policy, tuple(self.waiting), view)
         for seq in order:
-            if not budget or not self._holdings.has_request_slot:
-                break
-            if without_slot.covers(self.waiting.mixes):  # for none of those to come there is one
+            is_full = not budget or not self._holdings.has_request_slot
+            if is_full or without_slot.covers(self.waiting.mixes):
                 break
             if only is not None and seq.seq_id not in only:
                 continue

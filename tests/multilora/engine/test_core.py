@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.harness.failpoints import points_of, raised_at
+from tests.harness.failpoints import points_of, raised_at, raised_at_call
 from tests.harness.recovery import FORMS, LONG, SHORT, World, sampled
 from tests.harness.tiny_engines import Job, add, drain, facts
 
@@ -124,6 +124,19 @@ def test_an_interrupt_on_the_way_back_to_the_caller_loses_no_output(world: World
     finally:
         sys.setprofile(None)
     check_the_rest(world, engine, jobs, outputs)
+
+
+def test_an_interrupt_while_what_was_told_is_dropped_hides_nobody(world: World) -> None:
+    engine = world.engine("eager")
+    short, longer = Job(SHORT, sampled(1)), Job(SHORT, sampled(4))
+    for number in range(30):
+        ended, other = {add(engine, short) for _ in range(3)}, add(engine, longer)
+        told = {output.request_id for output in engine.step() if output.finished}
+        assert told == ended, "they end in one step"
+        raised_at_call(number, KeyboardInterrupt(), engine.step)
+        assert engine.has_work, number
+        assert engine.request_ids == (other,), number
+        assert drain(engine).keys() == {other}
 
 
 def calls_of(engine: Engine, root: Path) -> dict[str, Any]:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
 from multilora.engine.exclusive import Change
 from multilora.errors import EngineBusyError, RequestError
 from tests.harness.recovery import SHORT, World, sampled
-from tests.harness.tiny_engines import Job, add, facts, run
+from tests.harness.tiny_engines import Job, add, drain, facts, run
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from multilora.outputs import RequestOutput
 
 # A file that an exception left open is closed by Python, which says so.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -72,3 +79,39 @@ def test_only_an_error_of_ours_leaves_the_core_whole(error: Any, is_torn: bool) 
         if error is not None:
             raise error
     assert core.is_torn == is_torn
+
+
+def test_another_thread_waits_until_what_was_told_has_reached_its_caller(world: World) -> None:
+    """The interrupt comes when the lock is free again, and the other thread stands before it."""
+    engine = world.engine("eager")
+    jobs = [Job(SHORT, sampled(1)), Job(SHORT, sampled(3))]
+    ids = [add(engine, job) for job in jobs]
+    outputs: list[RequestOutput] = []
+    errors: list[EngineBusyError] = []
+    other = threading.Thread(target=lambda: outputs.extend(engine.step()))
+
+    def see(frame: FrameType, event: str, called: Any) -> None:
+        in_gate = frame.f_code.co_filename.endswith("exclusive.py")
+        if event == "c_return" and in_gate and called.__name__ == "__exit__":
+            sys.setprofile(None)
+            other.start()
+            other.join(0.1)  # it does not come in
+            assert other.is_alive()
+            with pytest.raises(EngineBusyError) as caught:  # nor does a signal handler
+                engine.step()
+            errors.append(caught.value)
+            raise KeyboardInterrupt
+
+    sys.setprofile(see)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    finally:
+        sys.setprofile(None)
+    other.join()
+    assert errors
+    finished = {output.request_id: output for output in outputs if output.finished}
+    assert finished.keys() == {ids[0]}, "what the interrupted call was to tell"
+    finished |= drain(engine)
+    for job, request in zip(jobs, ids, strict=True):
+        assert facts(finished[request]) == world.facts(job)
