@@ -77,7 +77,8 @@ class RequestOutput:
     request_id: str
     prompt: str | None  # its text, if it was one
     prompt_token_ids: list[int]
-    prompt_logprobs: list[TokenLogprobs | None] | None  # None at position 0
+    # None at position 0. With DELTA they are in the first output; [] in the others.
+    prompt_logprobs: list[TokenLogprobs | None] | None
     outputs: list[CompletionOutput]
     finished: bool
     num_cached_tokens: int  # prompt tokens taken from the prefix cache

@@ -141,6 +141,11 @@ class CompletionState:
             return len(self.text)
         return max(len(self.text) - max(map(len, params.stop)) + 1, 0)
 
+    @property
+    def is_told(self) -> bool:
+        """Whether anything of it has reached the caller."""
+        return self._told is not _NOTHING_TOLD
+
     def is_due(self, interval: int) -> bool:
         """Whether there is something to tell, at an interval in tokens."""
         told, count = self._told, len(self.seq.output_ids)
@@ -265,14 +270,17 @@ class RequestState:
     def output(self, *, is_delta: bool = False) -> RequestOutput:
         """Everything so far; of its answers with `is_delta` what is new, of those that have it."""
         error, finished = None, True
+        prompt_logprobs = self._prompt_logprobs()
         for answer in self.answers:
             finished = finished and answer.seq.finish_reason is not None
             error = error or answer.seq.error
+            if is_delta and prompt_logprobs and answer.is_told:
+                prompt_logprobs = []  # the first output had them
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
             prompt_token_ids=self._shown_ids,
-            prompt_logprobs=self._prompt_logprobs(),
+            prompt_logprobs=prompt_logprobs,
             outputs=[a.output(is_delta=is_delta) for a in self._shown(is_delta=is_delta)],
             finished=finished,
             num_cached_tokens=self.answers[0].seq.num_cached or 0,

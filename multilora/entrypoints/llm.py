@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,6 +23,8 @@ from .prompts import Message, Prompt, as_conversations, as_prompts, for_each
 if TYPE_CHECKING:
     from ..adapters.store import AdapterInfo
     from ..tokenization.tokenizer import Tokenizer
+
+MAX_IDLE = 10.0  # seconds for which a policy may have everybody wait
 
 
 class LLM:
@@ -158,11 +161,9 @@ class LLM:
             given["chat_template"] = chat_template
         longest = self.engine.max_model_len - 1  # and one new token
         prompts: list[Prompt] = [
-            {
-                "prompt_token_ids": tokenizer.apply_chat_template(one, max_length=longest, **given),
-                "prompt": tokenizer.render_chat_template(one, **given),
-            }
+            {"prompt": text, "prompt_token_ids": ids}
             for one in as_conversations(messages)
+            for text, ids in (tokenizer.chat_prompt(one, max_length=longest, **given),)
         ]
         return self.generate(
             prompts, sampling_params, adapter=adapter, lora_request=lora_request, use_tqdm=use_tqdm
@@ -227,14 +228,33 @@ class LLM:
     ) -> list[RequestOutput]:
         done: dict[str, RequestOutput] = {}
         wanted = set(request_ids)
+        idle_since: float | None = None
         with Progress(len(request_ids), use_tqdm) as progress:
             while len(done) < len(wanted):
                 assert self.engine.has_work, "the engine stopped before all requests finished"
-                for output in self.engine.step():
+                outputs = self.engine.step()
+                idle_since = self._check_advance(idle_since) if not outputs else None
+                for output in outputs:
                     if output.request_id in wanted:
                         progress.update(output)
                         done[output.request_id] = output
         return [done[request_id] for request_id in request_ids]
+
+    def _check_advance(self, idle_since: float | None) -> float | None:
+        """Since when nothing runs though requests wait, None = it does; ConfigError if for long."""
+        if self.engine.stats.running:
+            return None
+        now = time.monotonic()
+        if idle_since is None:
+            return now
+        if now - idle_since > MAX_IDLE:
+            raise ConfigError(
+                f"policy {self.engine.config.policy!r} has admitted none of "
+                f"{self.engine.stats.waiting} waiting requests for {MAX_IDLE:g} s, while nothing "
+                "runs; its order() must return some of them"
+            )
+        time.sleep(0.001)
+        return idle_since
 
 
 def _folder(path: object, name: str) -> str:

@@ -119,9 +119,20 @@ class FolderTokenizer(ABC):
 
         With `tokenize=False` its text, as transformers has it.
         """
-        rendered = self._render(messages, ask)
         if not tokenize:
-            return rendered.text
+            return self._render(messages, ask).text
+        return self.chat_prompt(messages, max_length=max_length, **ask)[1]
+
+    def chat_prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        /,
+        *,
+        max_length: int | None = None,
+        **ask: Any,
+    ) -> tuple[str, list[int]]:
+        """Text and ids of a conversation, rendered once: both forms of `apply_chat_template`."""
+        rendered = self._render(messages, ask)
         self._check(rendered.text, max_length)
         own = [asked] if isinstance(asked := ask.get("chat_template"), str) else []
 
@@ -129,7 +140,7 @@ class FolderTokenizer(ABC):
             is_control = token.content in self._control or _is_structure(token.content, own)
             return not is_control or rendered.is_template(start, end)
 
-        return self._ids(rendered.text, accept)
+        return rendered.text, self._ids(rendered.text, accept)
 
     def render_chat_template(self, messages: Sequence[Mapping[str, Any]], /, **ask: Any) -> str:
         """The text of a conversation, as transformers renders it with `tokenize=False`."""

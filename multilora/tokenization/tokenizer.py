@@ -72,6 +72,17 @@ class Tokenizer(Protocol):
         """Ids of a conversation. Control tokens in messages, tools, variables are plain text."""
         ...
 
+    def chat_prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        /,
+        *,
+        max_length: int | None = None,
+        **ask: Any,
+    ) -> tuple[str, list[int]]:
+        """Text and ids of a conversation, rendered once."""
+        ...
+
     def render_chat_template(self, messages: Sequence[Mapping[str, Any]], /, **ask: Any) -> str:
         """Its text. Nothing tells any more which control tokens in it were the template's."""
         ...

@@ -192,3 +192,13 @@ def test_times_are_the_clocks(teller: Engine, monkeypatch: pytest.MonkeyPatch) -
     assert found.num_generation_tokens == 3
     assert found.first_token_latency == found.first_token_ts - found.queued_ts
     assert output.outputs[0].finished()
+
+
+def test_a_delta_has_what_the_prompt_scored_once(teller: Engine) -> None:
+    request = start(teller, output_kind=DELTA, prompt_logprobs=1, n=2)
+    first, *others = outputs(teller)
+    assert others
+    whole = run(teller, [Job(PROMPT, greedy(20, prompt_logprobs=1, n=2))])[0]
+    assert first.request_id == request
+    assert first.prompt_logprobs == whole.prompt_logprobs
+    assert all(output.prompt_logprobs == [] for output in others)

@@ -10,7 +10,10 @@ import pytest
 
 from multilora import LLM, LoRARequest, RequestOutputKind, SamplingParams
 from multilora.config.model import ModelConfig
+from multilora.entrypoints import llm as llm_module
 from multilora.errors import ConfigError, RequestError
+from multilora.scheduling.policies import POLICIES
+from multilora.tokenization import template_process
 from multilora.tokenization.tokenizer import load_tokenizer
 from tests.harness.adapter_folders import write_adapter
 from tests.harness.model_folders import write_checkpoint
@@ -185,3 +188,30 @@ def test_a_second_ctrl_c_leaves_nothing_running(llm: LLM, monkeypatch: pytest.Mo
     while llm.engine.has_work:
         llm.engine.step()
     llm.engine.check_integrity()
+
+
+def test_a_chat_is_rendered_once(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, ask = [], template_process.PROCESS.ask
+
+    def counted(*request: Any) -> Any:
+        asked.append(request)
+        return ask(*request)
+
+    monkeypatch.setattr(template_process.PROCESS, "ask", counted)
+    llm.chat([{"role": "user", "content": "hi"}], GREEDY, False)
+    assert len(asked) == 1
+
+
+def test_a_policy_that_admits_nobody_is_named(
+    folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Nobody:
+        def order(self, *_: object) -> list[Any]:
+            return []
+
+    monkeypatch.setitem(POLICIES, "nobody", Nobody())
+    monkeypatch.setattr(llm_module, "MAX_IDLE", 0.05)
+    stuck = LLM(str(folders / "base"), str(UMA / "base"), policy="nobody", **SETTINGS)
+    with pytest.raises(ConfigError, match="policy 'nobody' has admitted none of 2 waiting"):
+        stuck.generate(["a", "b"], GREEDY, use_tqdm=False)
+    assert not stuck.engine.has_work
