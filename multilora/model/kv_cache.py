@@ -12,7 +12,7 @@ from multilora_kernels import empty_huge
 from ..config.model import ModelConfig
 
 DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn}
-"""Of quantised pages, by `EngineConfig.kv_cache_dtype`; "auto" is the model's dtype."""
+"""Of quantised blocks, by `EngineConfig.kv_cache_dtype`; "auto" is the model's dtype."""
 
 
 class KVScales(NamedTuple):
@@ -27,12 +27,12 @@ class LayerPages(NamedTuple):
 
     k: Tensor  # [blocks, block_size, kv_heads, head_dim]
     v: Tensor
-    k_scale: Tensor | None  # fp32 [kv_heads], of quantised pages
+    k_scale: Tensor | None  # fp32 [kv_heads], of quantised blocks
     v_scale: Tensor | None
 
 
 class KVCache:
-    """K and V pages of all layers: [layers, blocks, block_size, kv_heads, head_dim] each.
+    """K and V blocks of all layers: [layers, blocks, block_size, kv_heads, head_dim] each.
 
     Memory is reserved, not touched: on CPU a block costs nothing until a token is written to it.
     """
@@ -44,7 +44,7 @@ class KVCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
-        scales: KVScales | None = None,  # on the device; of quantised pages
+        scales: KVScales | None = None,  # on the device; of quantised blocks
     ) -> None:
         shape = (config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim)
         self.k = empty_huge(shape, dtype, device)
@@ -57,7 +57,7 @@ class KVCache:
         return self.k.shape[1]
 
     def layer(self, index: int) -> LayerPages:
-        """The pages and scales of one layer."""
+        """The blocks and scales of one layer."""
         scales = (None, None) if self.scales is None else (s[index] for s in self.scales)
         return LayerPages(self.k[index], self.v[index], *scales)
 

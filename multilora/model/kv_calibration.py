@@ -1,4 +1,4 @@
-"""The scales of quantised KV pages: one for each layer and KV head, measured once at start-up.
+"""The scales of quantised KV blocks: one for each layer and KV head, measured once at start-up.
 
 The base reads fixed random tokens, and a scale is such that the largest key (after RoPE) or value
 seen, with room to spare, is the largest number that a page holds. So scales depend on the base
@@ -26,7 +26,7 @@ MARGIN = 2.0  # room for other texts and for adapters: docs/quantization.md has 
 
 @torch.inference_mode()
 def calibrate(model: Llama, max_len: int, dtype: torch.dtype) -> KVScales:
-    """The scales of pages of `dtype`, on the model's device, from at most `max_len` tokens."""
+    """The scales of blocks of `dtype`, on the model's device, from at most `max_len` tokens."""
     config, device = model.config, model.norm.weight.device
     count = max(min(TOKENS, max_len) // 16, 1) * 16  # whole rows: see ForwardBatch
     generator = torch.Generator().manual_seed(0)
@@ -52,11 +52,11 @@ def calibrate(model: Llama, max_len: int, dtype: torch.dtype) -> KVScales:
     )
     model(batch, cache)
     largest = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
-    return KVScales(*(_scale(pages, largest) for pages in (cache.k, cache.v)))
+    return KVScales(*(_scale(blocks, largest) for blocks in (cache.k, cache.v)))
 
 
-def _scale(pages: Tensor, largest: float) -> Tensor:
-    """fp32 [layers, kv_heads] of pages [layers, blocks, block_size, kv_heads, head_dim]."""
-    seen = pages.abs().amax((1, 2, 4)).float()
+def _scale(blocks: Tensor, largest: float) -> Tensor:
+    """fp32 [layers, kv_heads] of blocks [layers, blocks, block_size, kv_heads, head_dim]."""
+    seen = blocks.abs().amax((1, 2, 4)).float()
     # A head that is zero on all tokens still needs a scale to divide by.
     return (seen * (MARGIN / largest)).clamp(min=1e-6)
