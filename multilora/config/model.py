@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -183,9 +184,19 @@ class ModelConfig:
         )
 
 
+MAX_JSON_BYTES = 256 << 20  # the largest tokenizer.json in use has 33 MB
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or a CheckpointError that names the file."""
     try:
+        info = path.stat()
+        if not stat.S_ISREG(info.st_mode):  # reading a pipe waits for its writer
+            raise CheckpointError(f"{path} is not a regular file; only regular files are read")
+        if info.st_size > MAX_JSON_BYTES:
+            raise CheckpointError(
+                f"{path} has {info.st_size} bytes, above the limit of {MAX_JSON_BYTES}"
+            )
         text = path.read_text(encoding="utf-8")
         if text.startswith("version https://git-lfs"):
             raise CheckpointError(

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..config.model import MAX_JSON_BYTES
 from ..errors import TokenizerError
 from .folder_tokenizer import unreadable
 from .hf_tokenizer import HFTokenizer
@@ -102,6 +103,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             "copy the tokenizer's files there or name the folder that has them"
         )
     try:
+        if (size := path.stat().st_size) > MAX_JSON_BYTES:
+            raise unreadable(path, f"it has {size} bytes, above the limit of {MAX_JSON_BYTES}")
         with path.open("rb") as file:
             head = file.read(1024)
     except OSError as error:

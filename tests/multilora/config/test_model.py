@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from multilora.config.model import MetaFacts, ModelConfig, RopeScaling
+from multilora.config.model import MAX_JSON_BYTES, MetaFacts, ModelConfig, RopeScaling, read_json
 from multilora.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -270,3 +271,15 @@ def test_json_that_is_none_is_named(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(CheckpointError, match=words):
             ModelConfig.from_dir(tmp_path)
+
+
+def test_a_file_that_is_none_or_too_large_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    os.mkfifo(path)  # to read it would wait for ever
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        read_json(path)
+    path.unlink()
+    with path.open("wb") as file:
+        file.truncate(MAX_JSON_BYTES + 1)
+    with pytest.raises(CheckpointError, match="above the limit of"):
+        read_json(path)

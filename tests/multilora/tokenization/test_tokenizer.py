@@ -293,3 +293,11 @@ def test_truncated_sentencepiece_model_is_named(tmp_path, folders):
     (tmp_path / "tokenizer.model").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(TokenizerError, match=r"tokenizer\.model"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_a_file_that_is_too_large_is_not_read(name: str, tmp_path: Path) -> None:
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(TokenizerError, match="above the limit of"):
+        load_tokenizer(tmp_path)
