@@ -4,9 +4,9 @@
     python bench/bench_hostile.py --seed 7 --adapters 50
 
 Each is made from a good one by one to three changes, drawn from the seed, and loaded as a user
-would. Right is a typed error, or to be served: a change may be harmless. `raw` counts exceptions that are
-not the package's, and must be 0. Milliseconds are the clock's; MB is how far the peak of memory
-rose meanwhile. Needs the extra `test` (it uses the tests' writers of checkpoints).
+would. Right is a typed error, or to be served: a change may be harmless. `raw` counts exceptions
+that are not the package's, and must be 0. Milliseconds are the clock's; MB is how far the peak of
+memory rose meanwhile. Needs the extra `test`: it uses the tests' writers of checkpoints.
 """
 
 from __future__ import annotations
