@@ -88,12 +88,25 @@ class InputProcessor:
 
     def start(self, state: RequestState, identity: bytes, arrival: int) -> list[Sequence]:
         """The answers of a request: its sequences, as yet unknown to the scheduler."""
-        seqs = [self._sequence(state, identity, i, arrival) for i in range(state.params.n)]
+        params = first = state.params
+        if params.n > 1 and params.prompt_logprobs is not None:  # one of them scores the prompt
+            params = params.clone(prompt_logprobs=None)
+        seqs = [
+            self._sequence(state, first if i == 0 else params, identity, i, arrival)
+            for i in range(params.n)
+        ]
         state.answers = [CompletionState(seq, self._tokenizer) for seq in seqs]
         return seqs
 
-    def _sequence(self, state: RequestState, identity: bytes, index: int, arrival: int) -> Sequence:
-        params, ids, limit = state.params, state.prompt_ids, self._max_len
+    def _sequence(
+        self,
+        state: RequestState,
+        params: SamplingParams,
+        identity: bytes,
+        index: int,
+        arrival: int,
+    ) -> Sequence:
+        ids, limit = state.prompt_ids, self._max_len
         seed = params.seed if params.seed is not None else _seed(self._seed, arrival)
         total = limit if params.max_tokens is None else min(limit, len(ids) + params.max_tokens)
         return Sequence(

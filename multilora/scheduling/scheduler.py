@@ -309,7 +309,6 @@ class Scheduler:
             self._pool.enable_prefix_caching
             and seq.index == 0
             and seq.params.n > 1
-            and seq.params.prompt_logprobs is None
             and seq.num_computed < (len(seq.prompt_ids) - 1) // size * size
         )
 

@@ -18,6 +18,7 @@ from multilora.errors import (
     ConfigError,
     RequestError,
 )
+from multilora.sampling_params import SamplingParams
 from tests.harness.adapter_folders import change_tensors, write_adapter
 from tests.harness.model_folders import TINY
 from tests.harness.tiny_engines import Job, add, drain, facts, greedy, make_engine, prompt_of, run
@@ -261,3 +262,15 @@ def test_arguments_that_are_none(engine: Engine) -> None:
             call()
     assert engine.abort([]) is False  # type: ignore[arg-type]
     assert not engine.has_work
+
+
+def test_a_prompt_is_scored_once_for_all_its_answers(engine: Engine) -> None:
+    prompt, before = prompt_of(60, seed=77), engine.stats.prompt_tokens
+    params = SamplingParams(temperature=1, seed=3, max_tokens=2, prompt_logprobs=2, n=4)
+    output = run(engine, [Job(prompt, params)])[0]
+    assert engine.stats.prompt_tokens - before < 2 * len(prompt)
+    assert output.prompt_logprobs is not None
+    assert len(output.prompt_logprobs) == len(prompt)
+    alone = run(engine, [Job(prompt, params.clone(n=1))])[0]
+    assert output.prompt_logprobs == alone.prompt_logprobs
+    assert output.outputs[0].token_ids == alone.outputs[0].token_ids

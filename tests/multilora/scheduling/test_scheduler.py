@@ -186,11 +186,14 @@ def test_the_base_needs_no_slot_and_may_pass_a_sequence_that_waits_for_one() -> 
     assert blocked in house.scheduler.waiting
 
 
-def test_answers_whose_whole_prompt_is_scored_wait_for_none() -> None:
+def test_the_other_answers_wait_for_the_one_that_scores_the_prompt() -> None:
     house = House(max_num_batched_tokens=64)
-    answers = [house.seq([1] * 14, n=2, prompt_logprobs=0, max_tokens=1) for _ in range(2)]
-    answers[1].index, answers[1].arrival = 1, answers[0].arrival
-    assert house.step() == answers
+    first = house.seq([1] * 14, n=2, prompt_logprobs=0, max_tokens=1)
+    other = house.seq([1] * 14, n=2, max_tokens=1)
+    other.index, other.arrival = 1, first.arrival
+    assert house.step() == [first]
+    assert house.step() == [other]
+    assert other.num_cached == 12
 
 
 def test_nothing_is_planned_while_every_adapter_is_cold() -> None:
