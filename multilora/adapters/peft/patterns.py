@@ -19,6 +19,7 @@ except ImportError:  # Python 3.10
     import sre_parse as parser
 
 MAX_PATTERN_LENGTH = 1000
+MAX_PATTERN_GROUPS = 100
 MAX_PATTERN_SIZE = 4000  # nodes, repeats written out: x{1000} has a thousand
 REFUSED_FLAGS = re.VERBOSE | re.LOCALE | re.DEBUG
 
@@ -27,6 +28,9 @@ def check_pattern(field: str, pattern: str) -> None:
     """AdapterInvalid, naming the field, unless the expression is one to compile."""
     if len(pattern) > MAX_PATTERN_LENGTH:
         raise _refused(field, pattern, f"it has more than {MAX_PATTERN_LENGTH} characters")
+    # How deep Python itself may go is for every program to set.
+    if pattern.count("(") > MAX_PATTERN_GROUPS:
+        raise _refused(field, pattern, f"it has more than {MAX_PATTERN_GROUPS} groups")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", FutureWarning)  # a set that `re` may read otherwise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import FrameType
 
 import torch
 from hypothesis import given
@@ -75,8 +76,11 @@ def test_an_interrupt_anywhere_leaves_a_pool_that_works() -> None:
     """Also between a block and the note of where it goes back to."""
     pool, number, left = mk.BufferPool(), 0, 0
 
-    def see(*_: object) -> None:
+    def see(frame: FrameType, event: str, _: object) -> None:
         nonlocal left
+        # Of the pool alone: an interrupt within torch's no_grad leaves it on for all other tests.
+        if not frame.f_code.co_filename.endswith("cpu/buffer_pool.py") or event == "return":
+            return
         left -= 1
         if left == 0:
             raise KeyboardInterrupt

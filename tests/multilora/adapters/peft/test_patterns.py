@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import sys
 import time
 
 import pytest
@@ -53,3 +54,14 @@ def test_what_could_cost_or_mean_something_else_is_refused(name: str) -> None:
     assert time.thread_time() - start < 1  # it took up to 14 s before
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 * 1024
     assert len(str(error.value)) < 400
+
+
+def test_nesting_is_refused_however_deep_python_may_go() -> None:
+    """torch's compiler raises the limit for good."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(50_000)
+    try:
+        with pytest.raises(AdapterInvalid, match="more than 100 groups"):
+            check_pattern("target_modules", HOSTILE["nested"])
+    finally:
+        sys.setrecursionlimit(before)
