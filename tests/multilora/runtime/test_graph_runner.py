@@ -74,6 +74,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, rank in RANKS.items():
         write_adapter(folder / name, TINY, rank=rank, seed=rank, scale=0.3)
     write_adapter(folder / "q", TINY, rank=8, seed=1, scale=0.3, targets=("q_proj",))
+    write_adapter(folder / "dora", TINY, rank=8, seed=3, scale=0.3, use_dora=True)
     write_adapter(folder / "head", TINY, rank=8, seed=2, scale=0.3, targets=("o_proj", "lm_head"))
     for i in range(20):
         write_adapter(folder / f"n{i}", TINY, rank=8, seed=i, targets=("v_proj", "up_proj"))
@@ -81,7 +82,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def engine_of(root: Path, **settings: Any) -> Engine:
-    names = (*RANKS, "q", "head", *(f"n{i}" for i in range(20)))
+    names = (*RANKS, "q", "dora", "head", *(f"n{i}" for i in range(20)))
     return make_engine(root / "base", {n: root / n for n in names}, **WIDE | settings)
 
 
@@ -120,6 +121,7 @@ MIXES = {
     "one": ["a"] * 6,
     "mixed ranks": ["a", "b", "c", None, {"a": 0.5, "c": -1.0}, "c", "q"],
     "a site of one alone": ["q", None],
+    "dora beside others": ["dora", "a", None, {"dora": 0.5, "b": 1.0}, "dora"],
     "more than sixteen rows": [*RANKS, None, "q"] * 5,
     "more tiles than the small graph": [f"n{i}" for i in range(20)],
 }
@@ -191,6 +193,18 @@ def test_graphs_survive_an_adapter_that_comes_and_goes(root: Path, style: str) -
         engine.load_adapter("a", root / "c")
         answers.append([facts(output) for output in (*first, *run(engine, jobs(["a", "b"])))])
     assert answers[0] == answers[1]
+
+
+def test_the_first_dora_comes_when_steps_are_captured(root: Path) -> None:
+    """Until then nothing is kept for its scales, and the graphs know of none."""
+    names, work = ("a", "b"), jobs(["a", "b", None])
+    wanted = eager(root, [*work, *jobs(["dora"])])
+    engine = make_engine(root / "base", {name: root / name for name in names}, **WIDE)
+    for _ in range(3):
+        assert [facts(output) for output in run(engine, work)] == wanted[:3]
+    engine.load_adapter("dora", root / "dora")
+    for _ in range(3):
+        assert [facts(output) for output in run(engine, [*work, *jobs(["dora"])])] == wanted
 
 
 @pytest.mark.seconds
