@@ -8,6 +8,7 @@ changes the core is torn; `recover` throws all of it away and makes it anew.
 from __future__ import annotations
 
 import logging
+import sys
 from collections import deque
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
@@ -25,6 +26,7 @@ from .output_processor import CompletionState, RequestState
 logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
+FRAMES = 200  # of Python's stack: more than a step needs
 MAX_UNEXPLAINED = 3  # failures in a row for which no request can be blamed
 
 
@@ -34,6 +36,16 @@ def reason_of(error: BaseException) -> str:
         return f"{type(error).__name__}: {error}"[:1000]
     except Exception:
         return type(error).__name__
+
+
+def is_callers(error: BaseException) -> bool:
+    """Whether it says no more than that the caller has left too little of Python's stack."""
+    if not isinstance(error, RecursionError):
+        return False
+    frame, depth = sys._getframe(), FRAMES
+    while frame.f_back is not None:
+        frame, depth = frame.f_back, depth + 1
+    return depth > sys.getrecursionlimit()
 
 
 class EngineCore:
@@ -221,6 +233,8 @@ class EngineCore:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:
+            if is_callers(error):
+                raise
             self._after(error)
             return None
 
@@ -266,6 +280,8 @@ class EngineCore:
             except (KeyboardInterrupt, SystemExit):
                 raise
             except BaseException as error:
+                if is_callers(error):
+                    raise
                 logger.warning("a recovery failed", exc_info=error)
                 reason = reason_of(error)
         self._die(reason)

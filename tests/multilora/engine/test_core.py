@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -138,6 +139,25 @@ def test_an_interrupt_while_what_was_told_is_dropped_hides_nobody(world: World) 
         assert engine.has_work, number
         assert engine.request_ids == (other,), number
         assert drain(engine).keys() == {other}
+
+
+def test_a_caller_near_the_recursion_limit_costs_nothing(world: World) -> None:
+    """It gets Python's own error; the next call, from elsewhere, goes on."""
+
+    def at(depth: int) -> list[RequestOutput]:
+        return at(depth - 1) if depth else engine.step()
+
+    engine = world.engine("eager")
+    here = len(inspect.stack())
+    jobs, outputs = come_to(engine, MOMENTS["decode"])
+    errors = 0
+    for spare in (*range(2, 120, 4), 5, 5, 5, 5, 40, 40, 40, 40):
+        try:
+            outputs += at(sys.getrecursionlimit() - here - spare)
+        except RecursionError:
+            errors += 1
+    assert errors > 10
+    check_the_rest(world, engine, jobs, outputs)
 
 
 def calls_of(engine: Engine, root: Path) -> dict[str, Any]:
