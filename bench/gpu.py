@@ -16,17 +16,20 @@ a GPU, on tiny shapes: see `tests/harness/gpu_rehearsal.py`.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gpu_files
+import gpu_process
 
 HERE = Path(__file__).resolve().parent
 REHEARSAL = {"TRITON_INTERPRET": "1", "MULTILORA_TEST_DEVICE": "rehearsal"}
@@ -39,53 +42,83 @@ LEAST = 5  # seconds: with less a part does not begin
 GRACE = 20  # seconds; a part looks at the clock between two cases
 
 
+class Refused(Exception):
+    """Why a run does not begin, in one line."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked for, as the head of this file says."""
+
+    asked: tuple[str, ...]
+    out: Path
+    start: Path
+    minutes: float
+    rehearse: bool
+
+
 def main() -> int:
+    begin = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes, without a GPU")
-    rehearse = parser.parse_args().rehearse
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a part is ended, too
+    try:
+        return run(settings(rehearse=parser.parse_args().rehearse), begin)
+    except Refused as why:
+        print(why, file=sys.stderr)
+        return 2
+
+
+def settings(*, rehearse: bool) -> Settings:
+    """What the environment says."""
     asked = [part.strip() for part in os.environ.get("PARTS", "").split(",") if part.strip()]
-    out = Path(os.environ.get("OUT", "build/gpu")).resolve()
-    start = Path(os.environ.get("FROM", out)).resolve()
     for part in asked:
         if part not in SHARES:
-            return refuse(f"unknown part {part!r}; PARTS may name {', '.join(SHARES)}")
+            raise Refused(f"unknown part {part!r}; PARTS may name {', '.join(SHARES)}")
+    out = Path(os.environ.get("OUT", "build/gpu")).resolve()
+    start = Path(os.environ.get("FROM", out)).resolve()
     if start != out and not start.is_dir():
-        return refuse(f"FROM={start} is no folder")
+        raise Refused(f"FROM={start} is no folder")
     given = os.environ.get("MINUTES", "120" if rehearse else "9")
     try:
         minutes = float(given)
     except ValueError:
         minutes = math.nan
     if not 0 <= minutes <= 10_000:
-        return refuse(f"MINUTES={given!r} is no number of minutes")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a part is ended, too
-    try:
-        run = Run(out, start, time.monotonic() + 60 * minutes, rehearse)
-    except OSError as error:
-        return refuse(f"OUT or TRITON_CACHE_DIR cannot be written: {error}")
-    return run.parts(asked)
+        raise Refused(f"MINUTES={given!r} is no number of minutes")
+    return Settings(tuple(asked), out, start, minutes, rehearse)
 
 
-def refuse(why: str) -> int:
-    print(why, file=sys.stderr)
-    return 2
+def run(wanted: Settings, begin: float) -> int:
+    """Runs the parts in a folder that is nobody else's meanwhile; the exit status."""
+    with ExitStack() as stack:
+        try:
+            wanted.out.mkdir(parents=True, exist_ok=True)
+            lock = gpu_process.lock(wanted.out)
+            if lock is None:
+                raise Refused(f"another run is writing to OUT={wanted.out}")
+            stack.enter_context(lock)
+            made = Run(wanted, begin + 60 * wanted.minutes, lock.fileno())
+        except OSError as error:
+            raise Refused(f"OUT or TRITON_CACHE_DIR cannot be written: {error}") from error
+        return made.parts(wanted.asked)
 
 
 class Run:
     """One run: what it writes to, what it goes on from, until when."""
 
-    def __init__(self, out: Path, start: Path, end: float, rehearse: bool) -> None:
-        self.out, self.end, self.rehearse = out, end, rehearse
-        self.state = gpu_files.state(rehearse=rehearse)
-        out.mkdir(parents=True, exist_ok=True)
-        gpu_files.take_results(start, out, self.state)
+    def __init__(self, wanted: Settings, end: float, lock: int) -> None:
+        self.out, self.end, self.rehearse = wanted.out, end, wanted.rehearse
+        self.lock = lock  # the descriptor of the file that locks `out`
+        self.state = gpu_files.state(rehearse=wanted.rehearse)
+        gpu_files.take_results(wanted.start, wanted.out, self.state)
         default = gpu_files.ROOT / "build" / "triton-cache"
         self.cache = Path(os.environ.get("TRITON_CACHE_DIR", default)).resolve()
-        for line in gpu_files.unpack(start, self.cache):
+        for line in gpu_files.unpack(wanted.start, self.cache):
             print(line, flush=True)
         self.packed = 0
 
-    def parts(self, asked: list[str]) -> int:
+    def parts(self, asked: Sequence[str]) -> int:
         """Runs those asked for, or all; the exit status."""
         wanted = [part for part in SHARES if part in asked or not asked]
         before = [part for part in wanted if self.is_complete(part) and part not in asked]
@@ -135,14 +168,20 @@ class Run:
         kernels = {"TRITON_CACHE_DIR": str(self.cache), "TRITON_STORE_BINARY_ONLY": "1"}
         environment = {**os.environ, **kernels, **(REHEARSAL if self.rehearse else {})}
         print(f"{part}: {int(seconds)} s at most", flush=True)
-        # A process group: what the part started ends with it.
-        running = subprocess.Popen(command, env=environment, preexec_fn=os.setpgrp)
+        # A process group: what the part started ends with it. It ends with this process, and keeps
+        # the lock until then.
+        running = subprocess.Popen(
+            command,
+            env=environment,
+            preexec_fn=gpu_process.bound(group=True),
+            pass_fds=[self.lock],
+        )
         try:
             return running.wait(seconds + GRACE)
         except subprocess.TimeoutExpired:
             return ENDED
         finally:
-            end_group(running.pid)
+            gpu_process.end_group(running.pid)
             running.wait()
 
     def pack(self) -> None:
@@ -187,11 +226,6 @@ def short(why: str) -> str:
     first, *rest = why.strip().splitlines()
     line = f"{first} {rest[-1].strip()}" if "Traceback" in first and rest else first
     return line if len(line) <= 160 else f"{line[:157]}..."
-
-
-def end_group(group: int) -> None:
-    with contextlib.suppress(ProcessLookupError):  # all of it has ended
-        os.killpg(group, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import gpu_process
 from gpu_common import ROOT, Report, parse, say
 from gpu_pytest import options_of
 
@@ -88,7 +89,10 @@ class Worker:
         options = ["--tests", str(self._files["tests"]), "--events", str(self._files["events"])]
         with self._files["log"].open("w") as log:
             self._process = subprocess.Popen(
-                [*self._command, *options], stdout=log, stderr=subprocess.STDOUT
+                [*self._command, *options],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                preexec_fn=gpu_process.bound(),
             )
 
     def poll(self, hangs: float) -> bool:

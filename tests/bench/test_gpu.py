@@ -8,11 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gpu
 import gpu_files
 import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 # A part that does what its "script" says: exits, sleeps, dies, raises, leaves children behind.
 PART = """
@@ -149,12 +152,13 @@ def test_a_part_that_hangs_is_ended_with_all_it_started(
     assert "tests: ended for time; 1 results in tests.json" in capfd.readouterr().out
     assert suite.content("tests")["exit_status"] == gpu.ENDED
     pid = suite.content("tests")["child"]
-    for _ in range(100):  # until whoever inherited it has noticed
-        if not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text():
-            break
-        time.sleep(0.1)
-    else:
-        pytest.fail("a child of the part is still there")
+    assert soon(lambda: has_ended(pid))
+
+
+def has_ended(pid: int) -> bool:
+    """Also if whoever inherited it has not noticed."""
+    path = Path(f"/proc/{pid}/stat")
+    return not path.exists() or path.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 def test_a_part_without_time_does_not_begin(
@@ -188,7 +192,8 @@ def test_kernels_are_packed_and_come_back(suite: Suite, monkeypatch: pytest.Monk
     assert (fresh / "smoke.json").is_file()  # complete: taken over
 
 
-def test_an_end_from_outside_ends_the_part(suite: Suite, tmp_path: Path) -> None:
+def begun(suite: Suite, tmp_path: Path) -> subprocess.Popen[bytes]:
+    """A run in a process of its own, with a part that runs for long and has written its pid."""
     code = (
         f"import sys; sys.path.insert(0, {str(Path(gpu.__file__).parent)!r})\n"
         f"import gpu, pathlib; gpu.HERE = pathlib.Path({str(tmp_path)!r}); sys.exit(gpu.main())"
@@ -199,13 +204,38 @@ def test_an_end_from_outside_ends_the_part(suite: Suite, tmp_path: Path) -> None
         **{"PARTS": "tests", "SCRIPTS": json.dumps({"tests": script}), "STATE": "{}"},
     }
     running = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    assert soon(lambda: bool(gpu_files.read(suite.out / "tests.json")))
+    return running
+
+
+def soon(is_so: Callable[[], bool]) -> bool:
+    """Whether something comes true within a minute."""
     for _ in range(600):
-        if (suite.out / "tests.json").is_file() and gpu_files.read(suite.out / "tests.json"):
-            break
+        if is_so():
+            return True
         time.sleep(0.1)
+    return False
+
+
+def test_an_end_from_outside_ends_the_part(suite: Suite, tmp_path: Path) -> None:
+    running = begun(suite, tmp_path)
     running.terminate()
     assert running.wait(30) == 143
     assert not Path(f"/proc/{suite.content('tests')['pid']}").exists()
+
+
+def test_no_two_runs_write_to_one_folder(
+    suite: Suite, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    running = begun(suite, tmp_path)
+    before = suite.content("tests")
+    assert suite.run("tests") == 2
+    assert capfd.readouterr().err == f"another run is writing to OUT={suite.out}\n"
+    running.kill()  # it can do nothing about it: the part ends all the same
+    running.wait()
+    assert soon(lambda: suite.run("smoke") == 0)
+    assert has_ended(before["pid"])
+    assert suite.content("tests") == before
 
 
 def test_what_it_does_not_know_is_refused(
