@@ -21,6 +21,7 @@ from checkout import load_checkout
 from gpu_files import ROOT
 
 CLOCKS_EVERY = 10  # seconds
+OF_CASES = ("results", "slow", "compiled_while_timed")  # lists of what was found, by "case_name"
 
 
 load_checkout()
@@ -34,28 +35,31 @@ from multilora.device.select import open_device  # noqa: E402
 class Report:
     """The results of one part, written after each case.
 
-    If the file holds results of the same state (see `gpu_files.state`) that were cut short, `known`
-    gives them one by one, so that only what was left out is measured.
+    If the file holds results of the same state (see `gpu_files.state`) that were cut short,
+    `knows_case` and `known` give them one by one, so that only what was left out is measured.
     """
 
     def __init__(self, path: Path, device: Device, seconds: float, state: dict[str, str]) -> None:
         self._path, self._end = path, time.monotonic() + seconds
         self.case = ""  # that is being done, for a later run to know it by
         before = gpu_files.read(path)
-        self._earlier: list[dict[str, Any]] = []
-        self._earlier_slow: list[dict[str, Any]] = []
-        if before.get("state") == state and not before.get("complete"):
-            self._earlier = before["results"] + before["earlier"]
-            self._earlier_slow = before.get("slow", []) + before.get("earlier_slow", [])
+        if before.get("state") != state or before.get("complete"):
+            before = {}
+        earlier = before.get("earlier", {})
+        self._earlier: dict[str, list[dict[str, Any]]] = {
+            kind: earlier.get(kind, []) + before.get(kind, []) for kind in OF_CASES
+        }
         self.content: dict[str, Any] = {
             "state": state,
             "machine": machine(device),
-            "results": [],
+            **{kind: [] for kind in OF_CASES},
             "left_out": 0,
             "left_out_cases": [],
-            "clocks": [],  # [seconds since 1970, what the driver says]; "at" of a result likewise
-            "earlier": self._earlier,  # of the run before this one, not asked for yet
-            "earlier_slow": self._earlier_slow,
+            "done_cases": before.get("done_cases", []),
+            "compiled": before.get("compiled", 0),
+            # [seconds since 1970, what the driver says]; "at" of a result likewise
+            "clocks": before.get("clocks", []),
+            "earlier": self._earlier,  # of the runs before this one, not asked for yet
         }
         if clocks():
             threading.Thread(target=self._watch_clocks, daemon=True).start()
@@ -69,25 +73,34 @@ class Report:
     def known(self, **fields: Any) -> dict[str, Any] | None:
         """An earlier run's result with these fields, which is then one of this run's, too."""
         wanted = json.loads(json.dumps(fields, default=str))
-        for i, result in enumerate(self._earlier):
+        for i, result in enumerate(self._earlier["results"]):
             if all(name in result and result[name] == wanted[name] for name in wanted):
-                self.content["results"].append(self._earlier.pop(i))
+                self.content["results"].append(self._earlier["results"].pop(i))
                 return result
         return None
 
     def knows_case(self, name: str) -> bool:
-        """Whether an earlier run has done a case; its results and what was slow are then ours."""
-        if not self.known(case_name=name):
-            return False
-        while self.known(case_name=name):  # a case may have more than one result
-            pass
-        for slow in [slow for slow in self._earlier_slow if slow.get("case_name") == name]:
-            self._earlier_slow.remove(slow)
-            self.content.setdefault("slow", []).append(slow)
-        return True
+        """Whether an earlier run has done a case to its end; what it found is then ours.
+
+        What it found of a case that it did not end is dropped: that is done again.
+        """
+        is_done, count = name in self.content["done_cases"], 0
+        for kind, entries in self._earlier.items():
+            found = [entry for entry in entries if entry.get("case_name") == name]
+            entries[:] = [entry for entry in entries if entry.get("case_name") != name]
+            if is_done:
+                self.content[kind] += found
+                count += len(found) if kind == "results" else 0
+        return count > 0  # a case of no results of its own, as a group of cases, is done again
+
+    def done(self, name: str) -> None:
+        """Notes that a case has all its results."""
+        if name not in self.content["done_cases"]:
+            self.content["done_cases"].append(name)
+        self.write()
 
     def add(self, **result: Any) -> None:
-        """Adds a case."""
+        """Adds a result."""
         named = {"case_name": self.case} if self.case else {}
         self.content["results"].append({**result, **named, "at": round(time.time())})
         self.write()
@@ -105,9 +118,14 @@ class Report:
         sys.__excepthook__(kind, error, trace)
 
     @property
+    def num_failures(self) -> int:
+        """How many cases went wrong."""
+        return len(self.content.get("failures", []))
+
+    @property
     def status(self) -> int:
         """The exit status of the part."""
-        return 1 if "failures" in self.content else 0
+        return 1 if self.num_failures else 0
 
     def leave_out(self, what: Any) -> None:
         """Notes a case for which there was no time."""
