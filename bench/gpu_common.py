@@ -30,6 +30,7 @@ import torch  # noqa: E402 - the checkout's packages come first
 
 from multilora.device.cpu import Device  # noqa: E402
 from multilora.device.select import open_device  # noqa: E402
+from multilora.errors import ConfigError  # noqa: E402
 
 
 class Report:
@@ -155,7 +156,11 @@ def parse(description: str) -> tuple[argparse.Namespace, Device, Report]:
         from tests.harness import gpu_rehearsal
 
         gpu_rehearsal.install(pytest.MonkeyPatch())  # for the life of this process
-    device = open_device("cuda")
+    try:
+        device = open_device("cuda")
+    except ConfigError as error:
+        say(f"no GPU: {error}")
+        raise SystemExit(2) from error
     state = gpu_files.state(rehearse=args.rehearse)
     report = Report(args.out, device, args.seconds, state)
     sys.excepthook = report.crash

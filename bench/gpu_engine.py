@@ -21,6 +21,7 @@ import torch
 from gpu_common import parse, say
 from gpu_kernels import slots_of
 from gpu_limits import KERNEL, STEP
+from gpu_preflight import missing
 from gpu_session import SAMPLED, Session, Size, release, tiny_model
 from gpu_timing import Bench, open_bench
 
@@ -243,6 +244,10 @@ def run_all(work: Sequence[partial[None]], bench: Bench) -> None:
 
 def peft(plan: Plan, bench: Bench) -> None:
     """transformers and PEFT: the decode steps of one batch with mixed adapters."""
+    if lost := missing(("transformers", "peft")):
+        bench.report.content["left_out_for_want_of"] = lost
+        say(f"peft left out: missing {', '.join(lost)}")
+        return
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, LlamaConfig
 

@@ -69,11 +69,32 @@ def write(path: Path, content: dict[str, Any]) -> None:
     part.replace(path)
 
 
-def take_results(folder: Path, out: Path, now: dict[str, str]) -> None:
-    """Copies the results of an earlier run, if they are of this source and this GPU."""
-    for path in folder.glob("*.json"):
-        if not (out / path.name).exists() and read(path).get("state") == now:
-            shutil.copy(path, out / path.name)
+def take_results(folder: Path, out: Path, now: dict[str, str]) -> list[str]:
+    """Copies what an earlier run found to `out`; a line about each file that is not gone on with.
+
+    That is one of other source, another GPU or other tests, or one that `out` has already.
+    """
+    lines = []
+    for path in sorted(folder.glob("*.json")):
+        then, own = read(path).get("state"), out / path.name
+        if not isinstance(then, dict):  # a table of launch parameters, which comes with `tune`
+            lines += [] if read(path) else [f"{path} cannot be read"]
+        elif then != now:
+            lines.append(f"{path} is not gone on with: it is of {_difference(then, now)}")
+        elif folder != out and read(own).get("state") == now:
+            lines.append(f"{path} is not gone on with: OUT has its own")
+        elif folder != out:
+            shutil.copy(path, own)
+            for table in folder.glob("sm[0-9]*.json") if path.stem == "tune" else ():
+                shutil.copy(table, out / table.name)
+    if folder != out and not any(folder.glob("*.json")) and not any(folder.glob("cache-*")):
+        lines.append(f"FROM={folder} holds nothing to go on from")
+    return lines
+
+
+def _difference(then: dict[str, str], now: dict[str, str]) -> str:
+    words = {"source": "other code", "gpu": "another GPU", "tests": "other TESTS"}
+    return " and ".join(word for key, word in words.items() if then.get(key) != now.get(key))
 
 
 # Compiled kernels ---------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import gpu
 import gpu_files
+import gpu_preflight
 import pytest
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Suite:
         patch.setattr(gpu, "HERE", folder)
         patch.setattr(sys, "argv", ["gpu.py"])
         patch.setattr(gpu_files, "state", lambda rehearse: self.state)
+        patch.setattr(gpu_preflight, "refusal", lambda rehearse: "")
         patch.setenv("OUT", str(self.out))
         patch.setenv("TRITON_CACHE_DIR", str(folder / "kernels"))
         self.state = {"source": "a", "gpu": "b"}
@@ -196,7 +198,8 @@ def begun(suite: Suite, tmp_path: Path) -> subprocess.Popen[bytes]:
     """A run in a process of its own, with a part that runs for long and has written its pid."""
     code = (
         f"import sys; sys.path.insert(0, {str(Path(gpu.__file__).parent)!r})\n"
-        f"import gpu, pathlib; gpu.HERE = pathlib.Path({str(tmp_path)!r}); sys.exit(gpu.main())"
+        "import gpu, pathlib; gpu.gpu_preflight.refusal = lambda rehearse: ''\n"
+        f"gpu.HERE = pathlib.Path({str(tmp_path)!r}); sys.exit(gpu.main())"
     )
     script = "content['pid'] = os.getpid(); write(); time.sleep(99)"
     environment = {
@@ -248,3 +251,69 @@ def test_what_it_does_not_know_is_refused(
     known = "smoke, tests, profile, kernels, engine, tune"
     assert f"unknown part 'kernel'; PARTS may name {known}" in said
     assert "FROM=/nowhere is no folder" in said
+
+
+def test_without_a_gpu_nothing_runs(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [sys.executable, str(Path(gpu.__file__)), *sys.argv[1:]]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("no GPU: ")
+    assert done.stdout == ""
+    assert not suite.out.exists()
+
+
+def test_what_is_wrong_is_not_measured_unless_it_is_asked_for(
+    suite: Suite, capfd: pytest.CaptureFixture[str]
+) -> None:
+    wrong = "content['failures'] = ['off by 3']; write(); sys.exit(1)"
+    others = "tests,profile,kernels,engine,tune"
+    for _ in range(2):  # the second time it is known before
+        assert suite.run(smoke=wrong) == 1
+        lines = capfd.readouterr().out.splitlines()
+        assert lines[-2] == f"what is wrong is not measured; all the same: PARTS={others}"
+        assert lines[-1] == f"WRONG: smoke; left out: {others.replace(',', ', ')}"
+        assert not (suite.out / "tests.json").exists()
+    assert suite.run("smoke,tests", smoke=wrong) == 1
+    assert (suite.out / "tests.json").exists()
+
+
+def test_a_smoke_that_is_only_slow_stops_nothing(
+    suite: Suite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "GRACE", 0)
+    assert suite.run(minutes=1.3, smoke="write(); time.sleep(99)") == 1
+    assert (suite.out / "tests.json").exists()
+
+
+def test_what_is_missing_and_left_out_is_said_first(
+    suite: Suite, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_preflight, "spared", lambda: (["pytest"], "missing: pytest"))
+    assert suite.run("smoke,tests") == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0] == "missing: pytest"
+    assert lines[-1] == "all right; left out: tests"
+    assert not (suite.out / "tests.json").exists()
+
+
+def test_what_is_not_gone_on_with_is_said(suite: Suite, capfd: pytest.CaptureFixture[str]) -> None:
+    suite.run("smoke")
+    suite.state = {**suite.state, "tests": "lora"}
+    suite.run("tests")
+    line = f"{suite.out}/smoke.json is not gone on with: it is of other TESTS"
+    assert line in capfd.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("why", "said"),
+    [
+        ("3 shapes differ:\n  a\n  in all of b\n", "3 shapes differ: in all of b"),
+        ("lora: Traceback (most recent call last):\n  in y\nKeyError: 3", "KeyError: 3"),
+        ("batch 4: ours differs by 3%\n  more", "batch 4: ours differs by 3%"),
+        ("test_x failed: " + "x" * 500, "test_x failed: " + "x" * 222 + "..."),
+    ],
+)
+def test_a_reason_is_not_cut_where_it_begins(why: str, said: str) -> None:
+    assert gpu.short(why).endswith(said)

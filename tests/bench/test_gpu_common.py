@@ -16,6 +16,7 @@ from gpu_limits import Judge
 from gpu_timing import Bench, Watch
 
 from multilora.device.cpu import Device
+from multilora.errors import ConfigError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -192,3 +193,18 @@ def test_clocks_are_read_in_the_background(tmp_path: Path, monkeypatch: pytest.M
     when, said = report.content["clocks"][0]
     assert abs(when - time.time()) < 60
     assert said == "1980 MHz"
+
+
+def test_a_part_without_a_gpu_says_so_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(name: str) -> Device:
+        raise ConfigError(f"there is no {name}")
+
+    monkeypatch.setattr(gpu_common, "open_device", refuse)
+    monkeypatch.setattr(sys, "argv", ["gpu_smoke.py", "--out", str(tmp_path / "smoke.json")])
+    with pytest.raises(SystemExit) as ended:
+        gpu_common.parse("A part.")
+    assert ended.value.code == 2
+    assert capsys.readouterr().out == "no GPU: there is no cuda\n"
+    assert not any(tmp_path.iterdir())
