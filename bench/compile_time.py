@@ -23,37 +23,59 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from checkout import load_checkout
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="llama-3.1-8b")
-    parser.add_argument("--settings", type=json.loads, default={}, help="of the engine, as JSON")
+    parser.add_argument("--settings", type=json_object, default={}, help="of the engine, as JSON")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(measure(args.shape, args.settings)))
-        return
+        return child(args.shape, args.settings)
     with tempfile.TemporaryDirectory() as cache:
         for state in ("empty", "full"):
             done = subprocess.run(
                 [sys.executable, __file__, *sys.argv[1:], "--child"],
                 env={**os.environ, "TRITON_CACHE_DIR": cache},
-                check=True,
+                check=False,
                 stdout=subprocess.PIPE,
                 text=True,
             )
+            if done.returncode:  # it has said why
+                return done.returncode
             found = json.loads(done.stdout.splitlines()[-1])
             count, total = sum(map(len, found.values())), sum(map(sum, found.values()))
             print(f"{count} variants with the cache {state}: {total:.1f} CPU s")
             for kernel, seconds in sorted(found.items()):
                 print(f"  {kernel:24} {len(seconds):3} variants, {sum(seconds):5.2f} CPU s")
+    return 0
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """What an option says as JSON; a ValueError if that is no object."""
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError(text)
+    return found
+
+
+def child(shape: str, settings: dict[str, Any]) -> int:
+    """Prints what is measured, or why a shape or a setting is refused."""
+    load_checkout()
+    from multilora.errors import MultiloraError
+
+    try:
+        print(json.dumps(measure(shape, settings)))
+    except MultiloraError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
 
 
 def measure(shape: str, settings: dict[str, Any]) -> dict[str, list[float]]:
     """CPU seconds of each variant that the engine's start compiles, by kernel."""
-    sys.path.insert(0, str(ROOT))
     import pytest
 
     from multilora.config.engine import EngineConfig
@@ -82,7 +104,7 @@ def measure(shape: str, settings: dict[str, Any]) -> dict[str, list[float]]:
             "enforce_eager": True, **settings,
         }  # fmt: skip
         with dry_launches.launching(compiler=Timed()) as keys:
-            Engine(EngineConfig(**wanted))
+            Engine(EngineConfig.from_kwargs(**wanted))
     found = defaultdict(list)
     for key, spent in zip(keys, seconds, strict=True):
         found[key.kernel].append(spent)
@@ -95,4 +117,4 @@ def cpu_seconds() -> float:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
