@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import platform
 import sys
 import threading
@@ -60,6 +61,7 @@ class Report:
             "compiled": before.get("compiled", 0),
             # [seconds since 1970, what the driver says]; "at" of a result likewise
             "clocks": before.get("clocks", []),
+            "log": before.get("log", []),  # likewise, what engines say of their memory and graphs
             "earlier": self._earlier,  # of the runs before this one, not asked for yet
         }
         if clocks():
@@ -164,7 +166,22 @@ def parse(description: str) -> tuple[argparse.Namespace, Device, Report]:
     state = gpu_files.state(rehearse=args.rehearse)
     report = Report(args.out, device, args.seconds, state)
     sys.excepthook = report.crash
+    logger = logging.getLogger("multilora")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(Log(report.content["log"]))
     return args, device, report
+
+
+class Log(logging.Handler):
+    """Keeps what the library logs, in a list of [seconds since 1970, text]."""
+
+    def __init__(self, lines: list[Any]) -> None:
+        super().__init__(logging.INFO)
+        self._lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Adds a line."""
+        self._lines.append([round(record.created), record.getMessage()])
 
 
 class Clock:

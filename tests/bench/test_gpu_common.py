@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from contextlib import suppress
@@ -208,3 +209,19 @@ def test_a_part_without_a_gpu_says_so_in_a_line(
     assert ended.value.code == 2
     assert capsys.readouterr().out == "no GPU: there is no cuda\n"
     assert not any(tmp_path.iterdir())
+
+
+def test_what_the_library_logs_is_kept(tmp_path: Path) -> None:
+    report, logger = make(tmp_path / "x.json"), logging.getLogger("multilora.of_a_test")
+    handler = gpu_common.Log(report.content["log"])
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        logger.info("%d graphs", 7)
+        logger.debug("nothing")
+    finally:
+        logger.removeHandler(handler)
+    report.write()
+    ((when, text),) = make(tmp_path / "x.json").content["log"]
+    assert text == "7 graphs"
+    assert abs(when - time.time()) < 60
