@@ -23,56 +23,59 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from checkout import load_checkout
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="llama-3.1-8b")
-    parser.add_argument("--settings", type=json.loads, default={}, help="of the engine, as JSON")
+    parser.add_argument("--settings", type=json_object, default={}, help="of the engine, as JSON")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    try:
-        check(args.shape, args.settings)
-    except Exception as error:  # of the package, which is imported by then only
-        parser.error(str(error))
     if args.child:
-        print(json.dumps(measure(args.shape, args.settings)))
-        return
+        return child(args.shape, args.settings)
     with tempfile.TemporaryDirectory() as cache:
         for state in ("empty", "full"):
             done = subprocess.run(
                 [sys.executable, __file__, *sys.argv[1:], "--child"],
                 env={**os.environ, "TRITON_CACHE_DIR": cache},
-                check=True,
+                check=False,
                 stdout=subprocess.PIPE,
                 text=True,
             )
+            if done.returncode:  # it has said why
+                return done.returncode
             found = json.loads(done.stdout.splitlines()[-1])
             count, total = sum(map(len, found.values())), sum(map(sum, found.values()))
             print(f"{count} variants with the cache {state}: {total:.1f} CPU s")
             for kernel, seconds in sorted(found.items()):
                 print(f"  {kernel:24} {len(seconds):3} variants, {sum(seconds):5.2f} CPU s")
+    return 0
 
 
-def check(shape: str, settings: object) -> None:
-    """Raises for what is no shape, or no settings of an engine."""
-    sys.path.insert(0, str(ROOT / "bench"))
-    from checkout import load_checkout
+def json_object(text: str) -> dict[str, Any]:
+    """What an option says as JSON; a ValueError if that is no object."""
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError(text)
+    return found
 
+
+def child(shape: str, settings: dict[str, Any]) -> int:
+    """Prints what is measured, or why a shape or a setting is refused."""
     load_checkout()
-    from multilora.config.engine import EngineConfig
-    from multilora.config.presets import shape_of
+    from multilora.errors import MultiloraError
 
-    shape_of(shape)
-    if not isinstance(settings, dict):
-        raise ValueError(f"--settings must be a JSON object, not {settings!r}")
-    EngineConfig.from_kwargs(model=shape, **settings)
+    try:
+        print(json.dumps(measure(shape, settings)))
+    except MultiloraError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
 
 
 def measure(shape: str, settings: dict[str, Any]) -> dict[str, list[float]]:
     """CPU seconds of each variant that the engine's start compiles, by kernel."""
-    sys.path.insert(0, str(ROOT))
     import pytest
 
     from multilora.config.engine import EngineConfig
@@ -101,7 +104,7 @@ def measure(shape: str, settings: dict[str, Any]) -> dict[str, list[float]]:
             "enforce_eager": True, **settings,
         }  # fmt: skip
         with dry_launches.launching(compiler=Timed()) as keys:
-            Engine(EngineConfig(**wanted))
+            Engine(EngineConfig.from_kwargs(**wanted))
     found = defaultdict(list)
     for key, spent in zip(keys, seconds, strict=True):
         found[key.kernel].append(spent)
@@ -114,4 +117,4 @@ def cpu_seconds() -> float:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -16,18 +16,21 @@ a GPU, on tiny shapes: see `tests/harness/gpu_rehearsal.py`.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib.util
 import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gpu_files
+import gpu_preflight
+import gpu_process
 
 HERE = Path(__file__).resolve().parent
 REHEARSAL = {"TRITON_INTERPRET": "1", "MULTILORA_TEST_DEVICE": "rehearsal"}
@@ -35,97 +38,102 @@ REHEARSAL = {"TRITON_INTERPRET": "1", "MULTILORA_TEST_DEVICE": "rehearsal"}
 # seconds of a run of nine minutes.
 SHARES = {"smoke": 45, "tests": 130, "profile": 105, "kernels": 90, "engine": 110, "tune": 60}
 ENDED = 124  # the exit status of a part that was ended for time
-NEEDED = (
-    *("torch", "triton", "numpy", "safetensors", "tiktoken", "tokenizers", "sentencepiece"),
-    *("jinja2", "pytest"),
-)
-COMPARED = ("transformers", "peft")
 NOT_PACKED = "tune"  # compiles hundreds of kernels that lose
 LEAST = 5  # seconds: with less a part does not begin
 GRACE = 20  # seconds; a part looks at the clock between two cases
 
 
+class Refused(Exception):
+    """Why a run does not begin, in one line."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked for, as the head of this file says."""
+
+    asked: tuple[str, ...]
+    out: Path
+    start: Path
+    minutes: float
+    rehearse: bool
+
+
 def main() -> int:
+    begin = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes, without a GPU")
-    rehearse = parser.parse_args().rehearse
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a part is ended, too
+    try:
+        wanted = settings(rehearse=parser.parse_args().rehearse)
+        if why := gpu_preflight.refusal(rehearse=wanted.rehearse):
+            raise Refused(why)
+        return run(wanted, begin)
+    except Refused as refused:
+        print(refused, file=sys.stderr)
+        return 2
+
+
+def settings(*, rehearse: bool) -> Settings:
+    """What the environment says."""
     asked = [part.strip() for part in os.environ.get("PARTS", "").split(",") if part.strip()]
-    out = Path(os.environ.get("OUT", "build/gpu")).resolve()
-    start = Path(os.environ.get("FROM", out)).resolve()
     for part in asked:
         if part not in SHARES:
-            return refuse(f"unknown part {part!r}; PARTS may name {', '.join(SHARES)}")
+            raise Refused(f"unknown part {part!r}; PARTS may name {', '.join(SHARES)}")
+    out = Path(os.environ.get("OUT", "build/gpu")).resolve()
+    start = Path(os.environ.get("FROM", out)).resolve()
     if start != out and not start.is_dir():
-        return refuse(f"FROM={start} is no folder")
+        raise Refused(f"FROM={start} is no folder")
     given = os.environ.get("MINUTES", "120" if rehearse else "9")
     try:
         minutes = float(given)
     except ValueError:
         minutes = math.nan
     if not 0 <= minutes <= 10_000:
-        return refuse(f"MINUTES={given!r} is no number of minutes")
-    if (why := lacking(rehearse=rehearse)) is not None:
-        return refuse(why)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a part is ended, too
-    try:
-        held = gpu_files.lock(out)
-        if held is None:
-            return refuse(f"another run, or a part that it left behind, works in OUT={out}")
-        run = Run(out, start, time.monotonic() + 60 * minutes, rehearse, held)
-    except OSError as error:
-        return refuse(f"OUT or TRITON_CACHE_DIR cannot be written: {error}")
-    try:
-        return run.parts(asked)
-    finally:
-        os.close(held)
+        raise Refused(f"MINUTES={given!r} is no number of minutes")
+    return Settings(tuple(asked), out, start, minutes, rehearse)
 
 
-def lacking(*, rehearse: bool) -> str | None:
-    """Why nothing can run here; None if it can. Says what is left out for want of a package."""
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        return f"{sys.executable} lacks {', '.join(missing)}: nothing can run"
-    if others := [name for name in COMPARED if importlib.util.find_spec(name) is None]:
-        print(f"without {', '.join(others)} the comparison in `engine` is left out", flush=True)
-    if rehearse or gpu_files.ask_driver("name"):
-        return None
-    command = sys.executable, "-c", "import torch; print(torch.cuda.is_available())"
-    if gpu_files.first_line(*command, seconds=60) == "True":  # a driver without nvidia-smi
-        return None
-    return "there is no GPU here; `make gpu-rehearsal` does the same without one, on tiny shapes"
-
-
-def refuse(why: str) -> int:
-    print(why, file=sys.stderr)
-    return 2
+def run(wanted: Settings, begin: float) -> int:
+    """Runs the parts in a folder that is nobody else's meanwhile; the exit status."""
+    with ExitStack() as stack:
+        try:
+            wanted.out.mkdir(parents=True, exist_ok=True)
+            lock = gpu_process.lock(wanted.out)
+            if lock is None:
+                raise Refused(f"another run is writing to OUT={wanted.out}")
+            stack.enter_context(lock)
+            made = Run(wanted, begin + 60 * wanted.minutes, lock.fileno())
+        except OSError as error:
+            raise Refused(f"OUT or TRITON_CACHE_DIR cannot be written: {error}") from error
+        return made.parts(wanted.asked)
 
 
 class Run:
     """One run: what it writes to, what it goes on from, until when."""
 
-    def __init__(
-        self,
-        out: Path,
-        start: Path,
-        end: float,
-        rehearse: bool,
-        held: int,  # the lock of `out`
-    ) -> None:
-        self.out, self.end, self.rehearse, self.held = out, end, rehearse, held
-        self.state = gpu_files.state(rehearse=rehearse)
-        for line in gpu_files.take_results(start, out, self.state):
-            print(line, flush=True)
+    def __init__(self, wanted: Settings, end: float, lock: int) -> None:
+        self.out, self.end, self.rehearse = wanted.out, end, wanted.rehearse
+        self.lock = lock  # the descriptor of the file that locks `out`
+        self.state = gpu_files.state(rehearse=wanted.rehearse)
+        lines = gpu_files.take_results(wanted.start, wanted.out, self.state)
         default = gpu_files.ROOT / "build" / "triton-cache"
         self.cache = Path(os.environ.get("TRITON_CACHE_DIR", default)).resolve()
-        for line in gpu_files.unpack(start, self.cache):
+        for line in (*lines, *gpu_files.unpack(wanted.start, self.cache)):
             print(line, flush=True)
         self.packed = 0
 
-    def parts(self, asked: list[str]) -> int:
+    def parts(self, asked: Sequence[str]) -> int:
         """Runs those asked for, or all; the exit status."""
+        lost, line = gpu_preflight.spared()
+        if line:
+            print(line, flush=True)
         wanted = [part for part in SHARES if part in asked or not asked]
+        left = [part for part in wanted if part == "tests" and "pytest" in lost]
+        wanted = [part for part in wanted if part not in left]
         before = [part for part in wanted if self.is_complete(part) and part not in asked]
-        waiting, wrong, no_time = [part for part in wanted if part not in before], [], []
+        waiting = [part for part in wanted if part not in before]
+        wrong: list[str] = []
+        no_time: list[str] = []
         for part in wanted:
             if part in before:
                 code = self.content(part)["exit_status"]
@@ -138,12 +146,14 @@ class Run:
                 code = self.one(part, seconds)
             wrong += [part] if code else []
             print(f"{part}: {self.summary(part, code)}{' (before)' * (part in before)}", flush=True)
-            if code == 1 and part == wanted[0] == "smoke" and not asked:
-                print("WRONG: smoke; the other parts would measure what is wrong: PARTS names them")
-                return 1
+            if part == "smoke" and code not in (0, ENDED) and waiting and not asked:
+                print(f"what is wrong is not measured; all the same: PARTS={','.join(waiting)}")
+                left += waiting
+                break
         ran = len(wanted) > len(no_time)
         line = f"WRONG: {', '.join(wrong)}" if wrong else "all right" if ran else "nothing ran"
-        print(line + (f"; no time for {', '.join(no_time)}" if no_time else ""), flush=True)
+        line += f"; no time for {', '.join(no_time)}" if no_time else ""
+        print(line + (f"; left out: {', '.join(left)}" if left else ""), flush=True)
         return 0 if ran and not wrong else 1
 
     def share(self, waiting: list[str]) -> float:
@@ -174,17 +184,20 @@ class Run:
         kernels = {"TRITON_CACHE_DIR": str(self.cache), "TRITON_STORE_BINARY_ONLY": "1"}
         environment = {**os.environ, **kernels, **(REHEARSAL if self.rehearse else {})}
         print(f"{part}: {int(seconds)} s at most", flush=True)
-        # What it started ends with the part, and the part with us. As long as any of it lives, it
-        # holds the lock.
+        # A process group: what the part started ends with it. It ends with this process, and keeps
+        # the lock until then.
         running = subprocess.Popen(
-            command, env=environment, preexec_fn=begin_group, pass_fds=(self.held,)
+            command,
+            env=environment,
+            preexec_fn=gpu_process.bound(group=True),
+            pass_fds=[self.lock],
         )
         try:
             return running.wait(seconds + GRACE)
         except subprocess.TimeoutExpired:
             return ENDED
         finally:
-            end_group(running.pid)
+            gpu_process.end_group(running.pid)
             running.wait()
 
     def pack(self) -> None:
@@ -225,24 +238,11 @@ class Run:
 
 
 def short(why: str) -> str:
-    """A reason in one line, cut."""
-    first, *rest = why.strip().splitlines() or [""]
-    line = first
-    if rest and (
-        "Traceback" in first or first.endswith(":")
-    ):  # what follows says it; of a traceback the end
-        line = f"{first} {rest[-1 if 'Traceback' in first else 0].strip()}"
-    return line if len(line) <= 160 else f"{line[:157]}..."
-
-
-def begin_group() -> None:
-    os.setpgrp()
-    gpu_files.end_with_parent()
-
-
-def end_group(group: int) -> None:
-    with contextlib.suppress(ProcessLookupError):  # all of it has ended
-        os.killpg(group, signal.SIGKILL)
+    """The first line of a reason, cut; where that only announces what follows, the last, too."""
+    first, *rest = why.strip().splitlines()
+    announces = first.rstrip().endswith(":") or "Traceback" in first
+    line = f"{first.rstrip()} {rest[-1].strip()}" if announces and rest else first
+    return line if len(line) <= 240 else f"{line[:237]}..."
 
 
 if __name__ == "__main__":

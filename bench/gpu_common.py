@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import platform
 import sys
 import threading
@@ -21,6 +22,7 @@ from checkout import load_checkout
 from gpu_files import ROOT
 
 CLOCKS_EVERY = 10  # seconds
+OF_CASES = ("results", "slow", "compiled_while_timed")  # lists of what was found, by "case_name"
 
 
 load_checkout()
@@ -29,13 +31,14 @@ import torch  # noqa: E402 - the checkout's packages come first
 
 from multilora.device.cpu import Device  # noqa: E402
 from multilora.device.select import open_device  # noqa: E402
+from multilora.errors import ConfigError  # noqa: E402
 
 
 class Report:
     """The results of one part, written after each case.
 
-    If the file holds results of the same state (see `gpu_files.state`) that were cut short, `known`
-    gives them one by one, so that only what was left out is measured.
+    If the file holds results of the same state (see `gpu_files.state`) that were cut short,
+    `knows_case` and `known` give them one by one, so that only what was left out is measured.
     """
 
     def __init__(self, path: Path, device: Device, seconds: float, state: dict[str, str]) -> None:
@@ -44,20 +47,22 @@ class Report:
         before = gpu_files.read(path)
         if before.get("state") != state or before.get("complete"):
             before = {}
-        self._earlier: list[dict[str, Any]] = before.get("results", []) + before.get("earlier", [])
-        self._earlier_slow = before.get("slow", []) + before.get("earlier_slow", [])
+        earlier = before.get("earlier", {})
+        self._earlier: dict[str, list[dict[str, Any]]] = {
+            kind: earlier.get(kind, []) + before.get(kind, []) for kind in OF_CASES
+        }
         self.content: dict[str, Any] = {
             "state": state,
             "machine": machine(device),
-            "results": [],
+            **{kind: [] for kind in OF_CASES},
             "left_out": 0,
             "left_out_cases": [],
+            "done_cases": before.get("done_cases", []),
+            "compiled": before.get("compiled", 0),
             # [seconds since 1970, what the driver says]; "at" of a result likewise
             "clocks": before.get("clocks", []),
-            "compiled_while_timed": before.get("compiled_while_timed", []),
-            "cases_done": before.get("cases_done", []),  # with all their results
-            "earlier": self._earlier,  # of the run before this one, not asked for yet
-            "earlier_slow": self._earlier_slow,
+            "log": before.get("log", []),  # likewise, what engines say of their memory and graphs
+            "earlier": self._earlier,  # of the runs before this one, not asked for yet
         }
         if clocks():
             threading.Thread(target=self._watch_clocks, daemon=True).start()
@@ -71,36 +76,34 @@ class Report:
     def known(self, **fields: Any) -> dict[str, Any] | None:
         """An earlier run's result with these fields, which is then one of this run's, too."""
         wanted = json.loads(json.dumps(fields, default=str))
-        for i, result in enumerate(self._earlier):
+        for i, result in enumerate(self._earlier["results"]):
             if all(name in result and result[name] == wanted[name] for name in wanted):
-                self.content["results"].append(self._earlier.pop(i))
+                self.content["results"].append(self._earlier["results"].pop(i))
                 return result
         return None
 
     def knows_case(self, name: str) -> bool:
-        """Whether an earlier run has done a case; its results and what was slow are then ours.
+        """Whether an earlier run has done a case to its end; what it found is then ours.
 
-        A case may have more than one result. One that was ended between them is done again.
+        What it found of a case that it did not end is dropped: that is done again.
         """
-        is_done = name in self.content["cases_done"]
-        found = [result for result in self._earlier if result.get("case_name") == name]
-        slow = [slow for slow in self._earlier_slow if slow.get("case_name") == name]
-        self._earlier[:] = [result for result in self._earlier if result not in found]
-        self._earlier_slow[:] = [other for other in self._earlier_slow if other not in slow]
-        if is_done:
-            self.content["results"] += found
-            if slow:
-                self.content.setdefault("slow", []).extend(slow)
-        return is_done
+        is_done, count = name in self.content["done_cases"], 0
+        for kind, entries in self._earlier.items():
+            found = [entry for entry in entries if entry.get("case_name") == name]
+            entries[:] = [entry for entry in entries if entry.get("case_name") != name]
+            if is_done:
+                self.content[kind] += found
+                count += len(found) if kind == "results" else 0
+        return count > 0  # a case of no results of its own, as a group of cases, is done again
 
-    def finish_case(self, name: str) -> None:
-        """Notes that a case has all its results; one without any is a group of others."""
-        if any(result.get("case_name") == name for result in self.content["results"]):
-            self.content["cases_done"].append(name)
-            self.write()
+    def done(self, name: str) -> None:
+        """Notes that a case has all its results."""
+        if name not in self.content["done_cases"]:
+            self.content["done_cases"].append(name)
+        self.write()
 
     def add(self, **result: Any) -> None:
-        """Adds a case."""
+        """Adds a result."""
         named = {"case_name": self.case} if self.case else {}
         self.content["results"].append({**result, **named, "at": round(time.time())})
         self.write()
@@ -118,9 +121,14 @@ class Report:
         sys.__excepthook__(kind, error, trace)
 
     @property
+    def num_failures(self) -> int:
+        """How many cases went wrong."""
+        return len(self.content.get("failures", []))
+
+    @property
     def status(self) -> int:
         """The exit status of the part."""
-        return 1 if "failures" in self.content else 0
+        return 1 if self.num_failures else 0
 
     def leave_out(self, what: Any) -> None:
         """Notes a case for which there was no time."""
@@ -150,11 +158,30 @@ def parse(description: str) -> tuple[argparse.Namespace, Device, Report]:
         from tests.harness import gpu_rehearsal
 
         gpu_rehearsal.install(pytest.MonkeyPatch())  # for the life of this process
-    device = open_device("cuda")
+    try:
+        device = open_device("cuda")
+    except ConfigError as error:
+        say(f"no GPU: {error}")
+        raise SystemExit(2) from error
     state = gpu_files.state(rehearse=args.rehearse)
     report = Report(args.out, device, args.seconds, state)
     sys.excepthook = report.crash
+    logger = logging.getLogger("multilora")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(Log(report.content["log"]))
     return args, device, report
+
+
+class Log(logging.Handler):
+    """Keeps what the library logs, in a list of [seconds since 1970, text]."""
+
+    def __init__(self, lines: list[Any]) -> None:
+        super().__init__(logging.INFO)
+        self._lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Adds a line."""
+        self._lines.append([round(record.created), record.getMessage()])
 
 
 class Clock:

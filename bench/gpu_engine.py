@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 from statistics import median
 from typing import Any
 
@@ -22,6 +21,7 @@ import torch
 from gpu_common import parse, say
 from gpu_kernels import slots_of
 from gpu_limits import KERNEL, STEP
+from gpu_preflight import missing
 from gpu_session import SAMPLED, Session, Size, release, tiny_model
 from gpu_timing import Bench, open_bench
 
@@ -224,17 +224,12 @@ def groups(plan: Plan, bench: Bench) -> Sequence[tuple[str, Callable[[], None]]]
             del cases, work
             release(bench.device)
 
-    found: dict[str, Callable[[], None]] = {
-        "base": base,
-        "adapted": adapted,
-        "one thing switched off": sequential,
-    }
-    missing = [name for name in ("transformers", "peft") if find_spec(name) is None]
-    if missing:
-        bench.report.content["skipped"] = [f"peft: {', '.join(missing)} not installed"]
-    else:
-        found["peft"] = partial(peft, plan, bench)
-    return tuple(found.items())
+    return (
+        ("base", base),
+        ("adapted", adapted),
+        ("peft", partial(peft, plan, bench)),
+        ("one thing switched off", sequential),
+    )
 
 
 def run_all(work: Sequence[partial[None]], bench: Bench) -> None:
@@ -249,6 +244,10 @@ def run_all(work: Sequence[partial[None]], bench: Bench) -> None:
 
 def peft(plan: Plan, bench: Bench) -> None:
     """transformers and PEFT: the decode steps of one batch with mixed adapters."""
+    if lost := missing(("transformers", "peft")):
+        bench.report.content["left_out_for_want_of"] = lost
+        say(f"peft left out: missing {', '.join(lost)}")
+        return
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, LlamaConfig
 

@@ -6,15 +6,11 @@ first: small enough, and few enough, for a machine from which only some files co
 
 from __future__ import annotations
 
-import ctypes
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import signal
 import subprocess
-import sys
 import tarfile
 import zlib
 from pathlib import Path
@@ -45,37 +41,13 @@ def ask_driver(*fields: str) -> str:
     return first_line("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
 
 
-def first_line(*command: str, seconds: float = 10) -> str:
+def first_line(*command: str) -> str:
     """The first line that a command prints; empty if it fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip().partition("\n")[0] if done.returncode == 0 else ""
-
-
-# Processes ----------------------------------------------------------------------------------------
-
-
-def lock(out: Path) -> int | None:
-    """A descriptor that holds a folder for who has it, and for whom it is passed on to.
-
-    None if another run, or a part that it left behind, has the folder.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    file = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(file)
-        return None
-    return file
-
-
-def end_with_parent() -> None:
-    """For a process that begins: it is killed when the one that started it ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 # Results ------------------------------------------------------------------------------------------
@@ -98,23 +70,31 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 
 def take_results(folder: Path, out: Path, now: dict[str, str]) -> list[str]:
-    """Copies the results of an earlier run, if they are of this state; a line about each other.
+    """Copies what an earlier run found to `out`; a line about each file that is not gone on with.
 
-    What `out` has of this state already stays.
+    That is one of other source, another GPU or other tests, or one that `out` has already.
     """
     lines = []
     for path in sorted(folder.glob("*.json")):
-        then, target = read(path).get("state"), out / path.name
-        if then is None or folder == out:  # a table of `tune`, say
-            continue
-        if then != now:
-            others = [name for name in now.keys() | then.keys() if now.get(name) != then.get(name)]
-            lines.append(f"{path} is not gone on with: other {', '.join(sorted(others))}")
-        elif read(target).get("state") == now:
-            lines.append(f"{path} is not gone on with: {target} has results of its own")
-        else:
-            shutil.copy(path, target)
+        then, own = read(path).get("state"), out / path.name
+        if not isinstance(then, dict):  # a table of launch parameters, which comes with `tune`
+            lines += [] if read(path) else [f"{path} cannot be read"]
+        elif then != now:
+            lines.append(f"{path} is not gone on with: it is of {_difference(then, now)}")
+        elif folder != out and read(own).get("state") == now:
+            lines.append(f"{path} is not gone on with: OUT has its own")
+        elif folder != out:
+            shutil.copy(path, own)
+            for table in folder.glob("sm[0-9]*.json") if path.stem == "tune" else ():
+                shutil.copy(table, out / table.name)
+    if folder != out and not any(folder.glob("*.json")) and not any(folder.glob("cache-*")):
+        lines.append(f"FROM={folder} holds nothing to go on from")
     return lines
+
+
+def _difference(then: dict[str, str], now: dict[str, str]) -> str:
+    words = {"source": "other code", "gpu": "another GPU", "tests": "other TESTS"}
+    return " and ".join(word for key, word in words.items() if then.get(key) != now.get(key))
 
 
 # Compiled kernels ---------------------------------------------------------------------------------

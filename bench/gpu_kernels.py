@@ -101,7 +101,7 @@ class Problem:
         tiles = mk.make_tiles(self.slots, mk.DECODE_TILE)
         self.tiles = mk.Tiles(*(t.to(device.torch) for t in tiles))
         traffic = case.batch * (site.in_ + 2 * site.out) * plan.dtype.itemsize
-        self.bytes = per_set + traffic
+        self.adapter_bytes, self.bytes = per_set, per_set + traffic
 
     def reset(self) -> None:
         """Takes back what calls have added to y: beside much of it, a right change looks wrong."""
@@ -275,7 +275,8 @@ def measure(problem: Problem, repeat: int, bench: Bench) -> None:
         return
     ours, predicted = us.pop("ours"), problem.predicted_us(bench.card)
     beside = bench.judge.beside(str(case), ours, predicted, comparators=us)
-    sizes = {"bytes": problem.bytes, "sets": len(problem.sets), "error": own_error}
+    sizes = {"adapter_bytes": problem.adapter_bytes, "bytes": problem.bytes}
+    sizes |= {"sets": len(problem.sets), "error": own_error}
     bench.report.add(kind="lora", **vars(case), **sizes, **found, **beside)
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -293,6 +292,12 @@ class Target:
         return decode(self.batch, adapters=adapters, **rest)
 
 
+IDLE = "no LoRA in the batch"
+SITE = "a site beyond 16 MB of adapters, percent of copy bandwidth"
+ATTENTION = "decode attention, 32 x 4,096 tokens, percent of copy bandwidth"
+UNPREDICTED = ((IDLE, "< 0.5", "0"), (SITE, ">= 70", ">= 85"), (ATTENTION, ">= 80", ">= 90"))
+"""Targets with must and stretch of which there is nothing to predict."""
+
 TARGETS = tuple(
     Target(*row)
     for row in (
@@ -315,47 +320,80 @@ def added(shape: Shape, target: Target, card: Card = H200, **bits: float) -> dic
     }
 
 
-def measured(path: Path) -> dict[str, float]:
-    """What LoRA added in percent, by case, from the results of `bench/gpu_engine.py`."""
-    results = json.loads(path.read_text())["results"] if path.is_file() else []
+def measured(engine: Path) -> dict[str, float]:
+    """What was measured, by case, from the results of part "engine" and of "kernels" beside them.
+
+    ValueError if a file is not what it should be; one that is not there was not measured.
+    """
+    found: dict[str, float] = {}
+    for path, take in ((engine, of_engine), (engine.with_name("kernels.json"), of_kernels)):
+        try:
+            found |= take(json.loads(path.read_text())["results"]) if path.is_file() else {}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            part = f"part {take.__name__.removeprefix('of_')}"
+            raise ValueError(f"{path} holds no results of {part}: {error!r}") from error
+    return found
+
+
+def of_engine(results: list[dict[str, Any]]) -> dict[str, float]:
+    """What LoRA added in percent."""
     seconds: dict[tuple[int, int], float] = {}  # by batch (0 = prompts) and adapters (0 = the base)
+    idle: dict[int, float] = {}  # by batch, with adapters loaded that no row uses
     for r in results:
         if r["kind"] == "decode" and r["case"] in ("base only", f"{r.get('adapters')} adapters"):
             seconds[r["batch"], r.get("adapters", 0)] = r["milliseconds"][0]
+        if r["kind"] == "decode" and r["case"] == "LoRA idle":
+            idle[r["batch"]] = r["milliseconds"][0]
         if r["kind"] == "prefill" and r["adapters"] != 0:
             seconds[0, r["adapters"] or 0] = 1 / r["tokens_per_second"]
-    return {
+    found = {
         target.case: 100 * (seconds[key] / seconds[target.batch, 0] - 1)
         for target in TARGETS
         if (key := (target.batch, target.adapters)) in seconds and (target.batch, 0) in seconds
     }
+    extra = [100 * (idle[b] / seconds[b, 0] - 1) for b in idle if (b, 0) in seconds]
+    return found | ({IDLE: max(extra)} if extra else {})
+
+
+def of_kernels(results: list[dict[str, Any]]) -> dict[str, float]:
+    """Percent of the copy bandwidth, of the worst case."""
+    rates: dict[str, list[float]] = {SITE: [], ATTENTION: []}
+    for r in results:
+        if r["kind"] == "lora" and r["adapter_bytes"] > 16e6:
+            rates[SITE].append(r["ours"]["percent_of_copy"])
+        if r["kind"] == "attention" and (r["seqs"], r["length"], r["queries"]) == (32, 4096, 1):
+            rates[ATTENTION].append(r["percent_of_copy"])
+    return {case: min(found) for case, found in rates.items() if found}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--engine", type=Path, default=Path("build/gpu/engine.json"))
+    parser.add_argument("--engine", type=Path, help="results of part engine; build/gpu/engine.json")
     path = parser.parse_args().engine
     try:
-        found = measured(path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        sys.exit(f"{path} has no results of bench/gpu_engine.py: {type(error).__name__}: {error}")
+        if path is not None and not path.is_file():
+            raise ValueError(f"{path} is no file")
+        found = measured(path or Path("build/gpu/engine.json"))
+    except ValueError as error:
+        parser.exit(2, f"{error}\n")
     models = (
         ("Llama 3.1 8B, bf16", LLAMA_8B, {}),
         ("Llama 3.1 70B, bf16 (141 GB: by layers only)", LLAMA_70B, {}),
         ("Llama 3.1 70B, e4m3 weights and KV", LLAMA_70B, {"weight_bits": 8, "kv_bits": 8}),
     )
+    seen = {case: f"{value:.1f}" for case, value in found.items()}
     print(f"{H200.name}: what LoRA of rank 16 on all sites adds to the base's step, in percent.")
     for name, shape, bits in models:
         print(f"\n{name}\n{'case':36}{'base ms':>8}{'floor':>7}{'+ rows':>8}{'model':>7}", end="")
-        print(f"{'must':>7}{'stretch':>9}{'measured':>10}" if shape is LLAMA_8B else "")
+        print(f"{'must':>9}{'stretch':>9}{'measured':>10}" if shape is LLAMA_8B else "")
         for target in TARGETS:
             row = added(shape, target, **bits)
             print(f"{target.case:36}{row['base_ms']:8.1f}{row['floor']:7.1f}", end="")
             print(f"{row['roofline']:8.1f}{row['predicted']:7.1f}", end="")
-            if shape is LLAMA_8B:
-                seen = f"{found[target.case]:.1f}" if target.case in found else "never"
-                print(f"{target.must:7g}{target.stretch:9g}{seen:>10}", end="")
-            print()
+            limits = f"{f'<= {target.must:g}':>9}{f'<= {target.stretch:g}':>9}"
+            print(f"{limits}{seen.get(target.case, 'never'):>10}" if shape is LLAMA_8B else "")
+        for case, must, stretch in UNPREDICTED if shape is LLAMA_8B else ():
+            print(f"{case:66}{must:>9}{stretch:>9}{seen.get(case, 'never'):>10}")
 
 
 if __name__ == "__main__":

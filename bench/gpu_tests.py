@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import gpu_files
+import gpu_process
 from gpu_common import ROOT, Report, parse, say
 from gpu_pytest import options_of
 
@@ -92,7 +92,7 @@ class Worker:
                 [*self._command, *options],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                preexec_fn=gpu_files.end_with_parent,
+                preexec_fn=gpu_process.bound(),
             )
 
     def poll(self, hangs: float) -> bool:
@@ -149,7 +149,16 @@ class Worker:
 def judge(result: dict[str, Any], report: Report) -> None:
     """Notes a test that failed, or that ended its process."""
     if result["outcome"] not in ("passed", "skipped"):
-        report.fail(f"{result['test']} {result['outcome']}: {result['text'][-300:]}")
+        report.fail(f"{result['test']} {result['outcome']}: {gist(result['text'])}")
+
+
+def gist(text: str) -> str:
+    """What pytest says of a failure, in a line: what was raised, or the text's start and end."""
+    raised = [line[1:] for line in text.splitlines() if line.startswith("E ")]
+    line = " ".join(" ".join(raised or [text]).split())
+    if len(line) <= 300:
+        return line
+    return f"{line[:300]}..." if raised else f"{line[:100]} ... {line[-200:]}"
 
 
 def run(

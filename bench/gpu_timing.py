@@ -80,9 +80,10 @@ class Watch:
     Nothing is compiled in a rehearsal. There a launch counts that would be: `launch_keys`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, while_timed: list[dict[str, str]] | None = None) -> None:
         self.compiled: list[str] = []  # the kernels, in order
-        self.while_timed: list[str] = []
+        self.while_timed = [] if while_timed is None else while_timed
+        self.case_name = ""  # that is being measured, for a later run to know its lines by
 
     def install(self) -> None:
         """From now on every variant of a kernel is noticed, in this process."""
@@ -107,7 +108,8 @@ class Watch:
         before = len(self.compiled)
         yield
         found = self.compiled[before:]
-        self.while_timed += [f"{what}: {name}" for name in found]
+        named = {"case_name": self.case_name} if self.case_name else {}
+        self.while_timed += [{"timed": str(what), "kernel": name, **named} for name in found]
 
 
 class ColdClock(Clock):
@@ -168,32 +170,32 @@ class Bench:
 
     def run(self, case: object, work: Callable[[], None]) -> None:
         """Does a case, unless an earlier run has; what goes wrong costs the other cases nothing."""
-        name = self.report.case = self.judge.case_name = str(case)
-        if self.report.knows_case(name):
+        report, name = self.report, str(case)
+        report.case = self.judge.case_name = self.watch.case_name = name
+        if report.knows_case(name):
             return
+        failures = report.num_failures
         try:
             work()
         except Exception:
-            self.report.fail(f"{case}: {traceback.format_exc()}")
-        else:
-            self.report.finish_case(name)
+            report.fail(f"{case}: {traceback.format_exc()}")
+        if report.num_failures == failures:
+            report.done(name)
 
     def close(self, text: str) -> str:
         """Writes the report for the last time; the part's last line."""
-        spoiled = self.report.content["compiled_while_timed"] = self.watch.while_timed
-        self.report.content["compiled"] = len(self.watch.compiled)
+        content = self.report.content
+        content["compiled"] += len(self.watch.compiled)
         self.report.write()
-        told = f"; compiled while timed: {', '.join(spoiled[:5])}" if spoiled else ""
+        spoiled = [f"{entry['timed']}: {entry['kernel']}" for entry in self.watch.while_timed[:5]]
+        told = f"; compiled while timed: {', '.join(spoiled)}" if spoiled else ""
         return f"{text}; {self.judge.closing()}{told}"
 
 
 def open_bench(args: argparse.Namespace, device: Device, report: Report) -> Bench:
     """Measures the copy bandwidth, and watches the compiler from now on."""
-    watch = Watch()
+    watch = Watch(report.content["compiled_while_timed"])
     watch.install()
-    # One list, so that it is written with every result; an earlier run's is its beginning.
-    watch.while_timed[:0] = report.content["compiled_while_timed"]
-    report.content["compiled_while_timed"] = watch.while_timed
     copy = copy_bandwidth(device, 1 << (20 if args.rehearse else 30))
     card = STAND_IN if args.rehearse else card_of(device.name, copy)
     report.content["copy_gigabytes_per_second"] = round(copy / 1e9, 1)

@@ -1,4 +1,4 @@
-"""Benches measure the checkout that they lie in."""
+"""What the benches measure is the checkout that they lie in."""
 
 from __future__ import annotations
 
@@ -7,23 +7,47 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.harness.paths import ROOT
+import pytest
+from checkout import ROOT
+
+SCRIPT = """
+import checkout, sys
+{before}
+checkout.load_checkout()
+import multilora.version, multilora_kernels.tiles, tests.harness.paths
+for name in ("multilora.version", "multilora_kernels.tiles", "tests.harness.paths"):
+    print(sys.modules[name].__file__)
+"""
 
 
-def test_an_installed_package_of_our_name_is_not_looked_at(tmp_path: Path) -> None:
-    for name in ("multilora", "multilora_kernels"):
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """A folder with other packages of these names, as of another version that is installed."""
+    for name in ("multilora", "multilora_kernels", "tests"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "__init__.py").write_text("raise ImportError('the installed one')")
-    code = (
-        f"import sys; sys.path.insert(0, {str(ROOT / 'bench')!r})\n"
-        "from checkout import load_checkout; load_checkout()\n"
-        "import multilora, multilora_kernels; from multilora.config import engine\n"
-        "print(multilora.__file__, multilora_kernels.__file__, engine.__file__, sep='\\n')"
+        (tmp_path / name / "__init__.py").write_text("")
+    return tmp_path
+
+
+def run(installed: Path, before: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(before=before)],
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'bench'}:{installed}"},
+        cwd=installed,
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    wanted = ["multilora/__init__.py", "kernels/__init__.py", "multilora/config/engine.py"]
-    assert [Path(name).resolve() for name in done.stdout.split()] == [ROOT / w for w in wanted]
+
+
+def test_packages_come_from_the_checkout_whatever_is_installed(installed: Path) -> None:
+    done = run(installed)
+    files = [Path(line).resolve() for line in done.stdout.splitlines()]
+    wanted = ("multilora/version.py", "kernels/tiles.py", "tests/harness/paths.py")
+    assert files == [ROOT / path for path in wanted], done.stderr
+
+
+def test_another_package_that_was_imported_before_is_refused(installed: Path) -> None:
+    last = run(installed, before="import multilora").stderr.splitlines()[-1]
+    assert last.startswith("ImportError: multilora was imported from [")
+    assert last.endswith(f"and not from this checkout: {ROOT / 'multilora'}")

@@ -8,11 +8,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gpu
 import gpu_files
+import gpu_preflight
 import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 # A part that does what its "script" says: exits, sleeps, dies, raises, leaves children behind.
 PART = """
@@ -38,7 +42,7 @@ class Suite:
         patch.setattr(gpu, "HERE", folder)
         patch.setattr(sys, "argv", ["gpu.py"])
         patch.setattr(gpu_files, "state", lambda rehearse: self.state)
-        patch.setattr(gpu, "lacking", lambda *, rehearse: None)
+        patch.setattr(gpu_preflight, "refusal", lambda rehearse: "")
         patch.setenv("OUT", str(self.out))
         patch.setenv("TRITON_CACHE_DIR", str(folder / "kernels"))
         self.state = {"source": "a", "gpu": "b"}
@@ -150,12 +154,13 @@ def test_a_part_that_hangs_is_ended_with_all_it_started(
     assert "tests: ended for time; 1 results in tests.json" in capfd.readouterr().out
     assert suite.content("tests")["exit_status"] == gpu.ENDED
     pid = suite.content("tests")["child"]
-    for _ in range(100):  # until whoever inherited it has noticed
-        if not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text():
-            break
-        time.sleep(0.1)
-    else:
-        pytest.fail("a child of the part is still there")
+    assert soon(lambda: has_ended(pid))
+
+
+def has_ended(pid: int) -> bool:
+    """Also if whoever inherited it has not noticed."""
+    path = Path(f"/proc/{pid}/stat")
+    return not path.exists() or path.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 def test_a_part_without_time_does_not_begin(
@@ -189,11 +194,12 @@ def test_kernels_are_packed_and_come_back(suite: Suite, monkeypatch: pytest.Monk
     assert (fresh / "smoke.json").is_file()  # complete: taken over
 
 
-def test_an_end_from_outside_ends_the_part(suite: Suite, tmp_path: Path) -> None:
+def begun(suite: Suite, tmp_path: Path) -> subprocess.Popen[bytes]:
+    """A run in a process of its own, with a part that runs for long and has written its pid."""
     code = (
         f"import sys; sys.path.insert(0, {str(Path(gpu.__file__).parent)!r})\n"
-        f"import gpu, pathlib; gpu.HERE = pathlib.Path({str(tmp_path)!r})\n"
-        "gpu.lacking = lambda *, rehearse: None; sys.exit(gpu.main())"
+        "import gpu, pathlib; gpu.gpu_preflight.refusal = lambda rehearse: ''\n"
+        f"gpu.HERE = pathlib.Path({str(tmp_path)!r}); sys.exit(gpu.main())"
     )
     script = "content['pid'] = os.getpid(); write(); time.sleep(99)"
     environment = {
@@ -201,13 +207,38 @@ def test_an_end_from_outside_ends_the_part(suite: Suite, tmp_path: Path) -> None
         **{"PARTS": "tests", "SCRIPTS": json.dumps({"tests": script}), "STATE": "{}"},
     }
     running = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    assert soon(lambda: bool(gpu_files.read(suite.out / "tests.json")))
+    return running
+
+
+def soon(is_so: Callable[[], bool]) -> bool:
+    """Whether something comes true within a minute."""
     for _ in range(600):
-        if (suite.out / "tests.json").is_file() and gpu_files.read(suite.out / "tests.json"):
-            break
+        if is_so():
+            return True
         time.sleep(0.1)
+    return False
+
+
+def test_an_end_from_outside_ends_the_part(suite: Suite, tmp_path: Path) -> None:
+    running = begun(suite, tmp_path)
     running.terminate()
     assert running.wait(30) == 143
     assert not Path(f"/proc/{suite.content('tests')['pid']}").exists()
+
+
+def test_no_two_runs_write_to_one_folder(
+    suite: Suite, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    running = begun(suite, tmp_path)
+    before = suite.content("tests")
+    assert suite.run("tests") == 2
+    assert capfd.readouterr().err == f"another run is writing to OUT={suite.out}\n"
+    running.kill()  # it can do nothing about it: the part ends all the same
+    running.wait()
+    assert soon(lambda: suite.run("smoke") == 0)
+    assert has_ended(before["pid"])
+    assert suite.content("tests") == before
 
 
 def test_what_it_does_not_know_is_refused(
@@ -222,94 +253,67 @@ def test_what_it_does_not_know_is_refused(
     assert "FROM=/nowhere is no folder" in said
 
 
-PARENT = """
-import os, pathlib, sys; sys.path.insert(0, {bench!r})
-import gpu, gpu_files
-gpu.HERE = pathlib.Path({here!r}); gpu.lacking = lambda *, rehearse: None
-sys.exit(gpu.main())
-"""
+def test_without_a_gpu_nothing_runs(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [sys.executable, str(Path(gpu.__file__)), *sys.argv[1:]]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("no GPU: ")
+    assert done.stdout == ""
+    assert not suite.out.exists()
 
 
-def test_a_run_that_is_killed_leaves_no_part_and_one_folder_has_one_run(
-    suite: Suite, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    code = PARENT.format(bench=str(Path(gpu.__file__).parent), here=str(tmp_path))
-    script = "content['pid'] = os.getpid(); write(); time.sleep(99)"
-    environment = {
-        **os.environ,
-        **{"PARTS": "tests", "SCRIPTS": json.dumps({"tests": script}), "STATE": "{}"},
-    }
-    running = subprocess.Popen([sys.executable, "-c", code], env=environment)
-    for _ in range(600):
-        if "pid" in gpu_files.read(suite.out / "tests.json"):
-            break
-        time.sleep(0.1)
-    assert suite.run("smoke") == 2
-    assert f"another run, or a part that it left behind, works in OUT={suite.out}" in (
-        capfd.readouterr().err
-    )
-    running.kill()
-    running.wait()
-    part = Path(f"/proc/{suite.content('tests')['pid']}")
-    for _ in range(100):
-        if not part.exists():
-            break
-        time.sleep(0.1)
-    assert not part.exists()
-    assert suite.run("smoke") == 0
-
-
-def test_what_an_earlier_run_left_is_gone_on_with_or_named(
-    suite: Suite, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    suite.run("smoke,tests")
-    before, suite.out = suite.out, suite.out.parent / "later"
-    monkeypatch.setenv("FROM", str(before))
-    monkeypatch.setenv("OUT", str(suite.out))
-    suite.out.mkdir()
-    stale = {"state": {"source": "old", "gpu": "b"}, "results": [], "left_out": 0}
-    (suite.out / "smoke.json").write_text(json.dumps(stale))
-    suite.run("kernels")
-    assert suite.content("smoke")["complete"], "what is stale gives way"
-    capfd.readouterr()
-    suite.run("kernels")
-    assert f"{before / 'smoke.json'} is not gone on with: {suite.out / 'smoke.json'} has" in (
-        capfd.readouterr().out
-    )
-    suite.state = {"source": "a", "gpu": "b", "tests": "lora"}
-    suite.run("kernels")
-    assert f"{before / 'tests.json'} is not gone on with: other tests\n" in capfd.readouterr().out
-
-
-def test_nothing_runs_without_a_gpu_or_a_package(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["gpu.py"])
-    monkeypatch.setattr(gpu_files, "first_line", lambda *_, **__: "")
-    assert gpu.main() == 2
-    assert capsys.readouterr().err.startswith("there is no GPU here; `make gpu-rehearsal`")
-    monkeypatch.setattr(gpu, "NEEDED", ("torch", "no_such_package"))
-    assert gpu.main() == 2
-    assert "lacks no_such_package: nothing can run\n" in capsys.readouterr().err
-    monkeypatch.setattr(gpu, "NEEDED", ())
-    monkeypatch.setattr(gpu, "COMPARED", ("no_such_package",))
-    assert gpu.lacking(rehearse=True) is None
-    assert "without no_such_package the comparison" in capsys.readouterr().out
-
-
-def test_after_a_wrong_smoke_nothing_else_runs_unless_it_is_named(
+def test_what_is_wrong_is_not_measured_unless_it_is_asked_for(
     suite: Suite, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    wrong = "content['failures'] = ['engine: wrong by 3']; write(); sys.exit(1)"
-    assert suite.run(smoke=wrong) == 1
-    assert "WRONG: smoke; the other parts would measure" in capfd.readouterr().out
+    wrong = "content['failures'] = ['off by 3']; write(); sys.exit(1)"
+    others = "tests,profile,kernels,engine,tune"
+    for _ in range(2):  # the second time it is known before
+        assert suite.run(smoke=wrong) == 1
+        lines = capfd.readouterr().out.splitlines()
+        assert lines[-2] == f"what is wrong is not measured; all the same: PARTS={others}"
+        assert lines[-1] == f"WRONG: smoke; left out: {others.replace(',', ', ')}"
+        assert not (suite.out / "tests.json").exists()
+    assert suite.run("smoke,tests", smoke=wrong) == 1
+    assert (suite.out / "tests.json").exists()
+
+
+def test_a_smoke_that_is_only_slow_stops_nothing(
+    suite: Suite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "GRACE", 0)
+    assert suite.run(minutes=1.3, smoke="write(); time.sleep(99)") == 1
+    assert (suite.out / "tests.json").exists()
+
+
+def test_what_is_missing_and_left_out_is_said_first(
+    suite: Suite, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_preflight, "spared", lambda: (["pytest"], "missing: pytest"))
+    assert suite.run("smoke,tests") == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0] == "missing: pytest"
+    assert lines[-1] == "all right; left out: tests"
     assert not (suite.out / "tests.json").exists()
-    assert suite.run("smoke,kernels", smoke=wrong) == 1
-    assert (suite.out / "kernels.json").exists()
 
 
-def test_a_reason_in_one_line() -> None:
-    assert gpu.short("a case:\n  two is not 3\n  more") == "a case: two is not 3"
-    assert gpu.short("x: Traceback (most\n a\nKeyError: 3") == "x: Traceback (most KeyError: 3"
-    assert gpu.short("") == ""
-    assert len(gpu.short("y" * 400)) == 160
+def test_what_is_not_gone_on_with_is_said(suite: Suite, capfd: pytest.CaptureFixture[str]) -> None:
+    suite.run("smoke")
+    suite.state = {**suite.state, "tests": "lora"}
+    suite.run("tests")
+    line = f"{suite.out}/smoke.json is not gone on with: it is of other TESTS"
+    assert line in capfd.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("why", "said"),
+    [
+        ("3 shapes differ:\n  a\n  in all of b\n", "3 shapes differ: in all of b"),
+        ("lora: Traceback (most recent call last):\n  in y\nKeyError: 3", "KeyError: 3"),
+        ("batch 4: ours differs by 3%\n  more", "batch 4: ours differs by 3%"),
+        ("test_x failed: " + "x" * 500, "test_x failed: " + "x" * 222 + "..."),
+    ],
+)
+def test_a_reason_is_not_cut_where_it_begins(why: str, said: str) -> None:
+    assert gpu.short(why).endswith(said)

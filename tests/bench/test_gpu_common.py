@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from contextlib import suppress
@@ -13,9 +14,10 @@ import gpu_files
 import pytest
 from gpu_common import Report
 from gpu_limits import Judge
-from gpu_timing import Bench
+from gpu_timing import Bench, Watch
 
 from multilora.device.cpu import Device
+from multilora.errors import ConfigError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,70 +51,94 @@ def test_a_run_goes_on_where_the_last_one_was_cut_short(tmp_path: Path) -> None:
     assert [bool(third.known(batch=batch)) for batch in (1, 2, 3, 4)] == [True] * 4
     third.write()
     assert len(gpu_files.read(tmp_path / "x.json")["results"]) == 4
-    assert gpu_files.read(tmp_path / "x.json")["earlier"] == []
+    assert gpu_files.read(tmp_path / "x.json")["earlier"]["results"] == []
+
+
+def open_on(path: Path) -> Bench:
+    report = make(path)
+    watch = Watch(report.content["compiled_while_timed"])
+    rest: Any = (Judge(report.content), 1e10, None)
+    return Bench(None, report, None, watch, *rest)  # type: ignore[arg-type]
+
+
+class Stopped(BaseException):
+    """Ends a run at once, as a signal does."""
+
+
+def run(path: Path, cases: list[str], stopped: str = "") -> list[str]:
+    """The cases that were measured: each gives two results, is slow and compiles meanwhile."""
+    bench, done = open_on(path), []
+
+    def work(case: str) -> None:
+        done.append(case)
+        for part in (1, 2):
+            if f"{case} {part}" == stopped:
+                raise Stopped
+            with bench.watch.timed(f"{case} {part}"):
+                bench.watch.compiled.append("k")
+            beside = bench.judge.beside(f"{case} {part}", 40 / part, 10)
+            bench.report.add(kind="lora", part=part, **beside)
+
+    with suppress(Stopped):
+        for case in cases:
+            bench.run(case, partial(work, case))
+        bench.close("")
+    return done
 
 
 def test_a_case_that_an_earlier_run_measured_is_not_measured_again(tmp_path: Path) -> None:
-    def run(cases: list[str]) -> list[str]:
-        report, done = make(tmp_path / "x.json"), []
-        judge = Judge(report.content)
+    path = tmp_path / "x.json"
+    assert run(path, ["a", "b"]) == ["a", "b"]
+    assert run(path, ["b", "c"]) == ["c"]
+    assert run(path, ["a", "b", "c"]) == []
+    check_whole(path, "abc")
 
-        def work(case: str) -> None:
-            done.append(case)
-            for part in (1, 2):
-                report.add(kind="lora", part=part, **judge.beside(f"{case} {part}", 40 / part, 10))
 
-        bench: Any = Bench(None, report, None, None, judge, 1e10, None)  # type: ignore[arg-type]
-        for case in cases:
-            bench.run(case, partial(work, case))
-        report.write()
-        return done
-
-    assert run(["a", "b"]) == ["a", "b"]
-    assert run(["b", "c"]) == ["c"]
-    assert run(["a", "b", "c"]) == []
-    found = gpu_files.read(tmp_path / "x.json")
+def check_whole(path: Path, cases: str) -> None:
+    """All that was found of these cases is there, and once."""
+    found = gpu_files.read(path)
     names = sorted(result["case_name"] for result in found["results"])
-    assert names == ["a", "a", "b", "b", "c", "c"]
-    assert sorted(slow["case"] for slow in found["slow"]) == ["a 1", "b 1", "c 1"]
-    assert found["earlier_slow"] == []
+    assert names == sorted(cases * 2)
+    assert sorted(slow["case"] for slow in found["slow"]) == [f"{case} 1" for case in cases]
+    timed = sorted(entry["timed"] for entry in found["compiled_while_timed"])
+    assert timed == [f"{case} {part}" for case in cases for part in (1, 2)]
+    assert found["earlier"] == {"results": [], "slow": [], "compiled_while_timed": []}
 
 
-def test_a_case_that_was_ended_between_two_results_is_measured_again(tmp_path: Path) -> None:
-    def run(last: int) -> list[int]:
-        report, done = make(tmp_path / "x.json"), []
-        judge = Judge(report.content)
-
-        def work() -> None:
-            for part in (1, 2):
-                if part > last:
-                    raise KeyboardInterrupt
-                done.append(part)
-                report.add(part=part, **judge.beside(f"part {part}", 40 / part, 10))
-
-        bench: Any = Bench(None, report, None, None, judge, 1e10, None)  # type: ignore[arg-type]
-        with suppress(KeyboardInterrupt):
-            bench.run("group", partial(bench.run, "peft", work))
-        report.write()
-        return done
-
-    assert run(1) == [1]
-    assert run(2) == [1, 2]
-    assert run(2) == []
-    found = gpu_files.read(tmp_path / "x.json")
-    assert [result["part"] for result in found["results"]] == [1, 2]
-    assert found["cases_done"] == ["peft"]
-    assert len(found["slow"]) == 1
+def test_a_case_that_was_ended_between_its_results_is_done_again(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    assert run(path, ["a", "b"], stopped="b 2") == ["a", "b"]
+    assert len(gpu_files.read(path)["results"]) == 3
+    assert run(path, ["a", "b", "c"]) == ["b", "c"]
+    check_whole(path, "abc")
 
 
-def test_what_was_seen_beside_the_cases_is_kept(tmp_path: Path) -> None:
-    first = make(tmp_path / "x.json")
-    first.content["clocks"].append([1, "1980"])
-    first.content["compiled_while_timed"].append("a: _shrink")
-    first.write()
-    second = make(tmp_path / "x.json")
-    assert second.content["clocks"] == [[1, "1980"]]
-    assert second.content["compiled_while_timed"] == ["a: _shrink"]
+def test_a_case_that_failed_is_done_again(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    bench = open_on(path)
+
+    def fail() -> None:
+        bench.report.add(part=1)
+        raise KeyError
+
+    bench.run("a", fail)
+    assert run(path, ["a"]) == ["a"]
+    check_whole(path, "a")
+    assert "failures" not in gpu_files.read(path)
+
+
+def test_clocks_and_counts_of_earlier_runs_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    bench = open_on(path)
+    bench.report.content["clocks"].append([1, "1980 MHz"])
+    bench.watch.compiled += ["k", "k"]
+    bench.close("")
+    again = open_on(path)
+    again.watch.compiled.append("k")
+    again.close("")
+    found = gpu_files.read(path)
+    assert found["clocks"] == [[1, "1980 MHz"]]
+    assert found["compiled"] == 3
 
 
 @pytest.mark.parametrize("other", ["complete", "source", "gpu"])
@@ -168,3 +194,34 @@ def test_clocks_are_read_in_the_background(tmp_path: Path, monkeypatch: pytest.M
     when, said = report.content["clocks"][0]
     assert abs(when - time.time()) < 60
     assert said == "1980 MHz"
+
+
+def test_a_part_without_a_gpu_says_so_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(name: str) -> Device:
+        raise ConfigError(f"there is no {name}")
+
+    monkeypatch.setattr(gpu_common, "open_device", refuse)
+    monkeypatch.setattr(sys, "argv", ["gpu_smoke.py", "--out", str(tmp_path / "smoke.json")])
+    with pytest.raises(SystemExit) as ended:
+        gpu_common.parse("A part.")
+    assert ended.value.code == 2
+    assert capsys.readouterr().out == "no GPU: there is no cuda\n"
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_the_library_logs_is_kept(tmp_path: Path) -> None:
+    report, logger = make(tmp_path / "x.json"), logging.getLogger("multilora.of_a_test")
+    handler = gpu_common.Log(report.content["log"])
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        logger.info("%d graphs", 7)
+        logger.debug("nothing")
+    finally:
+        logger.removeHandler(handler)
+    report.write()
+    ((when, text),) = make(tmp_path / "x.json").content["log"]
+    assert text == "7 graphs"
+    assert abs(when - time.time()) < 60

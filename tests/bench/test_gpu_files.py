@@ -105,18 +105,45 @@ def test_an_archive_writes_nowhere_else(tmp_path: Path, name: str) -> None:
     assert {path.name for path in tmp_path.rglob("*")} == {"cache-0.tar.gz", "deep", "cache"}
 
 
+NOW = {"source": "1", "gpu": "x"}
+
+
+def left_there(folder: Path, **states: dict[str, str]) -> Path:
+    """A folder with results of these states by part."""
+    folder.mkdir()
+    for part, state in states.items():
+        gpu_files.write(folder / f"{part}.json", {"state": state, "of": folder.name})
+    return folder
+
+
 def test_results_are_taken_over_only_if_they_are_of_this_code(tmp_path: Path) -> None:
-    old, new, now = tmp_path / "old", tmp_path / "new", {"source": "1", "gpu": "x"}
-    for folder in (old, new):
-        folder.mkdir()
-    gpu_files.write(old / "tests.json", {"state": now, "results": [1]})
-    gpu_files.write(old / "engine.json", {"state": {**now, "source": "0"}})
-    gpu_files.write(old / "smoke.json", {"state": now, "results": [1]})
-    gpu_files.write(new / "smoke.json", {"state": now, "results": [1, 2]})
-    (old / "sm90.json").write_text("{")
-    gpu_files.take_results(old, new, now)
-    assert sorted(path.name for path in new.iterdir()) == ["smoke.json", "tests.json"]
-    assert gpu_files.read(new / "smoke.json")["results"] == [1, 2]
+    chosen = {**NOW, "tests": "lora", "source": "0"}
+    old = left_there(tmp_path / "old", tests=NOW, engine=chosen, smoke=NOW, tune=NOW, profile=NOW)
+    new = left_there(tmp_path / "new", smoke=NOW, profile={**NOW, "gpu": "y"})
+    (old / "sm90.json").write_text('{"table": 1}')
+    lines = gpu_files.take_results(old, new, NOW)
+    assert lines == [
+        f"{old}/engine.json is not gone on with: it is of other code and other TESTS",
+        f"{old}/smoke.json is not gone on with: OUT has its own",
+    ]
+    found = {path.stem: gpu_files.read(path).get("of") for path in new.iterdir()}
+    taken = dict.fromkeys(("tests", "tune", "profile"), "old")  # what was stale is replaced
+    assert found == {"smoke": "new", "sm90": None, **taken}
+
+
+def test_what_out_holds_of_other_code_is_named(tmp_path: Path) -> None:
+    out = left_there(tmp_path / "out", smoke=NOW, tests={**NOW, "gpu": "y"})
+    (out / "kernels.json").write_text("{")
+    assert gpu_files.take_results(out, out, NOW) == [
+        f"{out}/kernels.json cannot be read",
+        f"{out}/tests.json is not gone on with: it is of another GPU",
+    ]
+
+
+def test_a_folder_without_results_is_said_to_be_one(tmp_path: Path) -> None:
+    empty, out = left_there(tmp_path / "empty"), left_there(tmp_path / "out")
+    assert gpu_files.take_results(out, out, NOW) == []
+    assert gpu_files.take_results(empty, out, NOW) == [f"FROM={empty} holds nothing to go on from"]
 
 
 def test_the_state_follows_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

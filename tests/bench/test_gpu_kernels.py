@@ -37,7 +37,7 @@ class Report:
     """What a part writes, without a file."""
 
     def __init__(self) -> None:
-        self.content: dict[str, Any] = {"results": []}
+        self.content: dict[str, Any] = {"results": [], "compiled": 0}
 
     def add(self, **result: Any) -> None:
         self.content["results"].append(result)

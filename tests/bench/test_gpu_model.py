@@ -196,20 +196,58 @@ def test_it_needs_no_torch() -> None:
 
 
 def documented() -> list[list[str]]:
-    """The rows of the table of targets in docs/gpu.md, without the kernels' own."""
+    """The rows of the table of targets in docs/gpu.md."""
     text = (ROOT / "docs" / "gpu.md").read_text().partition("## Targets")[2].partition("\n## ")[0]
     rows = [[part.strip() for part in line.split("|")[1:-1]] for line in text.splitlines()]
-    return [row for row in rows if row and (" x " in row[0] or "prefill" in row[0])][:11]
+    return [row for row in rows if row][2:]
 
 
 def test_the_documented_targets_are_those_that_it_prints() -> None:
-    rows = documented()
-    assert len(rows) == len(gpu_model.TARGETS)
-    for row, target in zip(rows, gpu_model.TARGETS, strict=True):
-        case, floor, must, stretch, *_ = row
-        assert case == target.case
+    rows = {case: rest for case, *rest in documented()}
+    printed = command().stdout.partition("\n\n")[2].partition("\n\n")[0].splitlines()[2:]
+    assert len(printed) == len(rows) == len(gpu_model.TARGETS) + len(gpu_model.UNPREDICTED)
+    for target in gpu_model.TARGETS:
+        floor, must, stretch, _ = rows[target.case]
         assert close(gpu_model.added(LLAMA_8B, target)["floor"], floor)
         assert (must, stretch) == (f"<= {target.must:g}", f"<= {target.stretch:g}")
+    for line in printed:
+        (case,) = (case for case in rows if line.startswith(f"{case}  "))
+        _, must, stretch, seen = rows[case]
+        assert line.split()[-len(f"{must} {stretch} never".split()) :] == [
+            *must.split(), *stretch.split(), seen
+        ]  # fmt: skip
+
+
+def command(*options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "bench" / "gpu_model.py"), *options],
+        cwd=ROOT / "tests",  # where no results are
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "is no file"),
+        ("{", "holds no results of part engine: JSONDecodeError("),
+        ("[]", "holds no results of part engine: TypeError("),
+        ('{"results": [{"test": "of another part"}]}', "part engine: KeyError('kind')"),
+    ],
+)
+def test_a_file_that_holds_no_results_is_named_in_a_line(
+    tmp_path: Path, text: str | None, said: str
+) -> None:
+    path = tmp_path / "engine.json"
+    if text is not None:
+        path.write_text(text)
+    done = command("--engine", str(path))
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"{path} ")
+    assert said in line
 
 
 def test_it_prints_what_was_measured(tmp_path: Path) -> None:
@@ -226,9 +264,23 @@ def test_it_prints_what_was_measured(tmp_path: Path) -> None:
     path = tmp_path / "engine.json"
     path.write_text(json.dumps({"results": results}))
     found = gpu_model.measured(path)
-    assert found == pytest.approx({"32 x 6": 10, "prefill of 8,192 tokens, 4 adapters": 10})
+    prompts = "prefill of 8,192 tokens, 4 adapters"
+    assert found == pytest.approx({"32 x 6": 10, prompts: 10, gpu_model.IDLE: 80})
     assert gpu_model.measured(tmp_path / "none.json") == {}
-    command = [sys.executable, str(ROOT / "bench" / "gpu_model.py"), "--engine", str(path)]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    lines = command("--engine", str(path)).stdout.splitlines()
     assert next(line for line in lines if line.startswith("32 x 6")).split()[-1] == "10.0"
     assert next(line for line in lines if line.startswith("8 x 1 ")).split()[-1] == "never"
+
+
+def test_it_prints_the_worst_of_the_kernels(tmp_path: Path) -> None:
+    sizes = {"large": 17_000_000, "small": 15_000_000}
+    rates = [("large", 72.5), ("large", 91.0), ("small", 12.0)]
+    results: list[dict[str, object]] = [
+        {"kind": "lora", "adapter_bytes": sizes[size], "ours": {"percent_of_copy": rate}}
+        for size, rate in rates
+    ]
+    attention = {"kind": "attention", "queries": 1, "percent_of_copy": 84.25}
+    results += [{**attention, "seqs": n, "length": 128 * 1024 // n} for n in (32, 16)]
+    (tmp_path / "kernels.json").write_text(json.dumps({"results": results}))
+    found = gpu_model.measured(tmp_path / "engine.json")
+    assert found == {gpu_model.SITE: 72.5, gpu_model.ATTENTION: 84.25}

@@ -63,8 +63,8 @@ def test_every_outcome_is_kept_and_kernels_come_first(tmp_path: Path, report: Re
     assert list(found)[-1] == "test_last"
     assert report.status == 1
     first, second = sorted(report.content["failures"], reverse=True)
-    assert "test_op[2-fp16] failed" in first
-    assert "wrong by 3" in first
+    assert "test_op[2-fp16] failed: AssertionError: wrong by 3 assert (" in first
+    assert "\n" not in first
     assert "no fixture" in second
     assert report.content["left_out"] == 0
     written = json.loads((tmp_path / "tests.json").read_text())["results"]
@@ -147,3 +147,15 @@ def test_a_process_that_cannot_begin_is_a_failure(
 def test_a_file_that_cannot_be_collected_is_an_error(tmp_path: Path, report: Report) -> None:
     with pytest.raises(RuntimeError, match="no such module"):
         run(tmp_path, report, {"test_gpu_kernels.py": "raise ImportError('no such module')\n"})
+
+
+def test_a_failure_is_told_in_a_line() -> None:
+    raised = (
+        "x = 3\n>   check(x)\nE   AssertionError: not close!\nE   \nE   off by 1.0\na.py:3: Error"
+    )
+    assert gpu_tests.gist(raised) == "AssertionError: not close! off by 1.0"
+    assert gpu_tests.gist("ended with 7:\n  log") == "ended with 7: log"
+    long = gpu_tests.gist(f"ended with 7: {'x' * 900} the last words")
+    assert long.startswith("ended with 7: x")
+    assert long.endswith(" the last words")
+    assert len(long) < 400

@@ -122,7 +122,7 @@ def test_without_a_gpu_the_outermost_operators_count() -> None:
 
 def explained(slow: dict[str, float], adapters: int = 2) -> tuple[dict[str, Any], str]:
     """What `bench/gpu_profile.py` makes of a traced step in which these kernels are slow."""
-    content: dict[str, Any] = {"results": []}
+    content: dict[str, Any] = {"results": [], "compiled": 0}
     report = SimpleNamespace(content=content, add=lambda **r: content["results"].append(r))
     report.write = lambda: None
     watch = SimpleNamespace(while_timed=[], compiled=[])

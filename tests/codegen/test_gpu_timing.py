@@ -37,4 +37,4 @@ def test_it_names_what_is_compiled_while_the_clock_runs(monkeypatch: pytest.Monk
         with watch.timed("another"):
             norm(128)
     assert watch.compiled == others == ["_rms_norm_kernel"] * 2
-    assert watch.while_timed == ["another: _rms_norm_kernel"]
+    assert watch.while_timed == [{"timed": "another", "kernel": "_rms_norm_kernel"}]

@@ -1,7 +1,7 @@
-"""Lets a bare checkout run its tests and benches: nothing is installed, nothing is on the path.
+"""Lets a checkout run its own tests and benches: bare, or beside another one that is installed.
 
 The checkout itself stays off `sys.path`: there its folder `kernels` would hide the package
-`kernels` on PyPI, which transformers looks for. `tests/conftest.py` and `bench/gpu_common.py` load
+`kernels` on PyPI, which transformers looks for. `tests/conftest.py` and `bench/checkout.py` load
 this file by its path.
 """
 
@@ -20,15 +20,28 @@ FOLDERS = {
 
 
 def load_packages(*names: str) -> None:
-    """Loads these packages from the checkout, unless it is what is installed, to be edited.
+    """Loads these packages from the checkout, whatever is installed.
 
-    What else is installed under these names is another state of the project: it is not looked at.
+    ImportError if one of them was imported from elsewhere before.
     """
     for name in names:
-        spec = importlib.util.find_spec(name)
-        places = () if spec is None else spec.submodule_search_locations or ()
-        if FOLDERS[name].resolve() not in {Path(place).resolve() for place in places}:
+        folders = _folders(name)
+        if name in sys.modules and folders != [FOLDERS[name]]:
+            raise ImportError(
+                f"{name} was imported from {folders}, and not from this checkout: {FOLDERS[name]}"
+            )
+        if folders != [FOLDERS[name]]:
             _load(name, FOLDERS[name])
+
+
+def _folders(package: str) -> list[Path]:
+    """Where a package is imported from, or would be."""
+    if package in sys.modules:
+        places = getattr(sys.modules[package], "__path__", None)
+    else:
+        spec = importlib.util.find_spec(package)
+        places = None if spec is None else spec.submodule_search_locations
+    return [Path(place).resolve() for place in places or ()]
 
 
 def _load(package: str, folder: Path) -> None:
