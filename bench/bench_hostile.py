@@ -28,15 +28,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from checkout import ROOT, load_checkout
+from checkout import load_checkout
 
 load_checkout()
 
 from multilora import LLM, Engine, EngineConfig, MultiloraError  # noqa: E402
 from tests.harness.adapter_folders import write_adapter  # noqa: E402
 from tests.harness.model_folders import TINY, write_checkpoint  # noqa: E402
+from tests.harness.paths import UMA  # noqa: E402
+from tests.harness.refused_adapters import packed  # noqa: E402
 
-UMA = ROOT / "multilora" / "assets" / "uma" / "base"
+BASE = UMA / "base"
 CHAT = [{"role": "user", "content": "hi " * 50}]
 DEEP = "[" * 100_000 + "]" * 100_000
 VALUES: tuple[Any, ...] = (
@@ -160,9 +162,10 @@ def lie(folder: Path, draw: random.Random) -> None:
     )
     if draw.random() < 0.3:
         header[draw.choice(("", "x" * 100_000, "../../etc/passwd", names[0] + "\x00"))] = entry
-    text = json.dumps(header).encode()
-    size = draw.choice((len(text), len(text), 2**63, 0, len(text) - 1))
-    path.write_bytes(struct.pack("<Q", size) + text + content[8 + length :])
+    changed = packed(header, content[8 + length :])
+    size = struct.unpack("<Q", changed[:8])[0]
+    said = draw.choice((size, size, 2**63, 0, size - 1))
+    path.write_bytes(struct.pack("<Q", said) + changed[8:])
 
 
 def files(folder: Path) -> list[Path]:
@@ -205,9 +208,9 @@ def adapters(count: int, root: Path, draw: random.Random) -> Tally:
 
 def bases(count: int, root: Path, draw: random.Random) -> Tally:
     good = root / "model"
-    write_checkpoint(good, vocab_size=json.loads((UMA / "config.json").read_text())["vocab_size"])
+    write_checkpoint(good, vocab_size=json.loads((BASE / "config.json").read_text())["vocab_size"])
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        shutil.copy(UMA / name, good)
+        shutil.copy(BASE / name, good)
     json_files = [path.name for path in sorted(good.glob("*.json"))]
     changes = (*map(set_fields, json_files), set_fields("config.json"), cut, flip, replace, lie)
     tally = Tally(2000, 200)
@@ -237,7 +240,7 @@ PIECES = (
 
 
 def templates(count: int, draw: random.Random) -> Tally:
-    llm = LLM(str(UMA), dtype="float32", max_model_len=2048)
+    llm = LLM(str(BASE), dtype="float32", max_model_len=2048)
     tokenizer, tally = llm.get_tokenizer(), Tally(25_000, 200)
     for i in range(count):
         source = "".join(draw.choices(PIECES, k=draw.randint(1, 5)))

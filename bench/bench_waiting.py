@@ -3,7 +3,7 @@
     python bench/bench_waiting.py
 
 The demo's base; two slots, both taken; request slots and KV blocks are free. Medians of the steps'
-processor time, in milliseconds, each beside the step with nobody waiting.
+processor time, in milliseconds; the first row is the step with nobody waiting.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import argparse
 import time
 from statistics import median
 
-from checkout import ROOT, load_checkout
+from checkout import load_checkout
 
 load_checkout()
 
 from multilora import Engine, EngineConfig, SamplingParams  # noqa: E402
+from tests.harness.paths import UMA  # noqa: E402
 
-UMA = ROOT / "multilora" / "assets" / "uma"
 RUN = ("job-analysis", "proposal")
 WAIT = "feedback"
 

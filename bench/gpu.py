@@ -239,7 +239,7 @@ class Run:
 
 def short(why: str) -> str:
     """The first line of a reason, cut; where that only announces what follows, the last, too."""
-    first, *rest = why.strip().splitlines()
+    first, *rest = why.strip().splitlines() or [""]
     announces = first.rstrip().endswith(":") or "Traceback" in first
     line = f"{first.rstrip()} {rest[-1].strip()}" if announces and rest else first
     return line if len(line) <= 240 else f"{line[:237]}..."

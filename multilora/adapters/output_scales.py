@@ -10,7 +10,6 @@ product is taken off again in the row of biases.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -53,12 +52,16 @@ class PackedScales:
         return sum(values.nbytes for values in (self.gain, self.bias) if values is not None)
 
 
+def needs_base(adapter: Adapter) -> bool:
+    """Whether what it does beside its low-rank delta depends on the base's weights."""
+    magnitudes = (module.magnitude for module in adapter.modules.values())
+    return bool(adapter.biases) or any(magnitude is not None for magnitude in magnitudes)
+
+
 def has_scales(adapter: Adapter) -> bool:
     """Whether an adapter does anything beside its low-rank delta."""
-    return bool(adapter.biases) or any(
-        module.magnitude is not None or module.bias is not None
-        for module in adapter.modules.values()
-    )
+    biases = (module.bias for module in adapter.modules.values())
+    return needs_base(adapter) or any(bias is not None for bias in biases)
 
 
 def dora_gains(adapter: Adapter, site: Site, base: BaseWeights) -> dict[ModuleKey, Tensor]:
@@ -101,7 +104,7 @@ def pack_scales(
     if gains:
         gain = torch.zeros(site.layers, site.out)
         for key, values in gains.items():
-            _columns(gain, site, key).copy_(values - 1)
+            gain[key[1], _part(site, key)] = values - 1
     own = {key: m for key, m in adapter.modules.items() if key[0] == site.name}
     trained = {key: values for key, values in adapter.biases.items() if key[0] == site.name}
     if trained or any(module.bias is not None for module in own.values()):
@@ -109,7 +112,7 @@ def pack_scales(
     for key, module in own.items():
         if module.bias is not None:
             assert bias is not None
-            _columns(bias, site, key).add_(module.bias.float(), alpha=module.scale)
+            bias[key[1], _part(site, key)] += module.scale * module.bias.float()
     bias = _with_base(bias, gain, trained, site, base)
     return None if gain is None and bias is None else PackedScales(gain, bias)
 
@@ -134,14 +137,14 @@ def _with_base(
             bias[layer] -= gain[layer] * own
         for key, values in trained.items():
             if key[1] == layer:
-                first, last = list(pairwise(site.slice_starts))[key[2]]
-                bias[layer, first:last] += values.float() - own[first:last]
+                part = _part(site, key)
+                bias[layer, part] += values.float() - own[part]
     return bias
 
 
-def _columns(rows: Tensor, site: Site, key: ModuleKey) -> Tensor:
-    starts = site.slice_starts
-    return rows[key[1], starts[key[2]] : starts[key[2] + 1]]
+def _part(site: Site, key: ModuleKey) -> slice:
+    """The output columns of a module among those of its site."""
+    return slice(*site.slice_starts[key[2] : key[2] + 2])
 
 
 class ScaleRows:

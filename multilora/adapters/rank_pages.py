@@ -24,7 +24,7 @@ from multilora_kernels import (
 )
 
 from ..errors import AdapterInvalid
-from .output_scales import PackedScales, ScaleRows, dora_gains, pack_scales
+from .output_scales import PackedScales, ScaleRows, dora_gains, needs_base, pack_scales
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -69,6 +69,7 @@ def pack(
     gain, are folded into B in fp32 before the one cast to `dtype`. `base` is looked at for DoRA and
     trained biases. Raises AdapterInvalid if a value overflows.
     """
+    assert base is not None or not needs_base(adapter), "without the base DoRA would be ignored"
     gains = {} if base is None else dora_gains(adapter, site, base)
     scales = pack_scales(adapter, site, gains, base)
     pages = pages_for(adapter.rank_at(site.name))

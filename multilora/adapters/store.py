@@ -291,10 +291,9 @@ class AdapterStore:
 
     @property
     def reserved_bytes(self) -> int:
-        """Bytes of what `reserve` takes, which most adapters need."""
+        """Bytes of all pages of the sites in layers, and of the scales that have their memory."""
         pages = sum(pool.capacity * pool.page_bytes for pool in self._layer_pools())
-        has_scales = self._is_gpu and self._config.has_lora_scales(is_gpu=True)
-        scales = self.table.scales.values() if has_scales else ()
+        scales = (rows for rows in self.table.scales.values() if rows.is_allocated)
         return pages + sum(rows.capacity_bytes for rows in scales)
 
     def _layer_pools(self) -> list[RankPagePool]:

@@ -59,6 +59,13 @@ class Site:
         return f"model.layers.{layer}.{self.parent}.{module}"
 
 
+def biased_sites(config: ModelConfig) -> tuple[Site, ...]:
+    """The sites whose linears have a bias in a Llama of this shape."""
+    names = ("qkv", "o") * config.attention_bias + ("gate_up", "down") * config.mlp_bias
+    sites = sites_of(config)
+    return tuple(sites[name] for name in names)
+
+
 def sites_of(config: ModelConfig) -> dict[str, Site]:
     """All sites of a Llama of this shape, by name, in the order in which a token meets them."""
     hidden, layers = config.hidden_size, config.num_layers

@@ -88,13 +88,10 @@ class InputProcessor:
 
     def start(self, state: RequestState, identity: bytes, arrival: int) -> list[Sequence]:
         """The answers of a request: its sequences, as yet unknown to the scheduler."""
-        params = first = state.params
-        if params.n > 1 and params.prompt_logprobs is not None:  # one of them scores the prompt
-            params = params.clone(prompt_logprobs=None)
-        seqs = [
-            self._sequence(state, first if i == 0 else params, identity, i, arrival)
-            for i in range(params.n)
-        ]
+        params = [state.params] * state.params.n
+        if state.params.prompt_logprobs is not None:  # one of them scores the prompt
+            params[1:] = [state.params.clone(prompt_logprobs=None)] * (len(params) - 1)
+        seqs = [self._sequence(state, own, identity, i, arrival) for i, own in enumerate(params)]
         state.answers = [CompletionState(seq, self._tokenizer) for seq in seqs]
         return seqs
 

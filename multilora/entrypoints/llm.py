@@ -233,28 +233,28 @@ class LLM:
             while len(done) < len(wanted):
                 assert self.engine.has_work, "the engine stopped before all requests finished"
                 outputs = self.engine.step()
-                idle_since = self._check_advance(idle_since) if not outputs else None
+                is_idle = not outputs and not self.engine.scheduler.running
+                idle_since = self._wait(idle_since) if is_idle else None
                 for output in outputs:
                     if output.request_id in wanted:
                         progress.update(output)
                         done[output.request_id] = output
         return [done[request_id] for request_id in request_ids]
 
-    def _check_advance(self, idle_since: float | None) -> float | None:
-        """Since when nothing runs though requests wait, None = it does; ConfigError if for long."""
-        if self.engine.stats.running:
-            return None
+    def _wait(self, since: float | None) -> float:
+        """Waits a little for a policy that has everybody wait since then, None = from now on.
+
+        ConfigError if it does so for long. Returns since when it does.
+        """
         now = time.monotonic()
-        if idle_since is None:
-            return now
-        if now - idle_since > MAX_IDLE:
+        if since is not None and now - since > MAX_IDLE:
             raise ConfigError(
                 f"policy {self.engine.config.policy!r} has admitted none of "
-                f"{self.engine.stats.waiting} waiting requests for {MAX_IDLE:g} s, while nothing "
-                "runs; its order() must return some of them"
+                f"{len(self.engine.scheduler.waiting)} waiting requests for {MAX_IDLE:g} s, while "
+                "nothing runs; its order() must return some of them"
             )
         time.sleep(0.001)
-        return idle_since
+        return now if since is None else since
 
 
 def _folder(path: object, name: str) -> str:

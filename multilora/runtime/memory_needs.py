@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..adapters.output_scales import ScaleRows
 from ..adapters.rank_pages import RankPagePool
-from ..config.lora_sites import sites_of
+from ..config.lora_sites import biased_sites, sites_of
 from ..config.quantization import schemes_of
 from ..model.kv_cache import KVCache
 
@@ -97,9 +97,8 @@ def expected(
 def weight_bytes(shape: ModelConfig, dtype: torch.dtype, schemes: Mapping[str, Scheme]) -> int:
     """Bytes of a base's weights, those with a scheme quantised: codes and fp32 scales."""
     linears = {name: site for name, site in sites_of(shape).items() if name != "embed"}
-    biased = [linears[name] for name in ("qkv", "o") if shape.attention_bias]
-    biased += [linears[name] for name in ("gate_up", "down") if shape.mlp_bias]
-    vectors = shape.num_layers * (2 * shape.hidden_size + sum(site.out for site in biased))
+    biases = sum(site.out for site in biased_sites(shape))
+    vectors = shape.num_layers * (2 * shape.hidden_size + biases)
     embedding = 0 if shape.tie_word_embeddings else shape.vocab_size * shape.hidden_size
     return sum(
         site.layers * _linear_bytes(site, dtype, schemes.get(name))

@@ -58,6 +58,7 @@ def open_on(path: Path) -> Bench:
     report = make(path)
     watch = Watch(report.content["compiled_while_timed"])
     rest: Any = (Judge(report.content), 1e10, None)
+    # Nothing is timed: there is no device and no clock.
     return Bench(None, report, None, watch, *rest)  # type: ignore[arg-type]
 
 

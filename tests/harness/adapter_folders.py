@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from multilora.config.lora_sites import sites_of
+from multilora.config.lora_sites import biased_sites, sites_of
 from multilora.config.model import ModelConfig
 
 if TYPE_CHECKING:
@@ -116,8 +116,7 @@ def _base_biases(
 ) -> dict[str, torch.Tensor]:
     """What PEFT saves with `bias`: of all linears that have one, or of those with LoRA."""
     tensors = {}
-    names = ("qkv", "o") * config.attention_bias + ("gate_up", "down") * config.mlp_bias
-    for site in (sites_of(config)[name] for name in names):
+    for site in biased_sites(config):
         for layer in range(site.layers):
             for index, piece in enumerate(site.slices):
                 is_target = piece.module in targets

@@ -117,6 +117,25 @@ def raised_at_call(number: int, error: BaseException, work: Callable[[], Any]) -
     return _raised(error, lambda _: next(numbers) == number, work)
 
 
+def as_the_lock_opens(act: Callable[[], None], work: Callable[[], Any]) -> None:
+    """Does the work of an engine's call, and acts when the call has given the lock back.
+
+    What `act` raises comes out of the call, before it has returned.
+    """
+
+    def see(frame: FrameType, event: str, called: Any) -> None:
+        in_gate = frame.f_code.co_filename.endswith("engine/exclusive.py")
+        if event == "c_return" and in_gate and called.__name__ == "__exit__":
+            sys.setprofile(None)
+            act()
+
+    sys.setprofile(see)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+
+
 class _Left:
     """Whether something was raised whose remains nobody has collected."""
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...config.lora_sites import sites_of
+from ...config.lora_sites import biased_sites, sites_of
 from ...errors import AdapterError, AdapterInvalid, shown
 from .config import MAX_CONFIG_BYTES, parse_config
 from .files import open_regular
@@ -96,7 +96,8 @@ def _read(folder: Path, config: ModelConfig, max_rank: int) -> Adapter:
         before = os.fstat(file.fileno())
         header = read_header(file)
         names, base_names = _sort_names(header)
-        wanted = _wanted(spec, targets, config)
+        biases = _biases(spec, targets, config)
+        wanted = _wanted(spec, targets, biases)
         _check_names(names, wanted, config)
         _check_shapes(names, base_names, header, wanted, config)
         weights = read_weights(file, header)
@@ -107,8 +108,8 @@ def _read(folder: Path, config: ModelConfig, max_rank: int) -> Adapter:
         )
     found = {name: weights[stored] for name, stored in names.items()}
     base_weights = {site: weights[stored] for site, stored in base_names.items()}
-    biases = {key: found[name] for name, (key, _) in _biases(spec, targets, config).items()}
-    return _assemble(spec, targets, found, biases, base_weights)
+    trained = {key: found[name] for name, (key, _) in biases.items()}
+    return _assemble(spec, targets, found, trained, base_weights)
 
 
 def _sort_names(header: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
@@ -176,30 +177,27 @@ def _biases(
     spec: LoraSpec, targets: Mapping[str, Target], config: ModelConfig
 ) -> dict[str, tuple[ModuleKey, int]]:
     """Of the base's biases those that were trained: name -> (module, size)."""
-    names = ("qkv", "o") * config.attention_bias + ("gate_up", "down") * config.mlp_bias
-    places = (
-        (sites_of(config)[name], layer, index)
-        for name in names
-        for layer in range(config.num_layers)
-        for index in range(len(sites_of(config)[name].slices))
-    )
     return {
-        f"{path}.bias": ((site.name, layer, index), site.slices[index].out)
-        for site, layer, index in places
+        f"{path}.bias": ((site.name, layer, index), piece.out)
+        for site in biased_sites(config)
+        for layer in range(site.layers)
+        for index, piece in enumerate(site.slices)
         for path in (site.module_path(layer, index),)
         if spec.bias == "all" or (spec.bias == "lora_only" and path in targets)
     }
 
 
 def _wanted(
-    spec: LoraSpec, targets: Mapping[str, Target], config: ModelConfig
+    spec: LoraSpec,
+    targets: Mapping[str, Target],
+    biases: Mapping[str, tuple[ModuleKey, int]],  # of the base
 ) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor that the config asks for."""
     found: dict[str, tuple[int, ...]] = {}
     for path, target in targets.items():
         found |= zip(_pair(path, target), (target.a_shape, target.b_shape), strict=True)
         found |= dict.fromkeys(_vectors(path, spec).values(), target.b_shape[:1])
-    return found | {name: (size,) for name, (_, size) in _biases(spec, targets, config).items()}
+    return found | {name: (size,) for name, (_, size) in biases.items()}
 
 
 def _check_names(

@@ -173,7 +173,9 @@ def test_rows_of_slots_are_sums_and_take_memory_when_one_is_needed() -> None:
         torch.testing.assert_close(table.scale[1], wanted)
         torch.testing.assert_close(table.bias[1], -2 * bias[layer])
     rows.write(1, [(PackedScales(None, bias), 1.0)])  # nothing of the old one is left
-    assert bool((rows.table(none, 0).scale[1] == 1).all())  # type: ignore[index]
+    scale = rows.table(none, 0).scale
+    assert scale is not None
+    assert bool((scale[1] == 1).all())
     rows.clear(1)
     assert not rows.has_row(1)
     assert rows.capacity_bytes == 2 * 4 * site.layers * 3 * site.out

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.harness.failpoints import points_of, raised_at, raised_at_call
+from multilora.engine.core import FRAMES
+from tests.harness.failpoints import as_the_lock_opens, points_of, raised_at, raised_at_call
 from tests.harness.recovery import FORMS, LONG, SHORT, World, sampled
 from tests.harness.tiny_engines import Job, add, drain, facts
 
 if TYPE_CHECKING:
     from pathlib import Path
-    from types import FrameType
 
     from multilora.engine.engine import Engine
     from multilora.outputs import RequestOutput
@@ -114,17 +114,11 @@ def test_an_interrupt_on_the_way_back_to_the_caller_loses_no_output(world: World
     engine = world.engine("eager")
     jobs, outputs = come_to(engine, MOMENTS["the last token"])
 
-    def see(frame: FrameType, event: str, called: Any) -> None:
-        in_gate = frame.f_code.co_filename.endswith("exclusive.py")
-        if event == "c_return" and in_gate and called.__name__ == "__exit__":
-            raise KeyboardInterrupt
+    def interrupt() -> None:
+        raise KeyboardInterrupt
 
-    sys.setprofile(see)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            engine.step()
-    finally:
-        sys.setprofile(None)
+    with pytest.raises(KeyboardInterrupt):
+        as_the_lock_opens(interrupt, engine.step)
     check_the_rest(world, engine, jobs, outputs)
 
 
@@ -151,7 +145,7 @@ def test_a_caller_near_the_recursion_limit_costs_nothing(world: World) -> None:
     here = len(inspect.stack())
     jobs, outputs = come_to(engine, MOMENTS["decode"])
     errors = 0
-    for spare in (*range(2, 120, 4), 5, 5, 5, 5, 40, 40, 40, 40):
+    for spare in (*range(2, FRAMES + 60, 6), 5, 5, 5, 5, 40, 40, 40, 40):
         try:
             outputs += at(sys.getrecursionlimit() - here - spare)
         except RecursionError:

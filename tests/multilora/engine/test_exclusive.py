@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -13,12 +12,11 @@ import pytest
 
 from multilora.engine.exclusive import Change
 from multilora.errors import EngineBusyError, RequestError
+from tests.harness.failpoints import as_the_lock_opens
 from tests.harness.recovery import SHORT, World, sampled
 from tests.harness.tiny_engines import Job, add, drain, facts, run
 
 if TYPE_CHECKING:
-    from types import FrameType
-
     from multilora.outputs import RequestOutput
 
 # A file that an exception left open is closed by Python, which says so.
@@ -90,24 +88,17 @@ def test_another_thread_waits_until_what_was_told_has_reached_its_caller(world: 
     errors: list[EngineBusyError] = []
     other = threading.Thread(target=lambda: outputs.extend(engine.step()))
 
-    def see(frame: FrameType, event: str, called: Any) -> None:
-        in_gate = frame.f_code.co_filename.endswith("exclusive.py")
-        if event == "c_return" and in_gate and called.__name__ == "__exit__":
-            sys.setprofile(None)
-            other.start()
-            other.join(0.1)  # it does not come in
-            assert other.is_alive()
-            with pytest.raises(EngineBusyError) as caught:  # nor does a signal handler
-                engine.step()
-            errors.append(caught.value)
-            raise KeyboardInterrupt
-
-    sys.setprofile(see)
-    try:
-        with pytest.raises(KeyboardInterrupt):
+    def act() -> None:
+        other.start()
+        other.join(0.1)  # it does not come in
+        assert other.is_alive()
+        with pytest.raises(EngineBusyError) as caught:  # nor does a signal handler
             engine.step()
-    finally:
-        sys.setprofile(None)
+        errors.append(caught.value)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        as_the_lock_opens(act, engine.step)
     other.join()
     assert errors
     finished = {output.request_id: output for output in outputs if output.finished}

@@ -80,6 +80,16 @@ def test_a_step_beside_those_without_a_slot_costs_the_same_for_any_number_of_the
 
 
 def test_a_policy_that_sees_a_long_queue_sees_all_of_it_in_order() -> None:
+    seen: list[Any] = []
+
+    class Looks:
+        def order(self, waiting: Any, view: object) -> Any:
+            seen.append(list(waiting))
+            return waiting
+
     house = House(max_num_seqs=2)
+    house.scheduler._policy = Looks()
     seqs = [house.seq([1]) for _ in range(5)]
-    assert list(house.scheduler.waiting) == seqs
+    house.step()
+    assert seen == [seqs]
+    assert list(house.scheduler.waiting) == seqs[2:]
