@@ -45,7 +45,7 @@ SETTINGS = {
     "for a chunk of prompt, on a CPU four times as long",
     "max_loras": "default 16 (vLLM: 1): a slot costs pages of the ranks in it, not of the largest",
     "max_lora_rank": "default 512 (vLLM: 16): a bound, which costs nothing; any multiple of 8",
-    "lora_dtype": "dtypes by name",
+    "lora_dtype": "auto, float32, bfloat16 or float16",
     "kv_cache_dtype": "auto, fp8 or fp8_e4m3 on a GPU, int8 on a CPU",
     "async_scheduling": "default None: on a GPU",
     "enable_prefix_caching": "default True, as in vLLM's V1; keyed by the adapters' content",

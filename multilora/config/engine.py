@@ -39,8 +39,8 @@ class EngineConfig:
         dtype: Of weights and activations: "float32", "bfloat16", "float16", "half", "float" or a
             torch.dtype. "auto" = the checkpoint's own.
         quantization: Of the base's linears when they are loaded: "int8", "int4" or None.
-        quantization_group_size: Input columns that share a scale: 32, 64 or 128. None = all for
-            int8, 32 for int4.
+        quantization_group_size: How many input columns share a scale, 32, 64 or 128. None = all
+            for int8, 32 for int4.
         generation_config: Whether `LLM` samples by the model's own generation_config.json where it
             is given no SamplingParams: "auto" = it does, "vllm" = by SamplingParams().
         seed: Of the requests that set none.
@@ -48,8 +48,8 @@ class EngineConfig:
         max_model_len: Prompt and output tokens of a request at most. None = the model's own limit.
         block_size: Tokens in a KV block.
         kv_cache_dtype: "auto" = the model's; "int8" on a CPU, "fp8" (e4m3) on a GPU.
-        num_kv_blocks: KV blocks. None = enough for `max_num_seqs` full requests, or 4 GiB; on a GPU
-            what is left of its memory.
+        num_kv_blocks: Blocks of the KV cache, of `block_size` tokens each. None = enough for
+            `max_num_seqs` full requests, or 4 GiB; on a GPU what is left of its memory.
         max_num_seqs: Requests that run at once.
         max_num_batched_tokens: Tokens in one step; prompts are taken in chunks of at most so many.
         enable_prefix_caching: Whether the KV of a prompt's beginning is used again by requests with

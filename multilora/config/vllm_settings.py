@@ -104,7 +104,7 @@ REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "max_num_partial_prefills": ((1,), "chunks follow max_num_batched_tokens"),
     "max_long_partial_prefills": ((1,), "chunks follow max_num_batched_tokens"),
     "long_prefill_token_threshold": ((0,), "chunks follow max_num_batched_tokens"),
-    "scheduling_policy": (("fcfs",), "use policy"),
+    "scheduling_policy": (("fcfs",), "use policy; fcfs is the one that there is"),
     "scheduler_cls": ((None,), "policies have names, see `policy`"),
     "preemption_mode": ((None, "recompute"), "a preempted request is computed again"),
     "swap_space": ((0, 4), "a preempted request is computed again, nothing is swapped"),
