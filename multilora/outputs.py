@@ -83,6 +83,7 @@ class RequestOutput:
     finished: bool
     num_cached_tokens: int  # prompt tokens taken from the prefix cache
     adapter: str | Mapping[str, float] | None  # as the user named it
+    adapter_start: int | None = None  # prompt token from which on it is active; None = the base
     error: str | None = None  # why an answer ended with finish_reason "error"
     metrics: RequestMetrics | None = None
     lora_request: LoRARequest | None = None  # what `LLM` was asked for

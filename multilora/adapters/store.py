@@ -26,14 +26,15 @@ from ..errors import (
     CapacityError,
     RequestError,
 )
+from .activation import Activation, activate
 from .base_weights import check_base
 from .device_cache import DeviceAdapterCache
-from .mix import AdapterSpec, Mix, check_weight, mix_identity
+from .mix import AdapterSpec, Mix, check_weight
 from .output_scales import has_scales
 from .rank_pages import AdapterTable, PackedSite, RankPagePool, pack
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator
+    from collections.abc import Collection, Iterable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -63,6 +64,7 @@ class HostAdapter:
 
     rank: int
     packed: Mapping[str, PackedSite]  # by site; sites that it does not target are absent
+    invocation: tuple[int, ...] = ()  # of an activated LoRA
 
     @property
     def num_bytes(self) -> int:
@@ -143,7 +145,7 @@ class AdapterStore:
             }
         except AdapterInvalid as error:
             raise AdapterInvalid(f"adapter {name!r}: {error}") from error
-        return HostAdapter(adapter.rank, packed)
+        return HostAdapter(adapter.rank, packed, adapter.invocation)
 
     def install(self, name: str, digest: str, host: HostAdapter) -> None:
         """Makes `name` mean what was packed."""
@@ -206,11 +208,13 @@ class AdapterStore:
         self._check_mix(mix)
         return mix
 
-    def acquire(self, adapter: AdapterSpec) -> tuple[Mix, bytes]:
-        """`resolve` and `hold`: the mix and its identity. Raises like `resolve`."""
+    def acquire(self, adapter: AdapterSpec, prompt_ids: Sequence[int] = ()) -> Activation:
+        """`resolve`, `activate` and `hold`, of which it raises what they do."""
         mix = self.resolve(adapter)
-        self.hold(mix)
-        return mix, mix_identity(mix)
+        invocation = self._host[mix[0][0]].invocation if mix else ()
+        found = activate(mix, invocation, prompt_ids, self._config.alora_missing)
+        self.hold(found.mix)
+        return found
 
     def hold(self, mix: Mix) -> None:
         """Keeps the mix's adapters on the host until `release`."""
@@ -356,6 +360,8 @@ class AdapterStore:
             )
 
     def _check_mix(self, mix: Mix) -> None:
+        if len(mix) > 1 and any(self._host[digest].invocation for digest, _ in mix):
+            raise RequestError("an activated LoRA cannot be in a mix; name it alone")
         pages: Counter[str] = Counter()
         for digest, _ in mix:
             for site, packed in self._host[digest].packed.items():

@@ -16,6 +16,7 @@ GROUP_SIZES = (32, 64, 128)
 KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3", "int8")
 LOAD_FORMATS = ("auto", "dummy")
 GENERATION_CONFIGS = ("auto", "vllm")
+ALORA_MISSING = ("base", "error")
 COUNTS = ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_loras", "max_lora_rank")
 DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 
@@ -61,6 +62,8 @@ class EngineConfig:
         lora_scales: Whether adapters may have DoRA or biases. None = on a CPU, where these take
             memory when the first one comes; on a GPU they take it at the start: 8 bytes for each
             output of a linear and slot.
+        alora_missing: Who answers a prompt without its activated LoRA's invocation. "base" = the
+            base, as in PEFT; "error" = nobody, it is refused.
         policy: Order of the waiting requests; "fcfs" = as they came.
         gpu_memory_utilization: Share of a GPU's memory for all of this, above 0 and at most 1.
         enforce_eager: True = decode steps are not captured.
@@ -95,6 +98,7 @@ class EngineConfig:
     lora_pages: int | None = None
     lora_dtype: str = "auto"
     lora_scales: bool | None = None
+    alora_missing: str = "base"
     policy: str = "fcfs"
 
     gpu_memory_utilization: float = 0.9
@@ -112,6 +116,7 @@ class EngineConfig:
             ("kv_cache_dtype", KV_CACHE_DTYPES),
             ("load_format", LOAD_FORMATS),
             ("generation_config", GENERATION_CONFIGS),
+            ("alora_missing", ALORA_MISSING),
         ):
             if getattr(self, name) not in known:
                 raise ConfigError(

@@ -114,14 +114,14 @@ class Engine:
         text = self._inputs.prompt_text(prompt)
         arrived = self._wall_clock(), self._clock()
         with Change(self._core):
-            mix, identity = self.store.acquire(adapter)
+            active = self.store.acquire(adapter, ids)
             state = RequestState(
-                request_id, text, ids, params, adapter, mix, arrived, bad_words, self.tokenizer
+                request_id, text, ids, params, adapter, active, arrived, bad_words, self.tokenizer
             )
             try:
-                self._core.add(state, self._inputs.start(state, identity, number))
+                self._core.add(state, self._inputs.start(state, number))
             except CapacityError:
-                self.store.release(mix)
+                self.store.release(active.mix)
                 raise
         return request_id
 

@@ -86,12 +86,12 @@ class InputProcessor:
                 found[inner] = None
         return tuple(found)
 
-    def start(self, state: RequestState, identity: bytes, arrival: int) -> list[Sequence]:
+    def start(self, state: RequestState, arrival: int) -> list[Sequence]:
         """The answers of a request: its sequences, as yet unknown to the scheduler."""
         params = [state.params] * state.params.n
         if state.params.prompt_logprobs is not None:  # one of them scores the prompt
             params[1:] = [state.params.clone(prompt_logprobs=None)] * (len(params) - 1)
-        seqs = [self._sequence(state, own, identity, i, arrival) for i, own in enumerate(params)]
+        seqs = [self._sequence(state, own, i, arrival) for i, own in enumerate(params)]
         state.answers = [CompletionState(seq, self._tokenizer) for seq in seqs]
         return seqs
 
@@ -99,7 +99,6 @@ class InputProcessor:
         self,
         state: RequestState,
         params: SamplingParams,
-        identity: bytes,
         index: int,
         arrival: int,
     ) -> Sequence:
@@ -113,7 +112,8 @@ class InputProcessor:
             params=params,
             prompt_ids=ids,
             mix=state.mix,
-            identity=identity,
+            identity=state.activation.identity,
+            adapter_start=state.activation.start or 0,
             seed=seed + index,
             arrival=arrival,
             max_total=total,

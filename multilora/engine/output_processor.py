@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from ..adapters.mix import Mix
+from ..adapters.activation import Activation
 from ..outputs import (
     CompletionOutput,
     FinishReason,
@@ -196,13 +196,14 @@ class RequestState:
         prompt_ids: list[int],
         params: SamplingParams,
         adapter: str | Mapping[str, float] | None,
-        mix: Mix,
+        activation: Activation,
         arrived: tuple[float, float],  # seconds since 1970, and by the engine's clock
         bad_words: tuple[tuple[int, ...], ...] = (),  # of `params`, as token ids
         tokenizer: Tokenizer | None = None,
     ) -> None:
         self.request_id, self.prompt, self.prompt_ids = request_id, prompt, prompt_ids
-        self.params, self.adapter, self.mix, self.bad_words = params, adapter, mix, bad_words
+        self.params, self.adapter, self.bad_words = params, adapter, bad_words
+        self.activation, self.mix = activation, activation.mix
         self._arrived = arrived
         self._scheduled = self._first = self._last = 0.0
         self._count = 0  # tokens of all answers
@@ -285,6 +286,7 @@ class RequestState:
             finished=finished,
             num_cached_tokens=self.answers[0].seq.num_cached or 0,
             adapter=self.adapter if isinstance(self.adapter, str | None) else dict(self.adapter),
+            adapter_start=self.activation.start,
             error=error,
             metrics=self.metrics,
         )

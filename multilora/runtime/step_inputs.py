@@ -119,9 +119,9 @@ def lay_out(
     multiple: int = ROWS,
 ) -> StepInputs:
     """The step of these chunks, its rows padded to a `multiple`."""
-    order = sorted(chunks, key=lambda chunk: (chunk.slot, chunk.request_slot))
-    columns = [(c.request_slot, c.start, c.count, c.slot, c.samples) for c in order]
-    slots, starts, counts, adapter_slots, samples = np.array(columns, np.int64).T
+    order = sorted(chunks, key=lambda chunk: (chunk.first_slot, chunk.request_slot))
+    rows = [(c.request_slot, c.start, c.count, c.samples, c.slot, c.adapter_start) for c in order]
+    slots, starts, counts, samples, adapter_slots, begins = np.array(rows, np.int64).T
     samples = samples.astype(bool)
     seq_lens, ends = starts + counts, counts.cumsum()
     # Of each token its chunk and its place in there, then its request slot and position.
@@ -147,14 +147,19 @@ def lay_out(
     if is_scored.any():
         next_ids, _ = request_slots.tokens(token_slots[is_scored], positions[is_scored] + 1)
         tensors = _with_scores(tensors, is_scored[logits_tokens], next_ids)
-    sites = store.active_sites(adapter_slots.tolist())
+    token_adapters = adapter_slots[chunk]
+    active = adapter_slots.tolist()
+    if (begins > starts).any():  # the first tokens of some are the base's
+        token_adapters[positions < begins[chunk]] = -1
+        active = np.unique(token_adapters).tolist()
+    sites = store.active_sites(active)
     if sites:
-        tensors = _with_tiles(tensors, sites, adapter_slots[chunk], len(order))
+        tensors = _with_tiles(tensors, sites, token_adapters, len(order))
     shape = _shape(tensors, int(counts.max()), int(seq_lens.max()), multiple)
-    rows = request_slots.sampling_rows(slots[samples], seq_lens[samples])
+    sampled = request_slots.sampling_rows(slots[samples], seq_lens[samples])
     tops = [request_slots[c.request_slot].params.num_prompt_logprobs for c in order]
-    pages = store.most_pages(adapter_slots.tolist())
-    return StepInputs(shape, order, sites, rows, num_scored.tolist(), tops, tensors, pages)
+    pages = store.most_pages(active)
+    return StepInputs(shape, order, sites, sampled, num_scored.tolist(), tops, tensors, pages)
 
 
 def _with_scores(tensors: StepTensors, is_scored: np.ndarray, next_ids: np.ndarray) -> StepTensors:

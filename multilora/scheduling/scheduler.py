@@ -264,18 +264,22 @@ class Scheduler:
         if not can_admit or not self.waiting.has_any(self._adapters.resident()):
             return new_sequences  # before a long queue is gone through
         without_slot = WithoutSlot(self._max_num_seqs)
-        leading = {seq.arrival for seq in self.running if self._leads(seq)}
+        upcoming, num_awaiting = self._prefixes.upcoming(self.running), 0
         view = View(tuple(self.running), self._pool.num_free)
         self._considered = None  # a policy that raises is at fault itself
         order = checked_order(self._policy, tuple(self.waiting), view)
         for seq in order:
             is_full = not budget or not self._holdings.has_request_slot
+            is_full = is_full or num_awaiting >= self._max_num_seqs
             if is_full or without_slot.covers(self.waiting.mixes):
                 break
             if only is not None and seq.seq_id not in only:
                 continue
             self._considered = seq
-            slot = self._slot_for(seq, without_slot, leading)
+            if self._prefixes.awaits(seq, upcoming):
+                num_awaiting += 1
+                continue
+            slot = self._slot_for(seq, without_slot)
             if slot is None:
                 continue
             count = self._take_blocks(seq, budget)
@@ -285,32 +289,19 @@ class Scheduler:
             new_sequences.append(self._admit(seq, slot))
             chunks.append(self._schedule(seq, count))
             budget -= count
-            if self._leads(seq):
-                leading.add(seq.arrival)
+            upcoming |= self._prefixes.upcoming((seq,))
             if seq.mix:
                 without_slot.overtake()
         return new_sequences
 
-    def _slot_for(self, seq: Sequence, without_slot: WithoutSlot, leading: set[int]) -> int | None:
+    def _slot_for(self, seq: Sequence, without_slot: WithoutSlot) -> int | None:
         """The pinned slot of a waiting sequence, or None if it must wait on."""
-        if seq.index and seq.arrival in leading:  # the first answer computes what it will share
-            return None
         if not self._adapters.ready(seq.mix):
             return None
         slot = self._adapters.pin(seq.mix) if without_slot.lets_pass(seq.mix) else None
         if slot is None:
             without_slot.add(seq)
         return slot
-
-    def _leads(self, seq: Sequence) -> bool:
-        """Whether it still computes prompt blocks that the other answers to its request can use."""
-        size = self._pool.block_size
-        return (
-            self._pool.enable_prefix_caching
-            and seq.index == 0
-            and seq.params.n > 1
-            and seq.num_computed < (len(seq.prompt_ids) - 1) // size * size
-        )
 
     def _make_room(self, seq: Sequence, count: int) -> None:
         """Preempts from the last arrival on until `seq` can grow, itself if it is the last."""
@@ -366,6 +357,7 @@ class Scheduler:
             slot=self._holdings.adapter_slot(seq),
             blocks=tuple(seq.blocks),
             samples=samples,
+            adapter_start=seq.adapter_start,
         )
 
     # Updating -------------------------------------------------------------------------------------

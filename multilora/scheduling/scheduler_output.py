@@ -31,6 +31,12 @@ class ScheduledChunk:
     slot: int  # adapter table slot, -1 = base
     blocks: tuple[int, ...]  # KV blocks of the sequence, enough for start + count tokens
     samples: bool  # whether the last token's logits give a new token
+    adapter_start: int = 0  # token of the sequence from which on `slot` counts; before it, the base
+
+    @property
+    def first_slot(self) -> int:
+        """The adapter slot of its first token."""
+        return self.slot if self.start >= self.adapter_start else -1
 
 
 @dataclass(frozen=True, slots=True)

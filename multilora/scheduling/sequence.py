@@ -25,6 +25,7 @@ class Sequence:
     max_total: int  # prompt + output tokens at most
     stop_ids: frozenset[int] = frozenset()  # ids that end it, eos among them unless ignored
     bad_words: tuple[tuple[int, ...], ...] = ()  # whose last token may not follow the others
+    adapter_start: int = 0  # token from which on the mix is active; those before are the base's
     output_ids: list[int] = field(default_factory=list)
     output_logprobs: list[TokenLogprobs] = field(default_factory=list)  # by token, if asked for
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # from position 1 on

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from multilora.adapters.mix import Mix
+from multilora.adapters.mix import Mix, mix_identity
 from multilora.config.engine import EngineConfig
 from multilora.sampling_params import SamplingParams
 from multilora.scheduling.block_pool import BlockPool
@@ -57,7 +57,7 @@ class FakeSlots:
 class House:
     """A scheduler, its pool and slots, and a runner that checks plans as the real one must trust.
 
-    `content` is what the KV of each block position was computed for: (identity, the tokens up to
+    `content` is what the KV of each block position was computed for: (by whom, the tokens up to
     there). A block that is reused too early or shared wrongly shows as a difference.
     """
 
@@ -68,10 +68,17 @@ class House:
         self.scheduler = Scheduler(config, self.pool, self.slots, max_model_len=256)
         self.config = config
         self.rows: dict[int, list[int]] = {}  # as the runner knows them
-        self.content: dict[tuple[int, int], tuple[bytes, tuple[int, ...]]] = {}
+        self.content: dict[tuple[int, int], tuple[tuple[bytes, int], tuple[int, ...]]] = {}
         self.count = 0
 
-    def seq(self, prompt: list[int], mix: str = "", max_total: int = 256, **kw: Any) -> Sequence:
+    def seq(
+        self,
+        prompt: list[int],
+        mix: str = "",
+        max_total: int = 256,
+        adapter_start: int = 0,
+        **kw: Any,
+    ) -> Sequence:
         params = SamplingParams(**{"max_tokens": None, **kw})
         self.count += 1
         seq = Sequence(
@@ -81,7 +88,8 @@ class House:
             params=params,
             prompt_ids=prompt,
             mix=((mix, 1.0),) if mix else (),
-            identity=mix.encode(),
+            identity=mix_identity(((mix, 1.0),) if mix else ()),
+            adapter_start=adapter_start,
             seed=0,
             arrival=self.count,
             max_total=max_total,
@@ -118,25 +126,33 @@ class House:
             assert chunk.slot == (self.slots.table[seq.mix] if seq.mix else -1)
             for position in range(chunk.start, chunk.start + chunk.count):
                 where = chunk.blocks[position // 4], position % 4
-                self.content[where] = seq.identity, tuple(known[: position + 1])
+                self.content[where] = self.computed_by(seq, position), tuple(known[: position + 1])
             for position in range(chunk.start + chunk.count):  # what attention reads
                 where = chunk.blocks[position // 4], position % 4
-                assert self.content[where] == (seq.identity, tuple(known[: position + 1]))
+                wanted = self.computed_by(seq, position), tuple(known[: position + 1])
+                assert self.content[where] == wanted
             assert chunk.samples == (chunk.start + chunk.count == len(known))
             new = token(seq) if chunk.samples else None
             if new is not None:
                 known.append(new)
-            wanted = seq.params.prompt_logprobs is not None and chunk.start < len(seq.prompt_ids)
+            scores = seq.params.prompt_logprobs is not None and chunk.start < len(seq.prompt_ids)
             results.append(
                 ChunkResult(
                     chunk.request_slot,
                     new,
                     None,
-                    [] if wanted else None,
+                    [] if scores else None,
                     "failed" if chunk.request_slot == failed else None,
                 )
             )
         return StepResult(tuple(results))
+
+    @staticmethod
+    def computed_by(seq: Sequence, position: int) -> tuple[bytes, int]:
+        """Who computes a token: the base, or the mix that began at a place."""
+        if position < seq.adapter_start:
+            return mix_identity(()), 0
+        return seq.identity, seq.adapter_start
 
     def step(self, **kwargs: Any) -> list[Sequence] | None:
         plan = self.plan()

@@ -22,6 +22,8 @@ MAX_NAMES = 8192
 TIED = ("embed_tokens", "lm_head")
 LLAMA_TARGETS = ("q_proj", "v_proj")  # PEFT's own choice for a Llama when target_modules is null
 
+MAX_INVOCATION = 512  # tokens: a phrase, which is looked for in every prompt
+
 BIASES = ("none", "all", "lora_only")
 
 V = TypeVar("V")
@@ -40,6 +42,7 @@ HONOURED: Mapping[str, str] = {
     "use_dora": "each output column is rescaled to a trained length; not with lora_bias",
     "lora_bias": "a bias on lora_B, times the scale of its module",
     "bias": "all or lora_only: trained biases in place of the base's, where it has any",
+    "alora_invocation_tokens": "active from the last place in the prompt that has these tokens",
 }
 
 HARMLESS: Mapping[str, str] = {
@@ -76,7 +79,6 @@ REFUSED: Mapping[str, Refusal] = {
     "modules_to_save": Refusal(
         ([],), f"fully trained modules are not supported; target them with LoRA, or {_MERGE}"
     ),
-    "alora_invocation_tokens": Refusal((), "activated LoRA is not supported; train a plain LoRA"),
     "trainable_token_indices": Refusal(
         ([], {}),
         f"trained token rows are not supported; target embed_tokens with LoRA, or {_MERGE}",
@@ -125,6 +127,7 @@ class LoraSpec:
     dora: bool = False
     lora_bias: bool = False
     bias: str = "none"  # which biases of the base were trained: "none", "all" or "lora_only"
+    invocation: tuple[int, ...] = ()  # activated LoRA: the tokens that activate it
 
 
 def parse_config(data: bytes) -> LoraSpec:
@@ -157,7 +160,11 @@ def parse_config(data: bytes) -> LoraSpec:
         dora=_flag("use_dora", raw.get("use_dora")),
         lora_bias=_flag("lora_bias", raw.get("lora_bias")),
         bias=_bias(raw.get("bias")),
+        invocation=_invocation(raw.get("alora_invocation_tokens")),
     )
+    if spec.invocation and (spec.dora or spec.bias != "none"):
+        what = "use_dora: PEFT has no such adapter" if spec.dora else "biases: all tokens have them"
+        raise AdapterInvalid(f"alora_invocation_tokens is refused with {what}")
     if spec.dora and spec.lora_bias:
         raise AdapterInvalid("use_dora with lora_bias is refused: PEFT has no such adapter")
     if spec.layers is not None and isinstance(spec.targets, str):
@@ -196,6 +203,21 @@ def _may_tie(raw: Mapping[str, Any]) -> bool:
     return any(isinstance(name, str) and name.endswith(TIED) for name in targets)
 
 
+def _invocation(value: object) -> tuple[int, ...]:
+    """Of an empty list PEFT makes a plain LoRA."""
+    tokens = [] if value is None else value
+    if not isinstance(tokens, list) or any(type(token) is not int or token < 0 for token in tokens):
+        raise AdapterInvalid(
+            f"alora_invocation_tokens must be a list of token ids, not {shown(value)}"
+        )
+    if len(tokens) > MAX_INVOCATION:
+        raise AdapterInvalid(
+            f"alora_invocation_tokens has {len(tokens)} tokens, more than {MAX_INVOCATION}; use a "
+            "shorter phrase"
+        )
+    return tuple(tokens)
+
+
 def _bias(value: object) -> str:
     if value is None:
         return "none"
@@ -216,9 +238,9 @@ def _alpha(name: str, value: object) -> float:
             alpha = float(value)
         except OverflowError:
             alpha = math.inf
-        if math.isfinite(alpha) and alpha >= 0:
+        if math.isfinite(alpha):
             return alpha
-    raise AdapterInvalid(f"{name} must be a finite number that is not negative, not {shown(value)}")
+    raise AdapterInvalid(f"{name} must be a finite number, not {shown(value)}")
 
 
 def _flag(name: str, value: object) -> bool:

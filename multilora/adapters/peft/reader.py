@@ -60,6 +60,7 @@ class Adapter:
     # the base must find its own weight equal, or refuse the adapter: it was trained on another one.
     base_weights: Mapping[str, Tensor] = field(default_factory=dict)
     biases: Mapping[ModuleKey, Tensor] = field(default_factory=dict)  # [out], for the base's own
+    invocation: tuple[int, ...] = ()  # tokens that activate it; () = it is active everywhere
 
     def rank_at(self, site: str) -> int:
         """Largest rank over the layers and slices of a site; 0 = the site is not adapted."""
@@ -87,6 +88,7 @@ def _read(folder: Path, config: ModelConfig, max_rank: int) -> Adapter:
     with open_regular(folder / CONFIG_FILE, MAX_CONFIG_BYTES) as file:
         spec = parse_config(file.read(MAX_CONFIG_BYTES))
     targets = find_targets(spec, sites_of(config), max_rank)
+    _check_activated(spec, targets, config)
     if os.path.lexists(folder / PICKLE_FILE) and not os.path.lexists(folder / WEIGHTS_FILE):
         raise AdapterInvalid(
             f"{PICKLE_FILE} is refused: pickle is never read, since it can run code; "
@@ -110,6 +112,22 @@ def _read(folder: Path, config: ModelConfig, max_rank: int) -> Adapter:
     base_weights = {site: weights[stored] for site, stored in base_names.items()}
     trained = {key: found[name] for name, (key, _) in biases.items()}
     return _assemble(spec, targets, found, trained, base_weights)
+
+
+def _check_activated(spec: LoraSpec, targets: Mapping[str, Target], config: ModelConfig) -> None:
+    """Raises AdapterInvalid for an activated LoRA that no prompt could mean."""
+    if not spec.invocation:
+        return
+    if any(target.site.name == "embed" for target in targets.values()):
+        raise AdapterInvalid(
+            "alora_invocation_tokens is refused with embed_tokens as a target: PEFT has no such "
+            "adapter"
+        )
+    if (last := max(spec.invocation)) >= config.vocab_size:
+        raise AdapterInvalid(
+            f"alora_invocation_tokens has {shown(last)}, which is not a token id of the base "
+            f"(0..{config.vocab_size - 1})"
+        )
 
 
 def _sort_names(header: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
@@ -286,12 +304,15 @@ def _assemble(
         content += [[path, field, *_identity(vector)] for field, vector in vectors.items()]
     others = {str(key): weight for key, weight in (*biases.items(), *base_weights.items())}
     content += [[key, *_identity(weight)] for key, weight in sorted(others.items())]
+    if spec.invocation:
+        content.append(["invocation", *spec.invocation])
     return Adapter(
         hashlib.sha256(json.dumps(content).encode()).hexdigest(),
         modules,
         max(t.rank for t in targets.values()),
         {site: weight.tensor for site, weight in base_weights.items()},
         {key: weight.tensor for key, weight in biases.items()},
+        spec.invocation,
     )
 
 

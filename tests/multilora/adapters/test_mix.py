@@ -43,8 +43,8 @@ def test_it_is_a_hash_of_digests_and_exact_weights() -> None:
 def test_a_store_gives_it_with_the_mix() -> None:
     store = make_store()
     load(store, "a", "b")
-    mix, identity = store.acquire({"b": 0.5, "a": 1.0})
-    assert mix == (("a", 1.0), ("b", 0.5))
+    mix, identity, start = store.acquire({"b": 0.5, "a": 1.0})
+    assert (mix, start) == ((("a", 1.0), ("b", 0.5)), 0)
     assert identity == mix_identity(mix)
     store.release(mix)
-    assert store.acquire(None) == ((), mix_identity(()))
+    assert store.acquire(None) == ((), mix_identity(()), None)

@@ -30,7 +30,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from multilora.errors import AdapterError, AdapterInvalid, AdapterNotFound
+from multilora.errors import AdapterError, AdapterInvalid, AdapterNotFound, RequestError
 from multilora.sampling_params import SamplingParams
 from tests.harness.adapter_folders import write_adapter
 from tests.harness.failpoints import raised_at_call
@@ -51,8 +51,10 @@ BATCH = 250  # traces of one run of hypothesis
 MOST_STEPS = 5000  # from the last event of a trace to its end
 ERRORS = (KeyboardInterrupt, MemoryError, OSError, AssertionError)
 NAMES = ("x", "y", "z")
-RANKS = (4, 8, 16, 24)
+RANKS = (4, 8, 16, 24, 8)
+ACTIVATED = 4  # the version that is an activated LoRA
 PROMPTS = [prompt_of(length, seed=1) for length in (1, 9, 17, 40)]  # each begins the next
+INVOCATION = PROMPTS[2][12:14]  # which the longer two have
 # Little of everything: blocks run out, slots and pages are fought over, prompts come in chunks.
 TIGHT = {
     "num_kv_blocks": 10,
@@ -66,7 +68,7 @@ TIGHT = {
 
 @dataclass
 class World:
-    """A checkpoint, four adapters by version, and what each job gives on an engine of its own."""
+    """A checkpoint, its adapters by version, and what each job gives on an engine of its own."""
 
     root: Path
     solo: dict[str, Any] = field(default_factory=dict)
@@ -100,7 +102,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         targets = ("v_proj", "down_proj", *(("lm_head",) if version == 2 else ()))
         config = replace(TINY, num_layers=1)
         folder = root / str(version)
-        kind = {"use_dora": version == 1, "lora_bias": version == 2}
+        kind: dict[str, Any] = {"use_dora": version == 1, "lora_bias": version == 2}
+        if version == ACTIVATED:
+            kind["alora_invocation_tokens"] = list(INVOCATION)
         write_adapter(folder, config, rank=rank, seed=version, scale=0.4, targets=targets, **kind)
     return World(root)
 
@@ -155,6 +159,11 @@ class Life(RuleBasedStateMachine):
             mixes = [dict(zip(names[:n], weights, strict=False)) for n in (1, 2)][: len(names)]
             specs = [None, *names, *mixes]
             job = Job(prompt, params, specs[which % len(specs)])
+            mixed = job.adapter if isinstance(job.adapter, dict) else {}
+            if len(mixed) > 1 and ACTIVATED in (self.loaded[name] for name in mixed):
+                with pytest.raises(RequestError, match="cannot be in a mix"):
+                    add(self.engine, job)
+                continue
             self.asked[add(self.engine, job)] = (job, dict(self.loaded))
 
     @rule(name=st.sampled_from(NAMES))

@@ -29,7 +29,8 @@ KINDS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "int8 pages": (torch.bfloat16, {"kv_cache_dtype": "int8"}),
 }
 RANKS = {"a": 4, "b": 8, "c": 16, "d": 64}
-SPECS: tuple[Any, ...] = (None, *RANKS, {"a": 0.5, "d": -0.75}, {"b": 1.0, "c": 0.25})
+SPECS: tuple[Any, ...] = (None, *RANKS, {"a": 0.5, "d": -0.75}, {"b": 1.0, "c": 0.25}, "activated")
+INVOCATION = 50  # a token that a third of the longer prompts have
 CASES, MANY_CASES = 3, 125  # in each of the tests below, for each dtype
 
 
@@ -59,6 +60,9 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     }
     write_adapter(
         root / "b", TINY, rank=8, seed=8, scale=0.3, targets=("q_proj", "embed_tokens", "lm_head")
+    )
+    adapters["activated"] = write_adapter(
+        root / "e", TINY, rank=24, seed=9, scale=0.3, alora_invocation_tokens=[INVOCATION]
     )
 
     @cache

@@ -208,6 +208,44 @@ def test_a_feature_of_peft_is_honoured(
     assert without.outputs[0].token_ids
 
 
+INVOCATION = (7, 9, 7)
+PLACES: dict[str, list[int]] = {  # of the invocation in a prompt of 150 tokens
+    "in the middle": [90],
+    "at the start": [0],
+    "at the end": [147],
+    "several times": [3, 64, 100],
+    "overlapping itself": [20, 22],
+    "nowhere": [],
+}
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed:UserWarning")
+@pytest.mark.parametrize("kind", [{}, {"lora_bias": True}, {"targets": ("v_proj", "lm_head")}])
+def test_an_activated_lora_is_pefts(
+    kind: dict[str, Any], base: Path, tmp_path: Path, peft_model: Callable[[Path], Any]
+) -> None:
+    """All places in one batch with a plain LoRA; prompts are of several chunks."""
+    folder = adapter_in(
+        tmp_path / "a", seed=5, rank=12, alora_invocation_tokens=list(INVOCATION), **kind
+    )
+    plain = adapter_in(tmp_path / "b", seed=6)
+    adapters = {"a": folder, "b": plain}
+    engine = make_engine(base, adapters, max_num_seqs=16, num_kv_blocks=128)
+    params, jobs = greedy(8, **JOB_FIELDS), []
+    for seed, places in enumerate(PLACES.values()):
+        prompt = list(prompt_of(150, seed=seed))
+        for place in places:
+            prompt[place : place + 3] = INVOCATION
+        jobs.append(Job(tuple(prompt), params, "a"))
+    outputs = run(engine, [*jobs, Job(prompt_of(150, seed=99), params, "b")])
+    starts = [max(places, default=None) for places in PLACES.values()]
+    assert [output.adapter_start for output in outputs] == [*starts, 0]
+    check(outputs.pop(), peft_model(plain))
+    model = peft_model(folder)
+    for output in outputs:
+        check(output, model)
+
+
 BIASES: dict[str, dict[str, Any]] = {
     "on lora_B": {"lora_bias": True, "rank": 12, "use_rslora": True},
     "all of the base": {"bias": "all", "targets": ("q_proj", "down_proj")},

@@ -274,3 +274,42 @@ def test_a_prompt_is_scored_once_for_all_its_answers(engine: Engine) -> None:
     alone = run(engine, [Job(prompt, params.clone(n=1))])[0]
     assert output.prompt_logprobs == alone.prompt_logprobs
     assert output.outputs[0].token_ids == alone.outputs[0].token_ids
+
+
+@pytest.mark.parametrize("missing", ["base", "error"])
+def test_an_activated_lora_says_where_it_began(missing: str, root: Path, tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path, TINY, seed=7, alora_invocation_tokens=[7, 9])
+    engine = make_engine(root / "base", {"x": folder, "a": root / "a"}, alora_missing=missing)
+    prompt = (*PROMPT, 7, 9, 7, 9, 5)
+    jobs = [Job(prompt, greedy(), spec) for spec in ("x", "a", None)]
+    assert [output.adapter_start for output in run(engine, jobs)] == [len(PROMPT) + 2, 0, None]
+    with pytest.raises(RequestError, match="an activated LoRA cannot be in a mix"):
+        add(engine, Job(prompt, greedy(), {"x": 1.0, "a": 1.0}))
+    without = Job(PROMPT, greedy(), "x")
+    if missing == "error":
+        with pytest.raises(RequestError, match=r"invocation, the tokens \[7, 9\]; add it"):
+            add(engine, without)
+    else:
+        found, base = run(engine, [without, Job(PROMPT, greedy())])
+        assert (found.adapter, found.adapter_start) == ("x", None)
+        assert found.outputs[0].token_ids == base.outputs[0].token_ids
+    engine.check_integrity()
+
+
+def test_experts_and_the_base_share_what_precedes_an_invocation(root: Path, tmp_path: Path) -> None:
+    """All at once: the text is computed once, and each answers as on an engine of its own."""
+    text = prompt_of(96, seed=3)
+    folders = {
+        f"x{i}": write_adapter(
+            tmp_path / str(i), TINY, seed=i, scale=0.3, alora_invocation_tokens=[7, i]
+        )
+        for i in range(4)
+    }
+    jobs = [Job((*text, 7, i, 20 + i), greedy(logprobs=3), f"x{i}") for i in range(4)]
+    jobs += [Job((*text, 50), greedy(logprobs=3))]
+    engine = make_engine(root / "base", folders)
+    outputs = run(engine, jobs)
+    assert engine.stats.prompt_tokens == 96 + 4 * 3 + 1
+    for job, output in zip(jobs, outputs, strict=True):
+        alone = make_engine(root / "base", folders, enable_prefix_caching=False)
+        assert facts(run(alone, [job])[0]) == facts(output)

@@ -52,6 +52,7 @@ class Case:
                     slot=draw.choice((-1, 0, 1, 2)),
                     blocks=held,
                     samples=end >= len(ids),
+                    adapter_start=draw.choice((0, 0, draw.randint(0, 40))),
                 )
             )
         self.plan = SchedulerOutput(tuple(self.sequences.values()), tuple(chunks), ())
@@ -63,7 +64,8 @@ class Case:
 def test_every_token_and_row_is_where_it_belongs(seed: int) -> None:
     case = Case(seed)
     step, t = case.step, case.step.tensors
-    assert list(step.chunks) == sorted(case.plan.chunks, key=lambda c: (c.slot, c.request_slot))
+    in_order = sorted(case.plan.chunks, key=lambda c: (c.first_slot, c.request_slot))
+    assert list(step.chunks) == in_order
     tokens, logits, sampled, scored = [], [], [], []
     for chunk, count in zip(step.chunks, step.num_scored, strict=True):
         new, positions = (
@@ -85,7 +87,8 @@ def test_every_token_and_row_is_where_it_belongs(seed: int) -> None:
             if wants or is_last:
                 logits.append(len(tokens))
             slot = -1 if is_known else chunk.request_slot
-            tokens.append((token, slot, position, block * SIZE + position % SIZE, chunk.slot))
+            adapter = chunk.slot if position >= chunk.adapter_start else -1
+            tokens.append((token, slot, position, block * SIZE + position % SIZE, adapter))
         assert count == scores
     ids, slots, positions, kv_slots, adapters = map(list, zip(*tokens, strict=True))
     assert t.token_ids.tolist() == ids
@@ -129,8 +132,7 @@ def check_sequences(step: StepInputs) -> None:
 
 def check_tiles(step: StepInputs, adapters: list[int], of_logits: list[int]) -> None:
     t = step.tensors
-    if max(adapters) < 0:
-        assert t.tiles is None
+    assert (t.tiles is None) == (max(adapters) < 0)
     size = mk.DECODE_TILE if len(adapters) <= 64 else mk.PREFILL_TILE
     for tiles, slots, most in (
         (t.tiles, adapters, size),

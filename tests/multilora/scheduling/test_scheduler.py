@@ -50,8 +50,8 @@ def test_a_failed_row_ends_with_an_error_and_publishes_nothing() -> None:
     assert (bad.finish_reason, bad.output_ids) == (FinishReason.ERROR, [])
     assert good.finish_reason is None
     for token, found in ((1, 0), (3, 2)):
-        first = block_key(ROOT_KEY, ((0, b""),), [token] * 4)
-        keys = [first, block_key(first, ((0, b""),), [token] * 4)]
+        first = block_key(ROOT_KEY, ((0, bad.identity),), [token] * 4)
+        keys = [first, block_key(first, ((0, bad.identity),), [token] * 4)]
         assert len(house.pool.match(keys)) == found
 
 

@@ -18,6 +18,7 @@ ACTION = st.one_of(
         st.integers(4, 12),  # max_tokens
         st.sampled_from(["", "a", "b", "c"]),
         st.booleans(),  # prompt logprobs
+        st.integers(0, 20),  # where its mix begins, if that lies in the prompt
     ),
     st.tuples(st.just("step"), st.integers(1, 5)),
     st.tuples(st.sampled_from(["abort", "abort in flight", "finish"]), st.integers(0, 9)),
@@ -29,10 +30,11 @@ def act(house: House, seqs: list[Sequence], action: tuple[Any, ...]) -> None:
     """Does one of the actions to the house."""
     scheduler = house.scheduler
     if action[0] == "add":
-        _, length, max_tokens, mix, scored = action
+        _, length, max_tokens, mix, scored, start = action
         prompt = [3 + i // 8 % 2 for i in range(length)]  # prompts often share a prefix
         logprobs = 0 if scored and length % 3 == 0 else None
         kwargs = {"max_tokens": max_tokens, "prompt_logprobs": logprobs}
+        kwargs["adapter_start"] = start if mix and start < length else 0
         seqs.append(house.seq(prompt, mix=mix, max_total=length + max_tokens, **kwargs))
     elif action[0] == "step":
         for _ in range(action[1]):

@@ -88,7 +88,6 @@ def test_dora_and_biases_of_other_values_are_refused(fields: dict[str, Any], wor
 
 REFUSED_VALUES: dict[str, list[Any]] = {
     "modules_to_save": [["lm_head"], "lm_head"],
-    "alora_invocation_tokens": [[1, 2], []],
     "trainable_token_indices": [[1], {"embed_tokens": [3]}],
     "layer_replication": [[[0, 2], [1, 2]]],
     "target_parameters": [["mlp.experts.gate_up_proj"]],
@@ -128,6 +127,15 @@ def test_refuses_by_name_with_a_cure(name: str) -> None:
 def test_accepts_a_refused_field_where_it_changes_nothing(name: str) -> None:
     for value in (None, *REFUSED[name].neutral):
         assert parse(**{name: value}) == parse()
+
+
+def test_an_invocation_is_read() -> None:
+    assert parse(alora_invocation_tokens=[5, 0]).invocation == (5, 0)
+    assert parse(alora_invocation_tokens=[]) == parse(alora_invocation_tokens=None) == parse()
+
+
+def test_alpha_may_be_negative() -> None:
+    assert parse(lora_alpha=-4).alpha == -4.0
 
 
 def test_the_refusal_of_pissa_says_how_to_convert() -> None:
@@ -220,7 +228,18 @@ BAD_VALUES: dict[str, tuple[dict[str, Any], str]] = {
     "alpha missing": ({"lora_alpha": None}, "lora_alpha must be a finite number"),
     "alpha NaN": ({"lora_alpha": float("nan")}, "lora_alpha must be a finite number"),
     "alpha infinite": ({"lora_alpha": float("inf")}, "lora_alpha must be a finite number"),
-    "alpha negative": ({"lora_alpha": -1}, "that is not negative, not -1"),
+    "invocation of text": ({"alora_invocation_tokens": "hey"}, "must be a list of token ids"),
+    "invocation bool": ({"alora_invocation_tokens": [True]}, "must be a list of token ids"),
+    "invocation negative": ({"alora_invocation_tokens": [3, -1]}, "must be a list of token ids"),
+    "invocation long": ({"alora_invocation_tokens": [1] * 513}, "has 513 tokens, more than 512"),
+    "activated dora": (
+        {"alora_invocation_tokens": [1], "use_dora": True},
+        "alora_invocation_tokens is refused with use_dora",
+    ),
+    "activated biases": (
+        {"alora_invocation_tokens": [1], "bias": "all"},
+        "alora_invocation_tokens is refused with biases",
+    ),
     "alpha bool": ({"lora_alpha": True}, "not True"),
     "alpha beyond floats": ({"lora_alpha": 10**4000}, "lora_alpha must be a finite number"),
     "rslora": ({"use_rslora": "yes"}, "use_rslora must be true or false"),
