@@ -63,6 +63,12 @@ class RequestMetrics(NamedTuple):
     first_token_ts: float = 0.0
     last_token_ts: float = 0.0
     num_generation_tokens: int = 0
+    adapter_ready_ts: float = 0.0  # when its adapters were loaded; as a rule when it came
+
+    @property
+    def adapter_wait(self) -> float:
+        """Seconds for which it waited for its adapters to be loaded; 0 before they are."""
+        return max(self.adapter_ready_ts - self.queued_ts, 0.0)
 
     @property
     def first_token_latency(self) -> float:

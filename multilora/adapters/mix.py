@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 
-from ..errors import RequestError
+from ..errors import AdapterError, RequestError, shown
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
 
 MAX_WEIGHT = (2 - 2**-23) * 2.0**127  # of fp32, the table's dtype
 
@@ -22,6 +25,26 @@ def mix_identity(mix: Mix) -> bytes:
     return hashlib.sha256(json.dumps([[d, w.hex()] for d, w in mix]).encode()).digest()
 
 
+BASE_IDENTITY = mix_identity(())
+
+
+def weights_of(adapter: AdapterSpec) -> dict[str, float]:
+    """Names with weights, as a request means them; a RequestError for what is neither."""
+    if adapter is None:
+        return {}
+    if isinstance(adapter, str):
+        return {adapter: 1.0}
+    if not isinstance(adapter, Mapping):
+        raise RequestError(
+            f"adapter must be a name, names with weights, or None, not {shown(adapter)}"
+        )
+    for name, weight in adapter.items():
+        if not isinstance(name, str):
+            raise RequestError(f"an adapter name must be a string, not {type(name).__name__}")
+        check_weight(name, weight)
+    return {name: float(weight) for name, weight in adapter.items()}
+
+
 def check_weight(name: str, weight: object) -> None:
     """RequestError for what is no weight of an adapter in a mix."""
     if (
@@ -30,3 +53,13 @@ def check_weight(name: str, weight: object) -> None:
         or not -MAX_WEIGHT <= weight <= MAX_WEIGHT  # NaN too
     ):
         raise RequestError(f"weight of adapter {name[:140]!r} must be a finite number (in fp32)")
+
+
+def check_name(name: object) -> None:
+    """AdapterError for what no adapter may be called."""
+    if not isinstance(name, str) or not NAME.fullmatch(name) or ".." in name:
+        shown = repr(name[:140]) if isinstance(name, str) else f"of type {type(name).__name__}"
+        raise AdapterError(
+            f"adapter name {shown} is not allowed; use 1 to 128 letters, digits "
+            "and ._:/- with a letter or digit first and no '..'"
+        )

@@ -7,7 +7,6 @@ sequence (`pin`) needs it, so that reloading a name never changes a request in f
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
@@ -19,7 +18,6 @@ import torch
 from multilora_kernels import PAGE_ROWS, pages_for
 
 from ..errors import (
-    AdapterError,
     AdapterInvalid,
     AdapterNotFound,
     AdapterTooLarge,
@@ -29,7 +27,7 @@ from ..errors import (
 from .activation import Activation, activate
 from .base_weights import check_base
 from .device_cache import DeviceAdapterCache
-from .mix import AdapterSpec, Mix, check_weight
+from .mix import AdapterSpec, Mix, check_name, check_weight, weights_of
 from .output_scales import has_scales
 from .rank_pages import AdapterTable, PackedSite, RankPagePool, pack
 
@@ -43,9 +41,6 @@ if TYPE_CHECKING:
     from .mix import Mix
     from .output_scales import BaseWeights
     from .peft.reader import Adapter
-
-
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +122,7 @@ class AdapterStore:
         trained biases. Raises AdapterError for a name that is not allowed, AdapterInvalid, or
         AdapterTooLarge.
         """
-        _check_name(name)
+        check_name(name)
         self._check_size(name, adapter)
         if has_scales(adapter) and not self._config.has_lora_scales(self._is_gpu):
             raise AdapterInvalid(
@@ -167,6 +162,19 @@ class AdapterStore:
             for host in (self._host[digest],)
         }
 
+    def has(self, name: str) -> bool:
+        """Whether an adapter is loaded under this name."""
+        return name in self._names
+
+    def is_needed(self, name: str) -> bool:
+        """Whether a request holds the adapter of this name."""
+        return self._is_needed(self._digest(name))
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the packed adapters on the host."""
+        return sum(host.num_bytes for host in self._host.values())
+
     def _forget(self, name: str) -> str:
         digest = self._digest(name)
         del self._names[name]
@@ -186,21 +194,9 @@ class AdapterStore:
         Raises RequestError for a wrong weight or type, AdapterNotFound for an unknown name, and
         AdapterTooLarge or CapacityError for a mix that can never be on the device.
         """
-        if adapter is None:
-            return ()
-        if isinstance(adapter, str):
-            adapter = {adapter: 1.0}
-        if not isinstance(adapter, Mapping):
-            raise RequestError(
-                "adapter must be a name, names with weights, or None, "
-                f"not of type {type(adapter).__name__}"
-            )
         weights: dict[str, list[float]] = {}
-        for name, weight in adapter.items():
-            if not isinstance(name, str):
-                raise RequestError(f"an adapter name must be a string, not {type(name).__name__}")
-            check_weight(name, weight)
-            weights.setdefault(self._digest(name), []).append(float(weight))
+        for name, weight in weights_of(adapter).items():
+            weights.setdefault(self._digest(name), []).append(weight)
         # fsum, since the order of the names must not matter
         mix = tuple((d, total) for d, ws in sorted(weights.items()) if (total := math.fsum(ws)))
         for digest, total in mix:
@@ -378,15 +374,6 @@ class AdapterStore:
                 f"the adapters of this mix need {most} rank pages at site {site}, which has "
                 f"{self._capacity}; mix fewer ones, or restart with lora_pages={most} or more"
             )
-
-
-def _check_name(name: object) -> None:
-    if not isinstance(name, str) or not NAME.fullmatch(name) or ".." in name:
-        shown = repr(name[:140]) if isinstance(name, str) else f"of type {type(name).__name__}"
-        raise AdapterError(
-            f"adapter name {shown} is not allowed; use 1 to 128 letters, digits "
-            "and ._:/- with a letter or digit first and no '..'"
-        )
 
 
 def _some(names: Iterable[str]) -> str:

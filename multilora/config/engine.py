@@ -62,6 +62,8 @@ class EngineConfig:
         lora_scales: Whether adapters may have DoRA or biases. None = on a CPU, where these take
             memory when the first one comes; on a GPU they take it at the start: 8 bytes for each
             output of a linear and slot.
+        max_host_adapter_bytes: Host memory above which registered adapters that nobody uses are
+            dropped, to be read again. None = no bound.
         alora_missing: Who answers a prompt without its activated LoRA's invocation. "base" = the
             base, as in PEFT; "error" = nobody, it is refused.
         policy: Order of the waiting requests; "fcfs" = as they came.
@@ -98,6 +100,7 @@ class EngineConfig:
     lora_pages: int | None = None
     lora_dtype: str = "auto"
     lora_scales: bool | None = None
+    max_host_adapter_bytes: int | None = None
     alora_missing: str = "base"
     policy: str = "fcfs"
 
@@ -134,6 +137,8 @@ class EngineConfig:
         for name in ("max_model_len", "num_kv_blocks", "lora_pages"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), 1, 2**31)
+        if self.max_host_adapter_bytes is not None:
+            _check_int("max_host_adapter_bytes", self.max_host_adapter_bytes, 1, 2**63)
         _check_int("max_logprobs", self.max_logprobs, -1, 2**31)
         _check_int("seed", self.seed, -(2**63), 2**63)
         if self.max_lora_rank % 8:

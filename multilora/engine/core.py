@@ -13,8 +13,10 @@ from collections import deque
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
+from ..adapters.loader import AdapterLoader
+from ..adapters.mix import weights_of
 from ..adapters.store import AdapterStore
-from ..errors import EngineDeadError
+from ..errors import EngineDeadError, MultiloraError
 from ..outputs import FinishReason, RequestOutput
 from ..runtime.model_runner import ModelRunner, StepHandle
 from ..scheduling.block_pool import BlockPool
@@ -27,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 FRAMES = 200  # of Python's stack: more than a step needs
+MAX_WAIT = 0.001  # seconds that a step waits for a load when there is nothing to compute
 MAX_UNEXPLAINED = 3  # failures in a row for which no request can be blamed
 
 
@@ -56,11 +59,13 @@ class EngineCore:
         scheduler: Scheduler,
         pool: BlockPool,
         store: AdapterStore,
+        loader: AdapterLoader,
         runner: ModelRunner,
         depth: int,  # steps in flight
         clock: Callable[[], float],  # seconds
     ) -> None:
         self.scheduler, self.pool, self.store, self.runner = scheduler, pool, store, runner
+        self.loader = loader
         self.requests: dict[str, RequestState] = {}
         self.is_torn = False
         self.dead: str | None = None  # why nothing runs any more
@@ -68,6 +73,8 @@ class EngineCore:
         self._depth, self._clock = depth, clock
         self._handles: deque[StepHandle] = deque()
         self._by_seq: dict[int, RequestState] = {}  # the sequences that have not ended
+        self._parked: dict[str, RequestState] = {}  # whose adapters are being loaded
+        self._was_rebuilt = False  # since they were looked at: a load may be over, or not begun
         self.news: dict[str, RequestState] = {}  # what the next step tells
         self._due: dict[str, RequestState] = {}  # of the news, those whose callers want them now
         self.telling: dict[str, RequestState] | None = None  # what the last call has told
@@ -87,8 +94,15 @@ class EngineCore:
         return len(self.requests) > sum(i in self.requests for i in self.told)
 
     def add(self, state: RequestState, seqs: list[Sequence]) -> None:
-        """Queues a request that holds its adapters. A CapacityError if it could never run."""
-        self.scheduler.add(*seqs)
+        """Queues a request; a CapacityError if it could never run.
+
+        It holds its adapters, or is parked until they are loaded.
+        """
+        if state.is_parked:
+            self.scheduler.check(*seqs)
+            self._parked[state.request_id] = state
+        else:
+            self.scheduler.add(*seqs)
         self._by_seq |= {seq.seq_id: state for seq in seqs}
         self.requests[state.request_id] = state
 
@@ -99,6 +113,8 @@ class EngineCore:
         for answer in state.answers:
             self.scheduler.abort(answer.seq)
             self._drop(answer.seq)
+        if self._parked.pop(state.request_id, None) is not None:
+            self.loader.drop_unwanted(self._wanted())
         self._attempt(self._drain_idle)
 
     def step(self) -> list[RequestOutput]:
@@ -115,6 +131,8 @@ class EngineCore:
 
     def _compute(self) -> tuple[list[RequestOutput], tuple[str, ...]]:
         """Makes a step; what there is to tell, and which requests that ends."""
+        if self._parked and (self._was_rebuilt or self.loader.has_news):
+            self.unpark()
         self._advance()
         self._due = {i: state for i, state in self.news.items() if state.is_due()}
         outputs = [state.tell() for state in self._due.values()]
@@ -139,7 +157,9 @@ class EngineCore:
         scheduler.check_integrity()
         assert scheduler.num_in_flight == len(self._handles), "steps in flight differ"
         everyone = (*scheduler.running, *scheduler.waiting)
-        alive = {seq.seq_id for seq in everyone if seq.finish_reason is None}
+        parked = [seq for state in requests if state.is_parked for seq in state.unfinished]
+        assert {s.request_id for s in requests if s.is_parked} == self._parked.keys(), "parked"
+        alive = {seq.seq_id for seq in (*everyone, *parked) if seq.finish_reason is None}
         unfinished = {seq.seq_id for state in requests for seq in state.unfinished}
         assert alive == unfinished == set(self._by_seq), "sequences differ"
         self.store.check_integrity(
@@ -149,6 +169,32 @@ class EngineCore:
         self.runner.check_integrity(
             [s.request_slot for s in scheduler.running if s.request_slot is not None]
         )
+
+    # Loads ------------------------------------------------------------------------------------
+
+    def unpark(self) -> None:
+        """Takes in what was loaded; parked requests go on, or end if there is no hope for them."""
+        self.loader.take_in(self._wanted())
+        for state in list(self._parked.values()):
+            try:
+                missing = self.loader.missing(weights_of(state.adapter))
+                if missing:
+                    self.loader.start(missing)
+                    continue
+                active = self.store.acquire(state.adapter, state.prompt_ids)
+            except MultiloraError as error:
+                for answer in state.answers:
+                    self.scheduler.fail(answer.seq, str(error))
+                    self._take_in(state, answer.seq.index)
+            else:
+                state.activate(active, self._clock())
+                self.scheduler.add(*(answer.seq for answer in state.answers))
+            del self._parked[state.request_id]
+        self._was_rebuilt = False
+
+    def _wanted(self) -> set[str]:
+        """The adapters that parked requests name."""
+        return {name for state in self._parked.values() for name in weights_of(state.adapter)}
 
     # A step -----------------------------------------------------------------------------------
 
@@ -174,6 +220,8 @@ class EngineCore:
         if self._handles and (output is None or len(self._handles) >= depth):
             self._finish_step()
             self._drain_idle()
+        elif output is None and self.loader.is_busy:
+            self.loader.wait(MAX_WAIT)  # nothing else is to be done
 
     def _mark_scheduled(self) -> None:
         now = self._clock()
@@ -304,7 +352,10 @@ class EngineCore:
         held = {id(state): state.mix for state in self._by_seq.values()}
         self.store.reset(list(held.values()))
         self.pool.reset()
-        self.scheduler.reset([a.seq for state in requests.values() for a in state.answers])
+        self._parked = {i: state for i, state in requests.items() if state.is_parked}
+        self._was_rebuilt = True
+        known = (state for state in requests.values() if not state.is_parked)
+        self.scheduler.reset([answer.seq for state in known for answer in state.answers])
         num_failed = 0
         for state in requests.values():
             num_failed += sum(self._catch_up(state, answer) for answer in state.answers)

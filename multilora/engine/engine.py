@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..adapters.mix import AdapterSpec
+from ..adapters.loader import AdapterLoader, AdapterSource, LoadedAdapter
+from ..adapters.mix import AdapterSpec, check_name, weights_of
 from ..adapters.peft.reader import read_adapter
 from ..adapters.store import AdapterInfo
 from ..checkpoint.reader import read_base_weight
@@ -31,6 +33,8 @@ from .output_processor import RequestState
 
 logger = logging.getLogger(__name__)
 
+DIGEST = re.compile(r"[0-9a-f]{64}")
+
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
@@ -43,6 +47,19 @@ class EngineStats:
     running: int
     waiting: int
     late_compilations: int  # kernel variants that requests waited for; there should be none
+    adapter_loads: int  # of registered adapters, on demand
+    adapter_load_failures: int
+    adapter_evictions: int  # from host memory, to stay within its bound
+
+
+@dataclass(frozen=True, slots=True)
+class RegisteredAdapter:
+    """An adapter that is read when a request names it."""
+
+    name: str
+    path: str
+    digest: str | None  # that it must have
+    state: str  # "registered", "loading", "loaded" or "failed"
 
 
 class Engine:
@@ -52,7 +69,13 @@ class Engine:
     raises EngineDeadError once nothing runs any more.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        resolver: Callable[[str], str | Path | None] | None = None,
+    ) -> None:
+        """`resolver` is asked for the folder of an adapter that nobody knows; None = unknown."""
         self.config = config
         parts = build(config)
         self.model_config, self.model, self.tokenizer = (
@@ -71,8 +94,11 @@ class Engine:
             is_gpu=parts.device.is_cuda,
         )
         depth = 2 if config.is_async(parts.device.is_cuda) else 1
+        self._loader = AdapterLoader(
+            self.store, self._read_adapter, config.max_host_adapter_bytes, resolver
+        )
         self._core = EngineCore(
-            self.scheduler, self.pool, self.store, self.runner, depth, parts.clock
+            self.scheduler, self.pool, self.store, self._loader, self.runner, depth, parts.clock
         )
         self._clock, self._wall_clock = parts.clock, parts.wall_clock
         self._gate = Gate(self._core)
@@ -94,8 +120,11 @@ class Engine:
 
         A prompt is text, token ids, or a dict with `prompt`, `prompt_token_ids` or both: then the
         ids count, and the text is what outputs show.
-        `adapter` is a loaded adapter's name, a mapping of names to weights, or None for the base.
-        Raises RequestError, AdapterNotFound or CapacityError; then nothing has changed.
+        `adapter` is an adapter's name, a mapping of names to weights, or None for the base. One
+        that is registered and not loaded is loaded beside the steps; until then the request waits,
+        and gets what its names mean when all are there.
+        Raises RequestError, CapacityError, AdapterNotFound, or why an adapter was not loaded just
+        now; then nothing has changed.
         """
         self._core.forget_told()
         params = params if params is not None else SamplingParams()
@@ -114,15 +143,17 @@ class Engine:
         text = self._inputs.prompt_text(prompt)
         arrived = self._wall_clock(), self._clock()
         with Change(self._core):
-            active = self.store.acquire(adapter, ids)
+            missing = self._loader.missing(weights_of(adapter))
+            active = None if missing else self.store.acquire(adapter, ids)
             state = RequestState(
                 request_id, text, ids, params, adapter, active, arrived, bad_words, self.tokenizer
             )
             try:
                 self._core.add(state, self._inputs.start(state, number))
             except CapacityError:
-                self.store.release(active.mix)
+                self.store.release(state.mix)
                 raise
+            self._loader.start(missing)
         return request_id
 
     @exclusive
@@ -187,17 +218,21 @@ class Engine:
         """
         if not isinstance(path, str | Path):
             raise AdapterInvalid(f"an adapter's folder must be a path, not {shown(path)}")
+        found = self._read_adapter(name, Path(path))
+        with Change(self._core):
+            self._loader.forget(name)  # it stays, whatever the bound
+            self.store.install(name, found.digest, found.host)
+        return found.digest
+
+    def _read_adapter(self, name: str, path: Path) -> LoadedAdapter:
+        """The adapter in page layout; changes nothing, so that any thread may do it."""
         adapter = read_adapter(path, self.model_config, max_rank=self.config.max_lora_rank)
         base = {
             site: read_base_weight(self.config.model, site, self.model_config)
             for site in adapter.base_weights
         }
         host = self.store.pack(name, adapter, base=base, served=self.model)
-        with Change(self._core):
-            self.store.install(name, adapter.digest, host)
-        if self.tokenizer is not None and has_other_template(
-            Path(path), self.tokenizer.chat_templates
-        ):
+        if self.tokenizer is not None and has_other_template(path, self.tokenizer.chat_templates):
             logger.warning(
                 "adapter %r: %s has a chat template of its own, and chats are rendered with the "
                 "base's; start with tokenizer=%r if it was trained with that one",
@@ -205,21 +240,53 @@ class Engine:
                 path,
                 str(path),
             )
-        return adapter.digest
+        return LoadedAdapter(adapter.digest, host)
+
+    @exclusive
+    def register_adapter(self, name: str, path: str | Path, *, digest: str | None = None) -> None:
+        """Makes `name` mean the PEFT folder at `path`, which is read when a request names it.
+
+        It may be dropped from host memory again, and is then read anew. With a `digest` it is
+        refused where its content has another one. Replaces what the name meant: requests in flight
+        finish on that, those that wait for a load get this. Raises AdapterError for a name that is
+        not allowed.
+        """
+        check_name(name)
+        if not isinstance(path, str | Path):
+            raise AdapterInvalid(f"an adapter's folder must be a path, not {shown(path)}")
+        if digest is not None and not (isinstance(digest, str) and DIGEST.fullmatch(digest)):
+            raise AdapterInvalid(f"a digest is 64 hexadecimal digits, not {shown(digest)}")
+        with Change(self._core):
+            self._loader.register(name, AdapterSource(Path(path), digest))
+            self._core.unpark()
 
     @exclusive
     def unload_adapter(self, name: str) -> None:
-        """Forgets a name; requests in flight finish. Raises AdapterNotFound."""
+        """Forgets a name, loaded or registered; requests in flight finish.
+
+        Those that wait for it to be loaded end with an error. Raises AdapterNotFound.
+        """
         if not isinstance(name, str):
             raise AdapterNotFound(f"no adapter is named {shown(name)}")
         with Change(self._core):
-            self.store.unload(name)
+            if not self._loader.forget(name) or self.store.has(name):
+                self.store.unload(name)
+            self._core.unpark()
 
     @property
     @exclusive
     def adapters(self) -> dict[str, AdapterInfo]:
         """The loaded adapters by name."""
         return self.store.infos()
+
+    @property
+    @exclusive
+    def registered_adapters(self) -> dict[str, RegisteredAdapter]:
+        """The adapters that are read on demand, by name."""
+        return {
+            name: RegisteredAdapter(name, str(source.path), source.digest, self._loader.state(name))
+            for name, source in self._loader.sources.items()
+        }
 
     @exclusive
     def reset_prefix_cache(self) -> bool:
@@ -261,6 +328,9 @@ class Engine:
             len(self.scheduler.running),
             len(self.scheduler.waiting),
             len(self._compilations.late),
+            self._loader.num_loads,
+            self._loader.num_failures,
+            self._loader.num_evictions,
         )
 
     @exclusive

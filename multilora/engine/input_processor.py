@@ -105,21 +105,21 @@ class InputProcessor:
         ids, limit = state.prompt_ids, self._max_len
         seed = params.seed if params.seed is not None else _seed(self._seed, arrival)
         total = limit if params.max_tokens is None else min(limit, len(ids) + params.max_tokens)
-        return Sequence(
+        seq = Sequence(
             seq_id=next(self._seq_ids),
             request_id=state.request_id,
             index=index,
             params=params,
             prompt_ids=ids,
-            mix=state.mix,
-            identity=state.activation.identity,
-            adapter_start=state.activation.start or 0,
             seed=seed + index,
             arrival=arrival,
             max_total=total,
             stop_ids=self._stop_ids(params),
             bad_words=state.bad_words,
         )
+        if state.activation is not None:
+            seq.activate(state.activation)
+        return seq
 
     def _check_ids(self, ids: list[int], params: SamplingParams) -> None:
         vocab = self._vocab_size

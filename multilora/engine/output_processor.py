@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from ..adapters.activation import Activation
+from ..adapters.mix import Mix
 from ..outputs import (
     CompletionOutput,
     FinishReason,
@@ -196,15 +197,16 @@ class RequestState:
         prompt_ids: list[int],
         params: SamplingParams,
         adapter: str | Mapping[str, float] | None,
-        activation: Activation,
+        activation: Activation | None,  # None = its adapters are yet to be loaded
         arrived: tuple[float, float],  # seconds since 1970, and by the engine's clock
         bad_words: tuple[tuple[int, ...], ...] = (),  # of `params`, as token ids
         tokenizer: Tokenizer | None = None,
     ) -> None:
         self.request_id, self.prompt, self.prompt_ids = request_id, prompt, prompt_ids
         self.params, self.adapter, self.bad_words = params, adapter, bad_words
-        self.activation, self.mix = activation, activation.mix
+        self.activation = activation
         self._arrived = arrived
+        self._ready = arrived[1] if activation is not None else 0.0
         self._scheduled = self._first = self._last = 0.0
         self._count = 0  # tokens of all answers
         # Of everything each time, so that nobody has to know what was told before.
@@ -214,6 +216,23 @@ class RequestState:
         self._shown_logprobs: list[TokenLogprobs | None] = [None]  # of the prompt, likewise
         self.answers: list[CompletionState] = []
         self._shown_ids = list(prompt_ids)  # the outputs' own: long, and the same in every step
+
+    @property
+    def mix(self) -> Mix:
+        """What it holds of the adapters."""
+        return () if self.activation is None else self.activation.mix
+
+    @property
+    def is_parked(self) -> bool:
+        """Whether it waits for its adapters to be loaded; until then no scheduler knows it."""
+        return self.activation is None and bool(self.unfinished)
+
+    def activate(self, activation: Activation, now: float) -> None:
+        """Its adapters are there and held. From the last line on it is no longer parked."""
+        for answer in self.answers:
+            answer.seq.activate(activation)
+        self._ready = now
+        self.activation = activation
 
     @property
     def unfinished(self) -> list[Sequence]:
@@ -265,7 +284,7 @@ class RequestState:
         """When what happened to it."""
         arrival, queued = self._arrived
         return RequestMetrics(
-            arrival, queued, self._scheduled, self._first, self._last, self._count
+            arrival, queued, self._scheduled, self._first, self._last, self._count, self._ready
         )
 
     def output(self, *, is_delta: bool = False) -> RequestOutput:
@@ -286,7 +305,7 @@ class RequestState:
             finished=finished,
             num_cached_tokens=self.answers[0].seq.num_cached or 0,
             adapter=self.adapter if isinstance(self.adapter, str | None) else dict(self.adapter),
-            adapter_start=self.activation.start,
+            adapter_start=None if self.activation is None else self.activation.start,
             error=error,
             metrics=self.metrics,
         )

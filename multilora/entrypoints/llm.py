@@ -233,7 +233,8 @@ class LLM:
             while len(done) < len(wanted):
                 assert self.engine.has_work, "the engine stopped before all requests finished"
                 outputs = self.engine.step()
-                is_idle = not outputs and not self.engine.scheduler.running
+                scheduler = self.engine.scheduler
+                is_idle = not outputs and not scheduler.running and len(scheduler.waiting) > 0
                 idle_since = self._wait(idle_since) if is_idle else None
                 for output in outputs:
                     if output.request_id in wanted:

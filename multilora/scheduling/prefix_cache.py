@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Container, Iterable
 
-from ..adapters.mix import mix_identity
+from ..adapters.mix import BASE_IDENTITY
 from .block_pool import ROOT_KEY, BlockPool, block_key
 from .sequence import Sequence
-
-BASE_IDENTITY = mix_identity(())
 
 
 class PrefixCache:

@@ -55,7 +55,13 @@ class Scheduler:
         self._in_flight: deque[dict[int, Sequence]] = deque()
 
     def add(self, *seqs: Sequence) -> None:
-        """Lets sequences wait for their turn: all, or a CapacityError if one could never have it.
+        """Lets sequences wait for their turn: all, or what `check` raises."""
+        self.check(*seqs)
+        for seq in seqs:
+            self.waiting.add(seq)
+
+    def check(self, *seqs: Sequence) -> None:
+        """Raises a CapacityError if one of these sequences could never have its turn.
 
         Their `max_total` is lowered to what the model's length and the KV pool can hold.
         """
@@ -63,8 +69,6 @@ class Scheduler:
         for seq in seqs:
             self._check_fits(seq, room)
             seq.max_total = min(seq.max_total, self._max_model_len, room)
-        for seq in seqs:
-            self.waiting.add(seq)
 
     def _check_fits(self, seq: Sequence, room: int) -> None:
         need = len(seq.prompt_ids) + 1

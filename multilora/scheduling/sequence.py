@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..adapters.mix import Mix
+from ..adapters.activation import Activation
+from ..adapters.mix import BASE_IDENTITY, Mix
 from ..outputs import FinishReason, TokenLogprobs
 from ..sampling_params import SamplingParams
 
@@ -18,11 +19,11 @@ class Sequence:
     index: int  # which of the request's n
     params: SamplingParams
     prompt_ids: list[int]
-    mix: Mix
-    identity: bytes  # digest of the mix, for the prefix cache
     seed: int
     arrival: int  # order of arrival
     max_total: int  # prompt + output tokens at most
+    mix: Mix = ()
+    identity: bytes = BASE_IDENTITY  # of the mix, for the prefix cache
     stop_ids: frozenset[int] = frozenset()  # ids that end it, eos among them unless ignored
     bad_words: tuple[tuple[int, ...], ...] = ()  # whose last token may not follow the others
     adapter_start: int = 0  # token from which on the mix is active; those before are the base's
@@ -39,6 +40,11 @@ class Sequence:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: str | None = None  # why, when it ended with FinishReason.ERROR
+
+    def activate(self, activation: Activation) -> None:
+        """Says what computes it; before its first step."""
+        self.mix, self.identity = activation.mix, activation.identity
+        self.adapter_start = activation.start or 0
 
     @property
     def num_tokens(self) -> int:

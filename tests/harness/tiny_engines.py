@@ -12,7 +12,7 @@ from multilora.engine.engine import Engine
 from multilora.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
     from multilora.outputs import RequestOutput
@@ -39,10 +39,12 @@ class Job:
 def make_engine(
     base: Path,
     adapters: Mapping[str, Path] | None = None,
+    resolver: Callable[[str], Path | None] | None = None,
     **settings: Any,  # fields of EngineConfig, whose defaults are `SETTINGS`
 ) -> Engine:
     """An engine of the checkpoint in `base` with these adapters loaded."""
-    engine = Engine(EngineConfig(**{"model": str(base), **SETTINGS, **settings}))
+    config = EngineConfig(**{"model": str(base), **SETTINGS, **settings})
+    engine = Engine(config, resolver=resolver)
     for name, folder in (adapters or {}).items():
         engine.load_adapter(name, folder)
     return engine

@@ -30,7 +30,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from multilora.errors import AdapterError, AdapterInvalid, AdapterNotFound, RequestError
+from multilora.errors import AdapterError, AdapterInvalid, AdapterNotFound
 from multilora.sampling_params import SamplingParams
 from tests.harness.adapter_folders import write_adapter
 from tests.harness.failpoints import raised_at_call
@@ -53,6 +53,7 @@ ERRORS = (KeyboardInterrupt, MemoryError, OSError, AssertionError)
 NAMES = ("x", "y", "z")
 RANKS = (4, 8, 16, 24, 8)
 ACTIVATED = 4  # the version that is an activated LoRA
+REGISTERED = {f"r{version}": version for version in range(len(RANKS))}  # read on demand
 PROMPTS = [prompt_of(length, seed=1) for length in (1, 9, 17, 40)]  # each begins the next
 INVOCATION = PROMPTS[2][12:14]  # which the longer two have
 # Little of everything: blocks run out, slots and pages are fought over, prompts come in chunks.
@@ -63,6 +64,7 @@ TIGHT = {
     "max_num_batched_tokens": 24,
     "max_loras": 2,
     "lora_pages": 6,
+    "max_host_adapter_bytes": 1,  # what nobody uses is dropped
 }
 
 
@@ -132,6 +134,8 @@ class Life(RuleBasedStateMachine):
         self.world = world
         self.engine: Engine = make_engine(world.root / "base", **TIGHT, **settings)
         self.loaded: dict[str, int] = {}
+        for name, version in REGISTERED.items():
+            self.engine.register_adapter(name, world.root / str(version))
         self.asked: dict[str, tuple[Job, dict[str, int]]] = {}
         self.finished: dict[str, RequestOutput] = {}
 
@@ -154,17 +158,21 @@ class Life(RuleBasedStateMachine):
     # may differ from one run to the next, and hypothesis wants the same draws then.
     @rule(wishes=st.lists(st.tuples(WISH, WHICH, WEIGHTS, WEIGHTS), min_size=1, max_size=4))
     def requests(self, wishes: list[tuple[Any, int, float, float]]) -> None:
-        names = sorted(self.loaded)
+        versions_of = self.loaded | REGISTERED
+        names = sorted(versions_of)
         for (prompt, params), which, *weights in wishes:
-            mixes = [dict(zip(names[:n], weights, strict=False)) for n in (1, 2)][: len(names)]
+            # Not of both kinds: who waits gets what a name means when the wait is over.
+            pairs = [names[0:2], names[1:4:2], [*self.loaded][:2], [*self.loaded][:1]]
+            mixes = [dict(zip(pair, weights, strict=False)) for pair in pairs]
             specs = [None, *names, *mixes]
             job = Job(prompt, params, specs[which % len(specs)])
             mixed = job.adapter if isinstance(job.adapter, dict) else {}
-            if len(mixed) > 1 and ACTIVATED in (self.loaded[name] for name in mixed):
-                with pytest.raises(RequestError, match="cannot be in a mix"):
-                    add(self.engine, job)
-                continue
-            self.asked[add(self.engine, job)] = (job, dict(self.loaded))
+            versions = {versions_of[name] for name in mixed}
+            if len(versions) > 1 and ACTIVATED in versions:
+                continue  # it is an error, at once or when they are loaded
+            self.asked[add(self.engine, job)] = (job, versions_of)
+        for _, load in self.engine._loader._loads.values():
+            load.exception()  # waits: what a step does must not depend on the clock
 
     @rule(name=st.sampled_from(NAMES))
     def request_of_an_unknown_adapter(self, name: str) -> None:
@@ -235,7 +243,7 @@ class Life(RuleBasedStateMachine):
     @invariant()
     def all_adds_up(self) -> None:
         self.engine.check_integrity()
-        assert set(self.engine.adapters) == set(self.loaded)
+        assert set(self.engine.adapters) - set(REGISTERED) == set(self.loaded)
         assert self.engine.has_work == (self.asked.keys() != self.finished.keys())
 
     def teardown(self) -> None:
