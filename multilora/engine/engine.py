@@ -12,14 +12,22 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..adapters.mix import AdapterSpec
 from ..adapters.peft.reader import read_adapter
 from ..adapters.store import AdapterInfo
+from ..arguments import read
 from ..checkpoint.reader import read_base_weight
 from ..config.engine import EngineConfig
-from ..errors import AdapterInvalid, AdapterNotFound, CapacityError, RequestError, shown
+from ..errors import (
+    AdapterInvalid,
+    AdapterNotFound,
+    CapacityError,
+    ConfigError,
+    RequestError,
+    shown,
+)
 from ..outputs import RequestOutput
 from ..sampling_params import SamplingParams
 from ..tokenization.chat_template import has_other_template
@@ -30,6 +38,8 @@ from .input_processor import InputProcessor
 from .output_processor import RequestState
 
 logger = logging.getLogger(__name__)
+
+_Given = TypeVar("_Given")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +63,11 @@ class Engine:
     """
 
     def __init__(self, config: EngineConfig) -> None:
+        if not isinstance(config, EngineConfig):
+            raise ConfigError(
+                f"Engine takes an EngineConfig, as in Engine(EngineConfig(model=...)), not "
+                f"{shown(config)}"
+            )
         self.config = config
         parts = build(config)
         self.model_config, self.model, self.tokenizer = (
@@ -101,7 +116,7 @@ class Engine:
         params = params if params is not None else SamplingParams()
         if not isinstance(params, SamplingParams):
             raise RequestError(f"params must be SamplingParams, not {shown(params)}")
-        adapter = _copied(adapter)
+        prompt, adapter = _copied(prompt, "prompt"), _copied(adapter, "adapter")
         number = next(self._arrivals)
         while request_id is None and f"request-{number}" in self._core.requests:
             number = next(self._arrivals)  # a caller has taken that name
@@ -269,11 +284,6 @@ class Engine:
         self._core.check_integrity()
 
 
-def _copied(adapter: AdapterSpec) -> AdapterSpec:
+def _copied(given: _Given, name: str) -> _Given:
     """A mapping as a dict of our own: the caller's may change, or be anything."""
-    if not isinstance(adapter, Mapping):
-        return adapter
-    try:
-        return dict(adapter)
-    except Exception as error:
-        raise RequestError(f"adapter cannot be read: {shown(error)}") from error
+    return read(dict, given, name) if isinstance(given, Mapping) else given  # type: ignore[return-value]
