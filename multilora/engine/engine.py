@@ -1,6 +1,7 @@
 """The engine: requests in, one step at a time, outputs back. No threads, no asyncio, no HTTP.
 
-Calls from several threads wait for each other; one from within a call is an EngineBusyError.
+Calls from several threads wait for each other; one from within a call is an EngineBusyError, and so
+is one in a fork of the process that made the engine.
 Whatever is raised within a call, the next one finds all in order: see `core`.
 """
 
@@ -20,6 +21,7 @@ from ..adapters.store import AdapterInfo
 from ..arguments import read
 from ..checkpoint.reader import read_base_weight
 from ..config.engine import EngineConfig
+from ..device.cpu import return_freed_memory
 from ..errors import (
     AdapterInvalid,
     AdapterNotFound,
@@ -229,6 +231,7 @@ class Engine:
             raise AdapterNotFound(f"no adapter is named {shown(name)}")
         with Change(self._core):
             self.store.unload(name)
+        return_freed_memory()
 
     @property
     @exclusive
