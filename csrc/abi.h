@@ -14,7 +14,7 @@
 
 // Raised whenever a function below changes its meaning or its arguments. The loader ignores a
 // library that says another number than kernels/cpu/native.py.
-#define MULTILORA_ABI_VERSION 12
+#define MULTILORA_ABI_VERSION 13
 
 // Element types, by the `dtype` arguments below; int8 of KV pages and packed weights, int4 of
 // packed weights alone.

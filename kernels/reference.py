@@ -128,7 +128,7 @@ def paged_attention(
         if not count:
             continue
         blocks = block_table[i, : -(-length // k_blocks.shape[1])].long()
-        k = k_blocks[blocks].flatten(0, 1)[:length].to(wide)  # [length, kv_heads, head_dim]
+        k = read_keys(k_blocks[blocks].flatten(0, 1)[:length], wide)  # [length, kv_heads, head_dim]
         v = v_blocks[blocks].flatten(0, 1)[:length].to(wide)
         k = k if k_scale is None else k * k_scale[:, None].to(wide)
         v = v if v_scale is None else v * v_scale[:, None].to(wide)
@@ -139,6 +139,19 @@ def paged_attention(
         weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
         out[rows] = torch.einsum("hqk,khd->qhd", weights, v).to(q.dtype)
     return out
+
+
+LOST = -128
+"""The first code of an int8 key that stands for a key or a value, of a token and KV head, that is
+not finite: no number is stored as it, and it reads as NaN."""
+
+
+def read_keys(codes: Tensor, dtype: torch.dtype) -> Tensor:  # [..., head_dim]
+    """The numbers of keys in pages, without their scale."""
+    keys = codes.to(dtype)
+    if codes.dtype == torch.int8:
+        keys = keys.masked_fill(codes[..., :1] == LOST, float("nan"))
+    return keys
 
 
 def rope_store_kv_(
@@ -157,7 +170,7 @@ def rope_store_kv_(
     """Rotates `q` and `k` by position (half against half) and stores `k` and `v` in pages.
 
     With scales, what is stored is divided by its head's and cut to the pages' finite range (int8:
-    rounded to the nearest even, -127 to 127).
+    rounded to the nearest even, -127 to 127; what is not finite is marked as LOST).
     """
     wide, half, size = _wide(q), q.shape[-1] // 2, k_blocks.shape[1]
     c, s = cos[positions, None].to(wide), sin[positions, None].to(wide)
@@ -171,15 +184,20 @@ def rope_store_kv_(
             return x.to(k_blocks.dtype)
         x = x.to(wide) / scale[:, None].to(wide)
         if k_blocks.dtype == torch.int8:
-            return x.round().clamp(-127, 127).to(torch.int8)
+            return x.nan_to_num().round().clamp(-127, 127).to(torch.int8)
         largest = torch.finfo(k_blocks.dtype).max
         return x.clamp(-largest, largest).to(k_blocks.dtype)
 
     q.copy_(rotate(q))
     keep = kv_slots >= 0
     block, offset = kv_slots[keep] // size, kv_slots[keep] % size
-    k_blocks[block, offset] = stored(rotate(k)[keep], k_scale)
-    v_blocks[block, offset] = stored(v[keep], v_scale)
+    keys, values = rotate(k)[keep], v[keep]
+    found = stored(keys, k_scale)
+    if k_blocks.dtype == torch.int8:
+        lost = ~(keys.isfinite().all(-1) & values.isfinite().all(-1))
+        found[..., 0].masked_fill_(lost, LOST)
+    k_blocks[block, offset] = found
+    v_blocks[block, offset] = stored(values, v_scale)
 
 
 def rms_norm(

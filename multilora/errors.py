@@ -10,7 +10,7 @@
     │   └── AdapterTooLarge    it needs more rank pages than the engine was started with
     ├── RequestError           the request is wrong: a bad parameter, no prompt, an unknown field
     ├── CapacityError          the request is right but could never fit this engine
-    ├── EngineBusyError        a call from within a call of the same engine
+    ├── EngineBusyError        a call from within a call of the same engine, or in a fork
     └── EngineDeadError        nothing runs any more; make a new engine
 
 The text of an error says what is wrong, which object, and how to cure it.
@@ -65,7 +65,7 @@ class CapacityError(MultiloraError):
 
 
 class EngineBusyError(MultiloraError, RuntimeError):
-    """The engine was called from within one of its own calls."""
+    """The engine was called from within one of its own calls, or in a fork of its process."""
 
 
 class EngineDeadError(MultiloraError, RuntimeError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from .arguments import flag, is_int, plain
 from .errors import RequestError, shown
 
 
@@ -28,7 +29,10 @@ class LoRARequest:
             raise RequestError(
                 f"lora_path must be an adapter's folder, not {shown(self.lora_path)}"
             )
+        if not is_int(plain(self.lora_int_id)):
+            raise RequestError(f"lora_int_id must be an integer, not {shown(self.lora_int_id)}")
         object.__setattr__(self, "lora_path", str(self.lora_path))
+        object.__setattr__(self, "load_inplace", flag(self.load_inplace, "load_inplace"))
 
     @property
     def name(self) -> str:

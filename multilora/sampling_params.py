@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import enum
-import math
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, fields, replace
 from functools import wraps
 from typing import Any
 
+from .arguments import flag, is_int, is_number, items, plain, read
 from .errors import RequestError, shown
 
 # Caps on what one request may ask for: each is a denial of service when unbounded.
@@ -102,10 +102,8 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = _plain(getattr(self, field.name))
-            if isinstance(field.default, bool) and not isinstance(value, bool):
-                raise RequestError(f"{field.name} must be True or False, not {shown(value)}")
-            object.__setattr__(self, field.name, value)
+            given, is_flag = getattr(self, field.name), isinstance(field.default, bool)
+            self._set(field.name, flag(given, field.name) if is_flag else plain(given))
         self._check_counts()
         self._check_numbers()
         self._check_stops()
@@ -148,7 +146,7 @@ class SamplingParams:
             value = getattr(self, name)
             if value is None and name not in ("n", "top_k", "min_tokens"):
                 continue
-            if not _is_int(value) or value < low or value > (high or 2**63 - 1):
+            if not is_int(value) or value < low or value > (high or 2**63 - 1):
                 limit = f"from {low} to {high}" if high is not None else f">= {low}"
                 raise RequestError(f"{name} must be an integer {limit}, not {shown(value)}")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
@@ -166,7 +164,7 @@ class SamplingParams:
             ("frequency_penalty", -2.0, 2.0),
         ):
             value = getattr(self, name)
-            if not _is_number(value) or not low <= value <= high:
+            if not is_number(value) or not low <= value <= high:
                 raise RequestError(
                     f"{name} must be a number from {low} to {high}, not {shown(value)}"
                 )
@@ -174,7 +172,7 @@ class SamplingParams:
             raise RequestError("top_p and repetition_penalty must be above 0")
 
     def _check_stops(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else _items(self.stop, "stop", MAX_STOPS)
+        stop = (self.stop,) if isinstance(self.stop, str) else items(self.stop, "stop", MAX_STOPS)
         if any(not isinstance(s, str) or not s for s in stop):
             raise RequestError(f"stop must be non-empty strings, not {shown(self.stop)}")
         if any(len(s) > MAX_STOP_CHARS for s in stop):
@@ -186,7 +184,7 @@ class SamplingParams:
     def _check_ids(self) -> None:
         for name in ("stop_token_ids", "allowed_token_ids"):
             value = getattr(self, name)
-            ids = tuple(_plain(i) for i in _items(value, name, MAX_IDS))
+            ids = tuple(plain(i) for i in items(value, name, MAX_IDS))
             for token in ids:
                 if not _is_token(token):
                     raise RequestError(f"{name} must be token ids, not {shown(token)}")
@@ -204,20 +202,15 @@ class SamplingParams:
             raise RequestError(
                 f"logit_bias must map token ids to numbers, not {shown(self.logit_bias)}"
             )
-        if len(self.logit_bias) > MAX_BIASED:
-            raise RequestError(
-                f"logit_bias may name at most {MAX_BIASED} tokens, not {len(self.logit_bias)}"
-            )
+        count = read(len, self.logit_bias, "logit_bias")
+        if count > MAX_BIASED:
+            raise RequestError(f"logit_bias may name at most {MAX_BIASED} tokens, not {count}")
         bias = {}
-        try:
-            entries = list(self.logit_bias.items())
-        except Exception as error:
-            raise RequestError(f"logit_bias cannot be read: {shown(error)}") from error
-        for key, value in entries:
-            token, value = _plain(key), _plain(value)
+        for key, value in read(lambda given: list(given.items()), self.logit_bias, "logit_bias"):
+            token, value = plain(key), plain(value)
             if isinstance(token, str) and token.isascii() and token.isdigit() and len(token) < 20:
                 token = int(token)
-            if not _is_token(token) or not _is_number(value) or abs(value) > 100:
+            if not _is_token(token) or not is_number(value) or abs(value) > 100:
                 entry = f"{{{shown(key)}: {shown(value)}}}"
                 raise RequestError(f"logit_bias {entry}: ids map to -100..100")
             bias[token] = float(value)
@@ -225,13 +218,13 @@ class SamplingParams:
 
     def _check_words(self) -> None:
         words = (self.bad_words,) if isinstance(self.bad_words, str) else self.bad_words
-        words = _items(words, "bad_words", MAX_BAD_WORDS)
+        words = items(words, "bad_words", MAX_BAD_WORDS)
         if any(not isinstance(w, str) or not w.strip() or len(w) > MAX_BAD_CHARS for w in words):
             raise RequestError(
                 f"bad_words must be words of at most {MAX_BAD_CHARS} characters, not "
                 f"{shown(self.bad_words)}"
             )
-        processors = _items(self.logits_processors, "logits_processors", MAX_STOPS)
+        processors = items(self.logits_processors, "logits_processors", MAX_STOPS)
         if not all(callable(processor) for processor in processors):
             raise RequestError(f"logits_processors must be callables, not {shown(processors)}")
         self._set("bad_words", words)
@@ -288,7 +281,7 @@ def _accepting(init: Callable[..., None]) -> Callable[..., None]:
                     f"unknown sampling parameter {shown(name)}; known: {', '.join(known)}"
                 )
             inert, why = REFUSED[name]
-            if not any(value is one or (_is_number(value) and value == one) for one in inert):
+            if not any(value is one or (is_number(value) and value == one) for one in inert):
                 raise RequestError(f"{name}={shown(value)} is not supported: {why}")
         init(self, **kwargs)
 
@@ -298,40 +291,5 @@ def _accepting(init: Callable[..., None]) -> Callable[..., None]:
 SamplingParams.__init__ = _accepting(SamplingParams.__init__)  # type: ignore[method-assign]
 
 
-def _plain(value: Any) -> Any:
-    """Numbers of numpy and torch as Python's; anything else as it is."""
-    try:
-        is_number = getattr(value, "shape", None) == () and callable(getattr(value, "item", None))
-        return value.item() if is_number else value
-    except Exception:  # a class of the caller's
-        return value
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _is_token(value: object) -> bool:
-    return _is_int(value) and 0 <= value < 2**31  # type: ignore[operator]
-
-
-def _is_number(value: object) -> bool:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    return isinstance(value, int) or math.isfinite(value)
-
-
-def _items(value: Any, name: str, most: int) -> tuple[Any, ...]:
-    """A list, tuple, set or array as a tuple; None is empty."""
-    if value is None:
-        return ()
-    if isinstance(value, str | bytes | Mapping | type) or not hasattr(value, "__len__"):
-        raise RequestError(f"{name} must be a list, not {shown(value)}")
-    try:
-        count = len(value)
-        items = tuple(value) if count <= most else ()
-    except Exception as error:
-        raise RequestError(f"{name} cannot be read: {shown(error)}") from error
-    if count > most:
-        raise RequestError(f"{name} may have at most {most} entries, not {count}")
-    return items
+    return is_int(value) and 0 <= value < 2**31  # type: ignore[operator]

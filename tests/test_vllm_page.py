@@ -1,4 +1,4 @@
-"""docs/vllm.md: every field of vLLM's SamplingParams and LLM, and what becomes of it here.
+"""docs/vllm.md: every field, argument and method of vLLM's, and what becomes of it here.
 
 The tables are made from the code and a list of vLLM's fields, `tests/data/vllm_fields.json`; write
 them anew with `MULTILORA_UPDATE_DOCS=1 pytest tests/test_vllm_page.py`.
@@ -7,6 +7,7 @@ them anew with `MULTILORA_UPDATE_DOCS=1 pytest tests/test_vllm_page.py`.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from multilora import LLM, CompletionOutput, RequestOutput
 from multilora.config import vllm_settings
 from multilora.config.engine import EngineConfig
 from multilora.errors import ConfigError
@@ -51,6 +53,86 @@ SETTINGS = {
     "enable_prefix_caching": "default True, as in vLLM's V1; keyed by the adapters' content",
     "seed": "of requests without one; each then has a seed of its own that follows from it",
 }
+
+
+GENERATE = {
+    "priority": "0 for each: the policy fcfs knows none; others are refused",
+    "tokenization_kwargs": "no argument: give token ids to say how text is cut; text that is too "
+    "long is refused, not truncated",
+    "adapter": "ours alone: a loaded adapter's name, or names with weights, for all or for each",
+}
+CHAT = {
+    "chat_template": "a template's text, or the name of one of the tokenizer's own; by name",
+    "chat_template_content_format": "no argument: parts stay parts where the template goes through "
+    "them, and are joined where it does not",
+    "tokenization_kwargs": "no argument: the template alone says which special tokens there are",
+    "mm_processor_kwargs": "no argument: messages are text",
+    "adapter": GENERATE["adapter"],
+}
+POOLING = "none: this engine generates"
+METHODS = {
+    "get_tokenizer": "our own tokenizer: encode, decode, apply_chat_template as in transformers",
+    "get_metrics": "a dict of the engine's counters, no list of Prometheus' metrics",
+    "reset_prefix_cache": "takes no arguments; False while requests hold some of it",
+    "beam_search": "none: ask for n answers and compare cumulative_logprob",
+    **dict.fromkeys(("encode", "embed", "classify", "reward", "score"), POOLING),
+    "collective_rpc": "none: there are no workers",
+    "apply_model": "none: `llm.engine.model` is the model, in this process",
+    "get_world_size": "none: one device serves the model",
+    "reset_mm_cache": "none: prompts are text",
+    **dict.fromkeys(
+        ("start_profile", "stop_profile"), "none: use torch.profiler around `generate`"
+    ),
+    **dict.fromkeys(("sleep", "wake_up"), "none: make another engine when it is needed"),
+    "adapters": "ours alone: the loaded adapters by name",
+    "load_adapter": "ours alone: loads a folder under a name before a request asks for it",
+    "register_adapter": "ours alone: names a folder that is read when a prompt asks for it",
+    "unload_adapter": "ours alone: forgets a name",
+}
+NO_TRANSFER = "none: KV stays in its engine"
+REQUEST_OUTPUT = {
+    "metrics": "vLLM's names for when it came, was scheduled, had its first and its last token",
+    "prompt_logprobs": "with DELTA in the first output only",
+    **dict.fromkeys(("encoder_prompt", "encoder_prompt_token_ids"), "none: a Llama has no encoder"),
+    "kv_transfer_params": NO_TRANSFER,
+    "add": "none: outputs are immutable; join deltas by `token_offset`",
+    "adapter": "ours alone: the adapter as the request named it",
+    "adapter_start": "ours alone: the prompt token from which on the adapter is active; None = the "
+    "base",
+    "error": 'ours alone: why an answer ended with finish_reason "error"',
+}
+COMPLETION_OUTPUT = {
+    "finish_reason": 'stop, length and abort as in vLLM; "error" with the reason in '
+    "`RequestOutput.error`",
+    "routed_experts": "none: a Llama has no experts",
+    "lora_request": "none: it is in the RequestOutput",
+    "kv_transfer_params": NO_TRANSFER,
+    "token_offset": "ours alone: tokens of the answer before these, with DELTA",
+}
+
+
+def rows_of(name: str, ours: list[str], told: dict[str, str]) -> list[tuple[str, str]]:
+    """vLLM's names in its order, then those that are ours alone."""
+    rows = []
+    for one in VLLM[name]:
+        assert one in ours or told[one].startswith(("none: ", "no argument: ")), one
+        rows.append((one, told.get(one, "same")))
+    alone = [one for one in ours if one not in VLLM[name]]
+    assert all(told[one].startswith("ours alone: ") for one in alone)
+    assert told.keys() <= {*VLLM[name], *ours}
+    return rows + [(one, told[one]) for one in alone]
+
+
+def arguments_of(method: Any) -> list[str]:
+    return [name for name in inspect.signature(method).parameters if name != "self"]
+
+
+def members_of(kind: type) -> list[str]:
+    """Fields first, then methods and properties."""
+    own = [name for name in vars(kind) if not name.startswith("_")]
+    fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+    named = [field.name for field in fields]
+    return [*named, *(name for name in own if name not in named)]
 
 
 def sampling_rows() -> list[tuple[str, str]]:
@@ -93,7 +175,17 @@ def table(rows: list[tuple[str, str]]) -> str:
     return "\n".join(["| vLLM | here |", "|---|---|", *(f"| `{n}` | {what} |" for n, what in rows)])
 
 
-TABLES = {"sampling": sampling_rows, "settings": setting_rows}
+TABLES = {
+    "sampling": sampling_rows,
+    "settings": setting_rows,
+    "generate": lambda: rows_of("LLM.generate", arguments_of(LLM.generate), GENERATE),
+    "chat": lambda: rows_of("LLM.chat", arguments_of(LLM.chat), CHAT),
+    "methods": lambda: rows_of("methods", members_of(LLM), METHODS),
+    "request output": lambda: rows_of("RequestOutput", members_of(RequestOutput), REQUEST_OUTPUT),
+    "completion output": lambda: rows_of(
+        "CompletionOutput", members_of(CompletionOutput), COMPLETION_OUTPUT
+    ),
+}
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import index_checks
+from .. import index_checks, reference
 from . import graph, native
 from .row_independence import flat, padded
 
@@ -170,7 +170,7 @@ def _attend(
         block = (positions // block_size).clamp_(max=block_table.shape[1] - 1)
         live = positions < seq_lens[:, None]
         blocks = torch.where(live, block_table[:, block], 0).long()  # [seqs, tile]
-        k = _tile(k_blocks, blocks, positions % block_size, live, k_scale)
+        k = _tile(k_blocks, blocks, positions % block_size, live, k_scale, are_keys=True)
         v = _tile(v_blocks, blocks, positions % block_size, live, v_scale)
         scores = torch.bmm(x, k.transpose(1, 2)).view(*shape[:3], KV_TILE)
         scores = scores.masked_fill_(positions > last, float("-inf"))
@@ -185,10 +185,17 @@ def _attend(
 
 
 def _tile(
-    pages: Tensor, blocks: Tensor, offsets: Tensor, live: Tensor, scale: Tensor | None
+    pages: Tensor,
+    blocks: Tensor,
+    offsets: Tensor,
+    live: Tensor,
+    scale: Tensor | None,
+    *,
+    are_keys: bool = False,
 ) -> Tensor:
     """One KV tile as fp32 [seqs * kv_heads, tile, head_dim], zero where a sequence has ended."""
-    tile = pages[blocks, offsets].float()  # [seqs, tile, kv_heads, head_dim]
+    found = pages[blocks, offsets]  # [seqs, tile, kv_heads, head_dim]
+    tile = reference.read_keys(found, torch.float32) if are_keys else found.float()
     if scale is not None:
         tile = tile * scale[:, None]
     tile = torch.where(live[..., None, None], tile, 0.0)

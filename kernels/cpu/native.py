@@ -21,7 +21,7 @@ from . import openmp
 
 logger = logging.getLogger(__name__)
 
-ABI_VERSION = 12  # MULTILORA_ABI_VERSION of csrc/abi.h
+ABI_VERSION = 13  # MULTILORA_ABI_VERSION of csrc/abi.h
 
 # The functions of csrc/abi.h take these structures; fields in its order, under its names.
 _Fields = list[tuple[str, type]]

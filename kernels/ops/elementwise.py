@@ -55,10 +55,11 @@ def rope_store_kv_(
 ) -> None:
     """Rotates q and k by position (half against half) and stores k and v in their blocks.
 
-    With scales, k and v are divided by their head's and cut to the blocks' finite range. ValueError
-    for shapes that disagree and for one scale without the other. On CPU
-    IndexError, with all as it was, for positions and slots out of range. Nobody checks that no two
-    tokens have one slot: it would then hold a mixture of them.
+    With scales, k and v are divided by their head's and cut to the blocks' finite range; in int8
+    blocks what is not finite is marked, and reads as NaN (`reference.LOST`). ValueError for shapes
+    that disagree and for one scale without the other. On CPU IndexError, with all as it was, for
+    positions and slots out of range. Nobody checks that no two tokens have one slot: it would then
+    hold a mixture of them.
     """
     refuse_gradients(q, k, v, cos, sin, k_blocks, v_blocks, k_scale, v_scale)
     check(cos.shape[1] * 2 == q.shape[2], "cos and sin must have head_dim / 2 columns")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..arguments import folder as checked_folder
 from ..config.model import ModelConfig, read_json
 from ..errors import CheckpointError
 from .hf import hf_weights, safetensors_files
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 def read_config(folder: str | Path) -> ModelConfig:
     """The shape of the checkpoint's model. Meta's weights are asked for what params.json omits."""
-    folder = Path(folder)
+    folder = Path(checked_folder(folder, "a model's folder", CheckpointError))
     if (folder / "config.json").is_file() or not (folder / "params.json").is_file():
         return ModelConfig.from_dir(folder)
     raw = read_json(folder / "params.json")

@@ -17,7 +17,18 @@ KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3", "int8")
 LOAD_FORMATS = ("auto", "dummy")
 GENERATION_CONFIGS = ("auto", "vllm")
 ALORA_MISSING = ("base", "error")
-COUNTS = ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_loras", "max_lora_rank")
+MOST = {
+    "block_size": 2**16,
+    "max_num_seqs": 2**16,
+    "max_num_batched_tokens": 2**20,
+    "max_loras": 2**16,
+    "max_lora_rank": 2**16,
+    "num_kv_blocks": 2**22,
+    "lora_pages": 2**20,
+    "max_model_len": 2**31,
+    "max_host_adapter_bytes": 2**63,
+}
+"""What the counts stay below: more than any machine serves, and less than tables of it can hurt."""
 DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 
 
@@ -132,13 +143,11 @@ class EngineConfig:
             )
 
     def _check_numbers(self) -> None:
-        for name in COUNTS:
-            _check_int(name, getattr(self, name), 1, 2**31)
-        for name in ("max_model_len", "num_kv_blocks", "lora_pages"):
-            if getattr(self, name) is not None:
-                _check_int(name, getattr(self, name), 1, 2**31)
-        if self.max_host_adapter_bytes is not None:
-            _check_int("max_host_adapter_bytes", self.max_host_adapter_bytes, 1, 2**63)
+        can_be_none = [field.name for field in fields(self) if field.default is None]
+        for name, most in MOST.items():
+            value = getattr(self, name)
+            if value is not None or name not in can_be_none:
+                _check_int(name, value, 1, most)
         _check_int("max_logprobs", self.max_logprobs, -1, 2**31)
         _check_int("seed", self.seed, -(2**63), 2**63)
         if self.max_lora_rank % 8:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from ..errors import CheckpointError
+from ..arguments import folder
+from ..errors import CheckpointError, shown
 from .model import ModelConfig
 from .rope import RopeScaling
 
@@ -56,9 +57,9 @@ def shape_of(model: str) -> ModelConfig:
     """The shape that a name of SHAPES or a folder with a config.json means."""
     name, colon, layers = model.partition(":")
     if name not in SHAPES:
-        if not Path(model).is_dir():
+        if not Path(folder(model, "a model", CheckpointError)).is_dir():
             raise CheckpointError(
-                f"{model!r} is neither a folder with a config.json nor one of "
+                f"{shown(model)} is neither a folder with a config.json nor one of "
                 f"{', '.join(SHAPES)} (with :N for N layers)"
             )
         return ModelConfig.from_dir(model)

@@ -7,6 +7,7 @@ the same methods. But for defaults and `capabilities` nothing else asks which of
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -65,6 +66,16 @@ def host_memory() -> DeviceMemory | None:
     limits = (_text(f"/sys/fs/cgroup/{name}").strip() for name in _CGROUP_LIMITS)
     free += [int(limit) for limit in limits if limit.isdecimal()]  # not "max"
     return DeviceMemory(min(free), total)
+
+
+def return_freed_memory() -> None:
+    """Gives what was freed back to the system, where the C library (glibc) would keep it.
+
+    Of what is in use nothing moves. Takes 0.1 ms where a few MB were freed.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
 
 
 class Device:

@@ -1,6 +1,7 @@
 """The engine: requests in, one step at a time, outputs back. No threads, no asyncio, no HTTP.
 
-Calls from several threads wait for each other; one from within a call is an EngineBusyError.
+Calls from several threads wait for each other; one from within a call is an EngineBusyError, and so
+is one in a fork of the process that made the engine.
 Whatever is raised within a call, the next one finds all in order: see `core`.
 """
 
@@ -13,15 +14,24 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..adapters.loader import AdapterLoader, AdapterSource, LoadedAdapter
 from ..adapters.mix import AdapterSpec, check_name, weights_of
 from ..adapters.peft.reader import read_adapter
 from ..adapters.store import AdapterInfo
+from ..arguments import read
 from ..checkpoint.reader import read_base_weight
 from ..config.engine import EngineConfig
-from ..errors import AdapterInvalid, AdapterNotFound, CapacityError, RequestError, shown
+from ..device.cpu import return_freed_memory
+from ..errors import (
+    AdapterInvalid,
+    AdapterNotFound,
+    CapacityError,
+    ConfigError,
+    RequestError,
+    shown,
+)
 from ..outputs import RequestOutput
 from ..sampling_params import SamplingParams
 from ..tokenization.chat_template import has_other_template
@@ -34,6 +44,7 @@ from .output_processor import RequestState
 logger = logging.getLogger(__name__)
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
+_Given = TypeVar("_Given")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +87,13 @@ class Engine:
         resolver: Callable[[str], str | Path | None] | None = None,
     ) -> None:
         """`resolver` is asked for the folder of an adapter that nobody knows; None = unknown."""
+        if not isinstance(config, EngineConfig):
+            raise ConfigError(
+                f"Engine takes an EngineConfig, as in Engine(EngineConfig(model=...)), not "
+                f"{shown(config)}"
+            )
+        if resolver is not None and not callable(resolver):
+            raise ConfigError(f"a resolver is a function of a name, not {shown(resolver)}")
         self.config = config
         parts = build(config)
         self.model_config, self.model, self.tokenizer = (
@@ -130,7 +148,7 @@ class Engine:
         params = params if params is not None else SamplingParams()
         if not isinstance(params, SamplingParams):
             raise RequestError(f"params must be SamplingParams, not {shown(params)}")
-        adapter = _copied(adapter)
+        prompt, adapter = _copied(prompt, "prompt"), _copied(adapter, "adapter")
         number = next(self._arrivals)
         while request_id is None and f"request-{number}" in self._core.requests:
             number = next(self._arrivals)  # a caller has taken that name
@@ -272,6 +290,7 @@ class Engine:
             if not self._loader.forget(name) or self.store.has(name):
                 self.store.unload(name)
             self._core.unpark()
+        return_freed_memory()
 
     @property
     @exclusive
@@ -339,11 +358,6 @@ class Engine:
         self._core.check_integrity()
 
 
-def _copied(adapter: AdapterSpec) -> AdapterSpec:
+def _copied(given: _Given, name: str) -> _Given:
     """A mapping as a dict of our own: the caller's may change, or be anything."""
-    if not isinstance(adapter, Mapping):
-        return adapter
-    try:
-        return dict(adapter)
-    except Exception as error:
-        raise RequestError(f"adapter cannot be read: {shown(error)}") from error
+    return read(dict, given, name) if isinstance(given, Mapping) else given  # type: ignore[return-value]

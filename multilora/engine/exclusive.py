@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from functools import wraps
@@ -21,6 +22,7 @@ class Gate:
 
     def __init__(self, core: EngineCore) -> None:
         self.core = core
+        self.process = os.getpid()
         self.lock = threading.RLock()
         # The thread that is inside, or whose call is through and may still be interrupted on its
         # way back: what it was to tell is then told by the next call, which must not come before.
@@ -48,6 +50,12 @@ def exclusive(method: _Method) -> _Method:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         gate: Gate = self._gate
         core, me = gate.core, get_ident()
+        if gate.process != os.getpid():  # before the lock, which a thread of the other may hold
+            raise EngineBusyError(
+                f"Engine.{method.__name__} was called in a fork of the process that made the "
+                "engine, whose threads are not here: make an engine in each process, and start "
+                "these by multiprocessing.get_context('spawn')"
+            )
         if gate.caller == me:
             raise EngineBusyError(
                 f"Engine.{method.__name__} was called from within another call of the engine, such "

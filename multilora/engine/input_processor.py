@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Ids
 from typing import Any
 
+from ..arguments import read
 from ..config.engine import EngineConfig
 from ..errors import CapacityError, RequestError, shown
 from ..sampling_params import SamplingParams
@@ -53,12 +54,13 @@ class InputProcessor:
         if not isinstance(prompt, Ids) or isinstance(prompt, bytes):
             what = type(prompt).__name__
             raise RequestError(f"a prompt is text or a list of token ids, not of type {what}")
-        if not isinstance(prompt, str) and len(prompt) >= self._max_len:  # before it is copied
+        count = 0 if isinstance(prompt, str) else read(len, prompt, "the prompt")
+        if count >= self._max_len:  # before it is copied
             raise CapacityError(
-                f"a prompt of {len(prompt)} tokens and one new token exceed max_model_len "
+                f"a prompt of {count} tokens and one new token exceed max_model_len "
                 f"{self._max_len} tokens; shorten the prompt or raise max_model_len"
             )
-        ids = self._encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = self._encode(prompt) if isinstance(prompt, str) else read(list, prompt, "the prompt")
         self._check_ids(ids, params)
         return ids
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapters.mix import AdapterSpec
+from ..arguments import flag, folder, is_int, plain, read
 from ..checkpoint.generation_config import sampling_defaults
 from ..config.engine import EngineConfig
 from ..engine.engine import Engine
@@ -48,16 +49,16 @@ class LLM:
         (docs/vllm.md); others are a ConfigError. Raises CheckpointError, TokenizerError or
         AdapterError when files cannot be used.
         """
-        own = None if tokenizer is None else _folder(tokenizer, "tokenizer")
-        folder = _folder(model, "model")
-        config = EngineConfig.from_kwargs(model=folder, tokenizer=own, **settings)
-        self._defaults = {} if config.generation_config == "vllm" else sampling_defaults(folder)
+        own = None if tokenizer is None else folder(tokenizer, "tokenizer", ConfigError)
+        base = folder(model, "model", ConfigError)
+        config = EngineConfig.from_kwargs(model=base, tokenizer=own, **settings)
+        self._defaults = {} if config.generation_config == "vllm" else sampling_defaults(base)
         self.engine = Engine(config)
         self._folders: dict[str, str] = {}  # that `LoRARequest`s have loaded, by name
         adapters = {} if adapters is None else adapters
         if not isinstance(adapters, Mapping):
             raise ConfigError(f"adapters must map names to folders, not {shown(adapters)}")
-        for name, path in adapters.items():
+        for name, path in read(dict, adapters, "adapters").items():
             self.load_adapter(name, path)
 
     # Adapters ---------------------------------------------------------------------------------
@@ -72,6 +73,11 @@ class LLM:
         digest = self.engine.load_adapter(name, path)
         self._folders[name] = str(path)
         return digest
+
+    def register_adapter(self, name: str, path: str | Path, *, digest: str | None = None) -> None:
+        """Makes `name` mean a folder that is read when a prompt names it; see `Engine`."""
+        self.engine.register_adapter(name, path, digest=digest)
+        self._folders.pop(name, None)
 
     def unload_adapter(self, name: str) -> None:
         """Forgets a name; AdapterNotFound when there is none."""
@@ -153,7 +159,7 @@ class LLM:
         tokenizer = self.get_tokenizer()
         given = {
             **_variables(chat_template_kwargs),
-            "add_generation_prompt": add_generation_prompt,
+            "add_generation_prompt": flag(add_generation_prompt, "add_generation_prompt"),
             "continue_final_message": continue_final_message,
             "tools": tools,
         }
@@ -258,17 +264,11 @@ class LLM:
         return now if since is None else since
 
 
-def _folder(path: object, name: str) -> str:
-    if not isinstance(path, str | Path):
-        raise ConfigError(f"{name} must be a folder, not {shown(path)}")
-    return str(path)
-
-
 def _check_priorities(priority: object, count: int) -> None:
     if priority is None:
         return
     for one in for_each(priority, count, "priority"):
-        if one != 0:
+        if not is_int(one := plain(one)) or one:
             raise RequestError(
                 f"priority {shown(one)}: the policy fcfs knows none; requests run as they come"
             )
@@ -277,6 +277,7 @@ def _check_priorities(priority: object, count: int) -> None:
 def _variables(given: object) -> Mapping[str, Any]:
     """Variables for a chat template, none of them an argument of `chat`."""
     given = {} if given is None else given
+    given = read(dict, given, "chat_template_kwargs") if isinstance(given, Mapping) else given
     if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
         raise RequestError(f"chat_template_kwargs must be a dict of names, not {shown(given)}")
     if taken := given.keys() & {*TAKEN, "chat_template", "tokenize"}:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from ..arguments import flag, read
 from ..outputs import RequestOutput
 
 
@@ -18,9 +19,11 @@ class Progress:
         self._bar: Any = None
         self._tokens = 0
         self._start = time.perf_counter()
-        make = use_tqdm if callable(use_tqdm) else _tqdm() if use_tqdm else None
+        own = None if callable(use_tqdm) else flag(use_tqdm, "use_tqdm")
+        make = _tqdm() if own else use_tqdm if own is None else None
         if make is not None:
-            self._bar = make(total=total, desc="Answered", unit="prompt", dynamic_ncols=True)
+            ask = {"total": total, "desc": "Answered", "unit": "prompt", "dynamic_ncols": True}
+            self._bar = read(lambda made: made(**ask), make, "use_tqdm")
 
     def update(self, output: RequestOutput) -> None:
         """Counts a finished request and its tokens."""
@@ -28,15 +31,19 @@ class Progress:
             return
         self._tokens += sum(len(o.token_ids) for o in output.outputs)
         rate = self._tokens / (time.perf_counter() - self._start)
-        self._bar.set_postfix_str(f"{rate:.1f} tokens/s", refresh=False)
-        self._bar.update(1)
+        read(lambda bar: _advance(bar, rate), self._bar, "use_tqdm")
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
-            self._bar.close()
+            read(lambda bar: bar.close(), self._bar, "use_tqdm")
+
+
+def _advance(bar: Any, rate: float) -> None:
+    bar.set_postfix_str(f"{rate:.1f} tokens/s", refresh=False)
+    bar.update(1)
 
 
 def _tqdm() -> Callable[..., Any] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..arguments import read
 from ..errors import RequestError, shown
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -21,9 +22,10 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
         raise RequestError(
             f"prompts must be text, token ids or a list of them, not {shown(prompts)}"
         )
-    if len(prompts) and isinstance(prompts[0], int):  # one prompt of token ids, however long
-        return [prompts]  # type: ignore[list-item]
-    return [_as_prompt(item, f"prompt {i}") for i, item in enumerate(prompts)]
+    if read(lambda given: len(given) and isinstance(given[0], int), prompts, "prompts"):
+        return [prompts]  # type: ignore[list-item]  # one of token ids, however long
+    items = read(list, prompts, "prompts")
+    return [_as_prompt(item, f"prompt {i}") for i, item in enumerate(items)]
 
 
 def _as_prompt(item: object, name: str) -> Prompt:
@@ -42,11 +44,11 @@ def as_conversations(messages: object) -> list[list[Message]]:
         )
     single: list[Message] = []
     many: list[list[Message]] = []
-    for item in messages:
+    for item in read(list, messages, "messages"):
         if isinstance(item, Mapping):
             single.append(item)
         elif isinstance(item, Sequence) and not isinstance(item, str):
-            many.append(list(item))
+            many.append(read(list, item, "messages"))
         else:
             raise RequestError(f"a message must be a dict with role and content, not {shown(item)}")
     if single and many:
@@ -58,9 +60,10 @@ def for_each(value: Any, count: int, what: str) -> list[Any]:
     """`value` for each of `count` prompts: it is one for all, or a list of as many."""
     if not isinstance(value, list | tuple):
         return [value] * count
-    if len(value) != count:
+    found = read(list, value, what)
+    if len(found) != count:
         raise RequestError(
-            f"{what} has {len(value)} entries for {count} prompts; give one for each, or one "
+            f"{what} has {len(found)} entries for {count} prompts; give one for each, or one "
             "for all"
         )
-    return list(value)
+    return found

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+SITES, PAGE_ROWS = 6, 8  # of a Llama; of a rank page
 DEFAULT_KV_BYTES = 4 << 30
 """KV memory on a CPU when num_kv_blocks is not given and full-length requests would need more."""
 
@@ -27,7 +28,7 @@ def check_device(config: EngineConfig, needs: MemoryNeeds, memory: DeviceMemory)
 
 
 def check_host(config: EngineConfig, needs: MemoryNeeds, memory: DeviceMemory) -> None:
-    """Raises ConfigError for weights that a machine cannot hold; warns if little is free now.
+    """Raises ConfigError for what a machine cannot hold; warns for weights if little is free now.
 
     That is no more than a warning, since the system may free some, and a container's limit may be
     another one than was found.
@@ -38,6 +39,17 @@ def check_host(config: EngineConfig, needs: MemoryNeeds, memory: DeviceMemory) -
     weights = f"the weights of {config.model} need {_gb(needs.base)}"
     if needs.base > memory.total:
         raise ConfigError(f"{weights}, and this machine has {_gb(memory.total)}; {cure}")
+    if (kv := (config.num_kv_blocks or 0) * needs.block) > memory.total:
+        raise ConfigError(
+            f"{config.num_kv_blocks} KV blocks need {_gb(kv)}, and this machine has "
+            f"{_gb(memory.total)}; lower num_kv_blocks"
+        )
+    if (tables := _table_bytes(config, needs)) > memory.total:
+        raise ConfigError(
+            f"the tables of max_num_seqs={config.max_num_seqs} requests and of max_loras="
+            f"{config.max_loras} slots of max_lora_rank={config.max_lora_rank} need "
+            f"{_gb(tables)}, and this machine has {_gb(memory.total)}; lower these"
+        )
     if needs.base > memory.free:
         logger.warning(
             "%s, and %s are free here: the system may end the process; %s",
@@ -45,6 +57,12 @@ def check_host(config: EngineConfig, needs: MemoryNeeds, memory: DeviceMemory) -
             _gb(memory.free),
             cure,
         )
+
+
+def _table_bytes(config: EngineConfig, needs: MemoryNeeds) -> int:
+    """Bytes of what says where things are: tokens and blocks of requests, pages of slots."""
+    requests = needs.max_blocks * (4 * config.block_size + 3 * 4)  # its own, sent, of graphs
+    return requests + SITES * config.max_loras * config.max_lora_rank // PAGE_ROWS * 8
 
 
 def num_blocks(config: EngineConfig, needs: MemoryNeeds, memory: DeviceMemory | None) -> int:

@@ -11,6 +11,7 @@ import re
 from bisect import bisect_right
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..arguments import flag
 from ..config.model import read_json
 from ..errors import CheckpointError, RequestError, TokenizerError, shown
 from .messages import REASONING, Conversation
@@ -86,6 +87,9 @@ class ChatTemplate:
     ) -> RenderedChat:
         """The prompt text, equal to transformers'. Arguments as in its `apply_chat_template`."""
         conversation = Conversation(self._limits[1] // 2)
+        add_generation_prompt = flag(add_generation_prompt, "add_generation_prompt")
+        if not isinstance(continue_final_message, str):
+            continue_final_message = flag(continue_final_message, "continue_final_message")
         plain_tools = conversation.tools(tools)
         source = self._source(plain_tools, chat_template)
         chat = conversation.messages(messages, join_parts=TAKES_PARTS.search(source) is None)

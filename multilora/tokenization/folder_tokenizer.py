@@ -6,7 +6,8 @@ import re
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from ..errors import CapacityError, RequestError, TokenizerError
+from ..arguments import flag, is_int, items, plain
+from ..errors import CapacityError, RequestError, TokenizerError, shown
 from .chat_template import ChatTemplate, RenderedChat, find_templates
 from .settings import Settings
 from .vocabulary import AddedToken, AddedTokenFinder, Vocabulary
@@ -62,17 +63,19 @@ class FolderTokenizer(ABC):
         self, text: str, *, add_special_tokens: bool = True, max_length: int | None = None
     ) -> list[int]:
         """Ids of text that may come from anybody: control tokens in it are plain text."""
+        surround = flag(add_special_tokens, "add_special_tokens")
         self._check(text, max_length)
         ids = self._ids(text, lambda token, *_: token.content not in self._control)
-        return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
+        return [*self._prefix, *ids, *self._suffix] if surround else ids
 
     def encode_with_special(
         self, text: str, *, add_special_tokens: bool = False, max_length: int | None = None
     ) -> list[int]:
         """Ids of a prompt with its control tokens; what should be around it is added only once."""
+        surround = flag(add_special_tokens, "add_special_tokens")
         self._check(text, max_length)
         ids = self._ids(text, lambda *_: True)
-        if not add_special_tokens:
+        if not surround:
             return ids
         before, after = self._prefix, self._suffix
         before = [] if ids[: len(before)] == before else before
@@ -88,7 +91,11 @@ class FolderTokenizer(ABC):
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of ids. Ids outside the vocabulary have none."""
-        return self._vocabulary.decode(ids, skip_special_tokens=skip_special_tokens)
+        skip = flag(skip_special_tokens, "skip_special_tokens")
+        ids = [plain(i) for i in items(ids, "ids")]
+        if not all(map(is_int, ids)):
+            raise RequestError(f"ids must be token ids, not {shown(ids)}")
+        return self._vocabulary.decode(ids, skip_special_tokens=skip)
 
     @overload
     def apply_chat_template(
@@ -119,7 +126,7 @@ class FolderTokenizer(ABC):
 
         With `tokenize=False` its text, as transformers has it.
         """
-        if not tokenize:
+        if not flag(tokenize, "tokenize"):
             return self._render(messages, ask).text
         return self.chat_prompt(messages, max_length=max_length, **ask)[1]
 
@@ -155,6 +162,9 @@ class FolderTokenizer(ABC):
             raise RequestError(
                 f"the text has a lone surrogate at character {error.start}; send valid Unicode"
             ) from error
+        max_length = plain(max_length)
+        if max_length is not None and not is_int(max_length):
+            raise RequestError(f"max_length must be an integer or None, not {shown(max_length)}")
         if max_length is not None and (fewest := self.fewest_tokens(text)) > max_length:
             raise CapacityError(
                 f"a prompt of {len(text)} characters has {fewest} tokens or more, and may have "

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..arguments import read
 from ..errors import RequestError
 
 MAX_DEPTH = 64
@@ -30,6 +31,7 @@ class Conversation:
         if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
             kind = type(messages).__name__
             raise RequestError(f"messages must be a list of messages, not {kind}")
+        messages = read(list, messages, "messages")
         if not messages:
             raise RequestError("messages is empty; give at least one message")
         chat = [self._message(item, ("messages", i)) for i, item in enumerate(messages)]
@@ -44,6 +46,7 @@ class Conversation:
             return None
         if isinstance(tools, (str, bytes, Mapping)) or not isinstance(tools, Sequence):
             raise RequestError(f"tools must be a list of objects, not {type(tools).__name__}")
+        tools = read(list, tools, "tools")
         for i, tool in enumerate(tools):
             if not isinstance(tool, Mapping):
                 raise RequestError(f"tools[{i}] must be an object, not {type(tool).__name__}")
@@ -64,14 +67,17 @@ class Conversation:
             raise RequestError(f"{_spell(path)} is nested more than {MAX_DEPTH} levels deep")
         if isinstance(value, Mapping):
             made = {}
-            for key, item in value.items():
+            for key, item in read(dict, value, _spell(path)).items():
                 if not isinstance(key, str):
                     raise RequestError(f"{_spell(path)} has a key that is not a string")
                 self._count(key)
                 made[str.__str__(key)] = self.plain(item, (path, key), depth + 1)
             return made
         if isinstance(value, (list, tuple)):
-            return [self.plain(item, (path, i), depth + 1) for i, item in enumerate(value)]
+            return [
+                self.plain(item, (path, i), depth + 1)
+                for i, item in enumerate(read(list, value, _spell(path)))
+            ]
         kind = type(value).__name__
         raise RequestError(f"{_spell(path)} has type {kind}; only JSON's types are supported")
 

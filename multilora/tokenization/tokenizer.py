@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..arguments import folder as checked_folder
 from ..config.model import MAX_JSON_BYTES
 from ..errors import TokenizerError
 from .folder_tokenizer import unreadable
@@ -94,7 +95,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
     Raises TokenizerError when the folder has neither or a file cannot be read.
     """
-    folder = Path(folder)
+    folder = Path(checked_folder(folder, "a tokenizer's folder", TokenizerError))
     paths = [folder / name for name in ("tokenizer.json", "tokenizer.model")]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:

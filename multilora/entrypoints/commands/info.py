@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ...device.cpu import DeviceMemory
     from ...engine.builder import Reckoned
 
-SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(?:([KMGT])(i?)B|B?)")
+SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?) ?(?:([KMGT])(i?)B|B?)")
 SETTINGS = (
     *("dtype", "quantization", "quantization_group_size", "kv_cache_dtype", "device"),
     *("max_model_len", "max_num_seqs", "max_loras", "max_lora_rank", "lora_pages"),

@@ -143,9 +143,10 @@ def _bytes(file: str) -> bytes:
     """The file's, or stdin's; without a byte order mark."""
     try:
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
         raise RequestError(
-            f"--prompt-file {file!r} cannot be read: {error.strerror}; give a file with one prompt "
+            f"--prompt-file {shown(file)} cannot be read: {why}; give a file with one prompt "
             "a line, a .jsonl file, or - for stdin"
         ) from None
     return data.removeprefix(b"\xef\xbb\xbf")

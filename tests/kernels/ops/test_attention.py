@@ -101,6 +101,30 @@ def test_int8_pages_are_read_as_they_were_stored() -> None:
     assert_close(found, reference.paged_attention(wide_q, *wide_read, *where, scale=0.3))
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("which", ["key", "value"])
+def test_int8_pages_keep_what_is_not_finite(which: str, value: float) -> None:
+    """Whoever sees the token's head gets NaN, as in pages of floats; nobody else does."""
+    tokens, heads, dim = 70, 2, 16  # a tile and a part of one
+    q, k, v = (torch.randn(tokens, heads, dim) for _ in range(3))
+    (k if which == "key" else v)[66, 1, 5] = value
+    cos, sin = torch.ones(tokens, dim // 2), torch.zeros(tokens, dim // 2)
+    places = torch.arange(tokens)
+    blocks = [torch.zeros(5, 16, heads, dim, dtype=torch.int8) for _ in range(2)]
+    scale = torch.tensor([0.03, 0.03])
+    mk.rope_store_kv_(q, k, v, cos, sin, places, places, *blocks, scale, scale)
+    where = torch.arange(5)[None].int(), torch.tensor([tokens]).int(), torch.tensor([0, 70]).int()
+    grid = {"scale": 0.3, "max_query_len": tokens, "max_seq_len": tokens}
+    scales = {"k_scale": scale, "v_scale": scale}
+    found = mk.paged_attention(q, *blocks, *where, **scales, **grid)
+    lost = torch.zeros(tokens, heads, dtype=torch.bool)
+    lost[66:, 1] = True
+    assert torch.equal(found.isnan().all(-1), lost)
+    assert torch.equal(found.isfinite().all(-1), ~lost)
+    expected = reference.paged_attention(q, *blocks, *where, scale=0.3, **scales)
+    assert torch.equal(expected.isnan().all(-1), lost)
+
+
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("group", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

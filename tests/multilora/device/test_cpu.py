@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
 import multilora.device.cpu as device_module
-from multilora.device.cpu import Device, DeviceMemory, host_memory
+from multilora.device.cpu import Device, DeviceMemory, host_memory, return_freed_memory
+
+
+def test_memory_that_was_freed_goes_back_to_the_system() -> None:
+    if not hasattr(ctypes.CDLL(None), "malloc_trim"):
+        pytest.skip("the C library is not glibc")
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident()
+    kept = [torch.ones(2**14) for _ in range(2000)]  # 128 MB that the C library does not map singly
+    last = kept.pop()
+    kept.clear()
+    return_freed_memory()
+    assert resident() - before < 32 << 20
+    assert last.sum() == 2**14
 
 
 def test_a_cpu_does_everything_at_once() -> None:

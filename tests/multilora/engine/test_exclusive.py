@@ -17,6 +17,8 @@ from tests.harness.recovery import SHORT, World, sampled
 from tests.harness.tiny_engines import Job, add, drain, facts, run
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from multilora.outputs import RequestOutput
 
 # A file that an exception left open is closed by Python, which says so.
@@ -52,6 +54,43 @@ def test_threads_take_turns(world: World) -> None:
                 finished |= {o.request_id: o for o in outputs if o.finished}
     assert sorted(finished) == sorted(ids)
     assert all(facts(output) == world.facts(job) for output in finished.values())
+
+
+FORKED = """
+import os, sys
+import torch
+torch.set_num_threads(2)
+from multilora import Engine, EngineConfig, SamplingParams, errors
+
+def answer():
+    engine.add_request([5, 6, 7] * 20, SamplingParams(temperature=0, max_tokens=4))
+    found = []
+    while engine.has_work:
+        found = engine.step()
+    return found[0].outputs[0].token_ids
+
+engine = Engine(EngineConfig(model=sys.argv[1], skip_tokenizer_init=True))
+first = answer()  # after which OpenMP has threads, that a fork lacks
+child = os.fork()
+if not child:
+    try:
+        answer()
+    except errors.EngineBusyError as error:
+        print(error, flush=True)
+        os._exit(7)
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+assert answer() == first
+"""
+
+
+def test_a_fork_of_its_process_is_told_so_at_once(
+    world: World, run_python: Callable[..., str]
+) -> None:
+    code = f"import sys; sys.argv.append({world.engine('eager').config.model!r})\n{FORKED}"
+    told = run_python(code, OMP_NUM_THREADS="2")
+    assert told.startswith("Engine.add_request was called in a fork of the process that made")
+    assert "get_context('spawn')" in told
 
 
 def test_outputs_that_were_returned_are_not_told_again_after_an_error(world: World) -> None:

@@ -235,10 +235,13 @@ def test_graphs_do_not_multiply_with_the_adapters() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["auto", "int8"])
-def test_an_adapter_that_overflows_fails_alone(world: World, tmp_path: Path, dtype: str) -> None:
+@pytest.mark.parametrize("targets", [("gate_proj", "up_proj"), ("k_proj",), ("v_proj",)], ids=str)
+def test_an_adapter_that_overflows_fails_alone(
+    world: World, tmp_path: Path, dtype: str, targets: tuple[str, ...]
+) -> None:
     """NaN of one tenant's adapter in a shared batch: its own request ends, and says why."""
-    folder = write_adapter(tmp_path / "huge", TINY, rank=8, targets=("gate_proj", "up_proj"))
-    change_tensors(folder, lambda ts: [t.mul_(1e18) for t in ts.values()])
+    folder = write_adapter(tmp_path / "huge", TINY, rank=8, targets=targets)
+    change_tensors(folder, lambda ts: [t.mul_(1e22) for t in ts.values()])
     names = (None, "a", "b")
     jobs = [world.job(name, 30, 8, i) for i, name in enumerate(names)]
     wanted = [facts(o) for o in run(world.engine("a", "b", kv_cache_dtype=dtype), jobs)]

@@ -160,6 +160,19 @@ def test_weights_that_a_machine_cannot_hold_are_refused() -> None:
         check_host(config(quantization="int8"), NEEDS, small)
 
 
+def test_settings_that_a_machine_cannot_hold_are_refused() -> None:
+    host = DeviceMemory(free=64 * GB, total=64 * GB)
+    check_host(config(num_kv_blocks=30_000), NEEDS, host)
+    with pytest.raises(ConfigError, match=r"40000 KV blocks need 83.89 GB.*lower num_kv_blocks"):
+        check_host(config(num_kv_blocks=40_000), NEEDS, host)
+    with pytest.raises(ConfigError, match=r"max_num_seqs=60000 requests.*this machine has 64.00"):
+        check_host(config(max_num_seqs=60_000), replace(NEEDS, max_blocks=10**9), host)
+    with pytest.raises(ConfigError, match=r"max_loras=65000 slots of max_lora_rank=65000 need"):
+        check_host(
+            config(max_loras=65_000, max_lora_rank=65_000), NEEDS, replace(host, total=20 * GB)
+        )
+
+
 def test_little_free_memory_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     check_host(config(), NEEDS, DeviceMemory(free=16 * GB, total=32 * GB))
     assert not caplog.messages
