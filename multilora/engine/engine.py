@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from ..adapters.loader import AdapterLoader, AdapterSource, LoadedAdapter
 from ..adapters.mix import AdapterSpec, check_name, weights_of
-from ..adapters.peft.reader import read_adapter
+from ..adapters.peft.reader import Adapter, adapter_from_tensors, read_adapter
 from ..adapters.store import AdapterInfo
 from ..arguments import read
 from ..checkpoint.reader import read_base_weight
@@ -236,20 +238,46 @@ class Engine:
         """
         if not isinstance(path, str | Path):
             raise AdapterInvalid(f"an adapter's folder must be a path, not {shown(path)}")
-        found = self._read_adapter(name, Path(path))
+        return self._install(name, self._read_adapter(name, Path(path)))
+
+    @exclusive
+    def load_adapter_from_tensors(
+        self, name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> str:
+        """Serves an adapter that lies in memory, such as a trainer's; returns its digest.
+
+        `config` are the fields of a PEFT LoraConfig (its `to_dict()`), `tensors` by name what
+        PEFT's `get_peft_model_state_dict` gives, on any device; they are copied. It is what
+        `load_adapter` makes of the folder that `save_pretrained` writes, and raises the same.
+        """
+        for what, given in (("config", config), ("tensors", tensors)):
+            if not isinstance(given, Mapping):
+                raise AdapterInvalid(f"an adapter's {what} must be a mapping, not {shown(given)}")
+        max_rank = self.config.max_lora_rank
+        adapter = adapter_from_tensors(config, tensors, self.model_config, max_rank=max_rank)
+        return self._install(name, self._pack(name, adapter))
+
+    def _install(self, name: str, found: LoadedAdapter) -> str:
+        """Makes `name` mean what was packed; it stays on the host, whatever the bound."""
         with Change(self._core):
-            self._loader.forget(name)  # it stays, whatever the bound
+            self._loader.forget(name)
             self.store.install(name, found.digest, found.host)
+            self._core.unpark()
         return found.digest
 
-    def _read_adapter(self, name: str, path: Path) -> LoadedAdapter:
+    def _pack(self, name: str, adapter: Adapter) -> LoadedAdapter:
         """The adapter in page layout; changes nothing, so that any thread may do it."""
-        adapter = read_adapter(path, self.model_config, max_rank=self.config.max_lora_rank)
         base = {
             site: read_base_weight(self.config.model, site, self.model_config)
             for site in adapter.base_weights
         }
         host = self.store.pack(name, adapter, base=base, served=self.model)
+        return LoadedAdapter(adapter.digest, host)
+
+    def _read_adapter(self, name: str, path: Path) -> LoadedAdapter:
+        """The adapter of a folder, packed."""
+        adapter = read_adapter(path, self.model_config, max_rank=self.config.max_lora_rank)
+        found = self._pack(name, adapter)
         if self.tokenizer is not None and has_other_template(path, self.tokenizer.chat_templates):
             logger.warning(
                 "adapter %r: %s has a chat template of its own, and chats are rendered with the "
@@ -258,7 +286,7 @@ class Engine:
                 path,
                 str(path),
             )
-        return LoadedAdapter(adapter.digest, host)
+        return found
 
     @exclusive
     def register_adapter(self, name: str, path: str | Path, *, digest: str | None = None) -> None:

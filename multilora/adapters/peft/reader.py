@@ -11,13 +11,14 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...config.lora_sites import biased_sites, sites_of
 from ...errors import AdapterError, AdapterInvalid, shown
 from .config import MAX_CONFIG_BYTES, parse_config
 from .files import open_regular
 from .targets import Target, find_targets
+from .tensors import config_bytes, copy_weights, tensor_header
 from .weights import MAX_FILE_BYTES, TensorInfo, Weight, read_header, read_weights
 
 if TYPE_CHECKING:
@@ -87,8 +88,7 @@ def _read(folder: Path, config: ModelConfig, max_rank: int) -> Adapter:
         raise AdapterInvalid(f"there is no such folder; give the one that holds {CONFIG_FILE}")
     with open_regular(folder / CONFIG_FILE, MAX_CONFIG_BYTES) as file:
         spec = parse_config(file.read(MAX_CONFIG_BYTES))
-    targets = find_targets(spec, sites_of(config), max_rank)
-    _check_activated(spec, targets, config)
+    targets = _targets(spec, config, max_rank)
     if os.path.lexists(folder / PICKLE_FILE) and not os.path.lexists(folder / WEIGHTS_FILE):
         raise AdapterInvalid(
             f"{PICKLE_FILE} is refused: pickle is never read, since it can run code; "
@@ -97,21 +97,62 @@ def _read(folder: Path, config: ModelConfig, max_rank: int) -> Adapter:
     with open_regular(folder / WEIGHTS_FILE, MAX_FILE_BYTES) as file:
         before = os.fstat(file.fileno())
         header = read_header(file)
-        names, base_names = _sort_names(header)
-        biases = _biases(spec, targets, config)
-        wanted = _wanted(spec, targets, biases)
-        _check_names(names, wanted, config)
-        _check_shapes(names, base_names, header, wanted, config)
+        plan = _check_header(spec, targets, header, config)
         weights = read_weights(file, header)
         after = os.fstat(file.fileno())
     if any(getattr(before, name) != getattr(after, name) for name in WRITTEN):
         raise AdapterInvalid(
             f"{WEIGHTS_FILE} was written to while it was read; write to another name and rename"
         )
-    found = {name: weights[stored] for name, stored in names.items()}
-    base_weights = {site: weights[stored] for site, stored in base_names.items()}
-    trained = {key: found[name] for name, (key, _) in biases.items()}
-    return _assemble(spec, targets, found, trained, base_weights)
+    return _assemble(spec, targets, plan, weights)
+
+
+def adapter_from_tensors(
+    adapter_config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    config: ModelConfig,
+    *,
+    max_rank: int = 512,
+) -> Adapter:
+    """The adapter that PEFT's `save_pretrained` would have written of these, for `config`'s base.
+
+    `adapter_config` are the fields of a LoraConfig (its `to_dict()`), `tensors` what PEFT's
+    `get_peft_model_state_dict` gives, on any device; they are copied. Raises like `read_adapter`.
+    """
+    spec = parse_config(config_bytes(adapter_config))
+    targets = _targets(spec, config, max_rank)
+    header = tensor_header(tensors)
+    plan = _check_header(spec, targets, header, config)
+    return _assemble(spec, targets, plan, copy_weights(tensors))
+
+
+def _targets(spec: LoraSpec, config: ModelConfig, max_rank: int) -> dict[str, Target]:
+    targets = find_targets(spec, sites_of(config), max_rank)
+    _check_activated(spec, targets, config)
+    return targets
+
+
+class _Plan(NamedTuple):
+    """Which stored tensor is what."""
+
+    names: Mapping[str, str]  # stored name by plain name
+    base_names: Mapping[str, str]  # stored name by site, of what the base has too
+    biases: Mapping[str, tuple[ModuleKey, int]]  # module and size by plain name
+
+
+def _check_header(
+    spec: LoraSpec,
+    targets: Mapping[str, Target],
+    header: Mapping[str, TensorInfo],
+    config: ModelConfig,
+) -> _Plan:
+    """Raises AdapterInvalid unless the tensors are those that the config asks for."""
+    names, base_names = _sort_names(header)
+    biases = _biases(spec, targets, config)
+    wanted = _wanted(spec, targets, biases)
+    _check_names(names, wanted, config)
+    _check_shapes(names, base_names, header, wanted, config)
+    return _Plan(names, base_names, biases)
 
 
 def _check_activated(spec: LoraSpec, targets: Mapping[str, Target], config: ModelConfig) -> None:
@@ -288,10 +329,12 @@ def _check_shapes(
 def _assemble(
     spec: LoraSpec,
     targets: Mapping[str, Target],
-    weights: Mapping[str, Weight],  # by plain name
-    biases: Mapping[ModuleKey, Weight],
-    base_weights: Mapping[str, Weight],
+    plan: _Plan,
+    stored: Mapping[str, Weight],  # by stored name
 ) -> Adapter:
+    weights = {name: stored[found] for name, found in plan.names.items()}
+    base_weights = {site: stored[found] for site, found in plan.base_names.items()}
+    biases = {key: weights[name] for name, (key, _) in plan.biases.items()}
     modules: dict[ModuleKey, LoraModule] = {}
     content: list[object] = ["lora 1"]  # a new reading of old files must change this
     for path, target in sorted(targets.items()):

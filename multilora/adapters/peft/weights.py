@@ -90,13 +90,16 @@ def read_weights(
                 f"the safetensors file changed while it was read: {shown(name)} is cut"
             )
         tensor = torch.frombuffer(data, dtype=info.dtype).view(info.shape)
-        # Both ends are NaN if any value is; isfinite().all() takes ten times as long.
-        if not all(math.isfinite(end) for end in torch.aminmax(tensor)):
-            raise AdapterInvalid(
-                f"tensor {shown(name)} holds NaN or infinite values; train it again"
-            )
+        check_finite(name, tensor)
         found[name] = Weight(tensor, hashlib.sha256(data).hexdigest())
     return found
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raises AdapterInvalid for a value that is NaN or infinite."""
+    # Both ends are NaN if any value is; isfinite().all() takes ten times as long.
+    if not all(math.isfinite(end) for end in torch.aminmax(tensor)):
+        raise AdapterInvalid(f"tensor {shown(name)} holds NaN or infinite values; train it again")
 
 
 def _check_crowd(data: bytes) -> None:

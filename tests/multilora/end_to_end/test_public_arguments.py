@@ -120,6 +120,10 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, str]]] = {
         lambda house, **given: house.engine.register_adapter(**given),
         {"name": "'c'", "path": "'/nonexistent'", "digest": "None"},
     ),
+    "load_adapter_from_tensors": (
+        lambda house, **given: house.engine.load_adapter_from_tensors(**given),
+        {"name": "'c'", "config": "{}", "tensors": "{}"},
+    ),
     "unload_adapter": (
         lambda house, **given: house.engine.unload_adapter(**given),
         {"name": "'b'"},

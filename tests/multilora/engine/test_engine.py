@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from safetensors.torch import load_file
 
 from multilora.errors import (
     AdapterError,
@@ -313,3 +314,16 @@ def test_experts_and_the_base_share_what_precedes_an_invocation(root: Path, tmp_
     for job, output in zip(jobs, outputs, strict=True):
         alone = make_engine(root / "base", folders, enable_prefix_caching=False)
         assert facts(run(alone, [job])[0]) == facts(output)
+
+
+def test_an_adapter_in_memory_is_served_like_its_folder(engine: Engine, root: Path) -> None:
+    config = json.loads((root / "a" / "adapter_config.json").read_text())
+    tensors = load_file(root / "a" / "adapter_model.safetensors")
+    digest = engine.load_adapter_from_tensors("x", config, tensors)
+    assert digest == engine.adapters["a"].digest
+    assert tokens(engine, "x") == tokens(engine, "a")
+    before = engine.adapters
+    for name, spoilt in (("../x", tensors), ("x", {}), ("x", None), ("x", {"y": 5})):
+        with pytest.raises(AdapterError):
+            engine.load_adapter_from_tensors(name, config, spoilt)  # type: ignore[arg-type]
+    assert engine.adapters == before
