@@ -1,4 +1,4 @@
-"""The command line: `multilora generate`, `info`, `demo`, `adapters check`, `version`."""
+"""The command line: `multilora generate`, `info`, `demo`, `version`, `adapters check` and others."""
 
 from __future__ import annotations
 
@@ -67,6 +67,7 @@ def _app() -> typer.Typer:
         app.command()(_quietly_ended(command))
     adapters = typer.Typer(help="Looks at adapters.", no_args_is_help=True)
     adapters.command()(_quietly_ended(check))
+    adapters.command()(_quietly_ended(convert))
     adapters.callback()(_adapters)
     app.add_typer(adapters, name="adapters")
     return app
@@ -146,6 +147,19 @@ def check(
     print(f"sites    {', '.join(f'{site} {rank}' for site, rank in ranks.items() if rank)}")
     print(f"modules  {len(found.modules)}")
     print(f"bytes    {sum(w.numel() * w.element_size() for w in weights)}")
+
+
+def convert(
+    path: Annotated[Path, typer.Argument(help="Folder of an adapter of MLX-LM, or with a .bin.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write, which must not exist.")],
+    scale: Annotated[
+        float | None, typer.Option(help="Factor of an MLX-LM adapter, instead of its config's.")
+    ] = None,
+) -> None:
+    """Writes an adapter of another form as the PEFT folder that it means."""
+    from ..adapters.conversion import convert as write
+
+    print(f"{path} is {write(path, out, scale=scale)}; written as {out}")
 
 
 def version() -> None:

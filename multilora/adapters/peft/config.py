@@ -138,7 +138,7 @@ def parse_config(data: bytes) -> LoraSpec:
     if "peft_type" not in raw and "lora_parameters" in raw:
         raise AdapterInvalid(
             "this is an adapter of MLX-LM, which stores its matrices transposed and under names of "
-            "its own; convert it to PEFT's format first"
+            "its own; convert it first: multilora adapters convert FOLDER NEW_FOLDER"
         )
     if raw.get("peft_type") != "LORA":
         raise AdapterInvalid(

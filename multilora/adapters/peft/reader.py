@@ -92,7 +92,7 @@ def _read(folder: Path, config: ModelConfig, max_rank: int) -> Adapter:
     if os.path.lexists(folder / PICKLE_FILE) and not os.path.lexists(folder / WEIGHTS_FILE):
         raise AdapterInvalid(
             f"{PICKLE_FILE} is refused: pickle is never read, since it can run code; "
-            f"convert to safetensors ({WEIGHTS_FILE}), which PEFT's save_pretrained writes"
+            f"convert it to {WEIGHTS_FILE}: multilora adapters convert FOLDER NEW_FOLDER"
         )
     with open_regular(folder / WEIGHTS_FILE, MAX_FILE_BYTES) as file:
         before = os.fstat(file.fileno())

@@ -8,6 +8,8 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from multilora import __version__
 from multilora.checkpoint.reader import read_base_weight, read_config
@@ -149,3 +151,19 @@ def test_check_refuses_what_loading_would(
         change_tensors(tmp_path / "a", lambda tensors, w=weight: tensors.update({name: w}))
         code, _, err = run(capsys, *command)
         assert (code, "changed base" in err) == (status, bool(status))
+
+
+def test_an_adapter_is_converted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "a", TINY)
+    weights = folder / "adapter_model.safetensors"
+    torch.save(load_file(weights), folder / "adapter_model.bin")
+    weights.unlink()
+    out = tmp_path / "b"
+    status, text, _ = run(capsys, "adapters", "convert", str(folder), str(out))
+    assert (status, text) == (
+        0,
+        f"{folder} is a PEFT adapter with pickled weights; written as {out}\n",
+    )
+    status, text, error = run(capsys, "adapters", "convert", str(folder), str(out))
+    assert (status, text) == (1, "")
+    assert "exists" in error
