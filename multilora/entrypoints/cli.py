@@ -1,4 +1,4 @@
-"""The command line: `multilora generate`, `info`, `demo`, `version`, `adapters check` and others."""
+"""The command line: `multilora generate`, `info`, `demo`, `version`, `adapters ...`."""
 
 from __future__ import annotations
 
