@@ -54,8 +54,8 @@ class SamplingParams:
         logits_processors: Called, in order, with (output ids, logits) or (prompt ids, output ids,
             logits); they return the logits, fp32 [vocab], which they may change in place. On a CPU
             only.
-        seed: Of the random numbers, which depend on it and the position alone. None = one of its
-            own.
+        seed: Of the random numbers, which depend on it and the position alone. None or -1 = one of
+            its own.
         max_tokens: Most tokens of an answer. None = up to `max_model_len`.
         min_tokens: No end of sequence, stop token or stop string before so many tokens.
         stop: Texts that end an answer where they first occur. They are not part of its text.
@@ -104,6 +104,11 @@ class SamplingParams:
         for field in fields(self):
             given, is_flag = getattr(self, field.name), isinstance(field.default, bool)
             self._set(field.name, flag(given, field.name) if is_flag else plain(given))
+        if is_int(self.seed) and self.seed == -1:
+            self._set("seed", None)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is True:
+                self._set(name, 1)
         self._check_counts()
         self._check_numbers()
         self._check_stops()
@@ -252,7 +257,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     ),
     "thinking_token_budget": ((None, -1), "there is no model here whose thinking is marked"),
     "repetition_detection": ((None,), "use frequency_penalty or a logits processor"),
-    "extra_args": ((None,), "no sampler here reads them"),
+    "extra_args": ((None, {}), "no sampler here reads them"),
     "routed_experts_prompt_start": ((0,), "a Llama has no experts to route to"),
     "trace_decode_token_ids": ((None,), "score a given answer by prompt_logprobs"),
     "skip_clone": ((True, False), "parameters are immutable and never cloned"),

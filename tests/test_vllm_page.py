@@ -39,6 +39,7 @@ DIFFERS = {
 SETTINGS = {
     "model": "a folder; nothing is downloaded",
     "tokenizer": "a folder",
+    "load_format": "auto or dummy: the files say what they are",
     "dtype": "float32 stays float32 (vLLM: becomes float16): a CPU is exact in it",
     "quantization": "int8 and int4 are made when the base is loaded; checkpoints that are "
     "quantised already are refused by name",
@@ -56,7 +57,7 @@ SETTINGS = {
 
 
 GENERATE = {
-    "priority": "0 for each: the policy fcfs knows none; others are refused",
+    "priority": "0 for each; others are refused, since requests have none to order by",
     "tokenization_kwargs": "no argument: give token ids to say how text is cut; text that is too "
     "long is refused, not truncated",
     "adapter": "ours alone: a loaded adapter's name, or names with weights, for all or for each",
@@ -71,7 +72,9 @@ CHAT = {
 }
 POOLING = "none: this engine generates"
 METHODS = {
-    "get_tokenizer": "our own tokenizer: encode, decode, apply_chat_template as in transformers",
+    "get_tokenizer": "our own tokenizer: apply_chat_template as in transformers; encode takes "
+    "control tokens in a text for plain text (encode_with_special does not), decode leaves them "
+    "out unless skip_special_tokens=False",
     "get_metrics": "a dict of the engine's counters, no list of Prometheus' metrics",
     "reset_prefix_cache": "takes no arguments; False while requests hold some of it",
     "beam_search": "none: ask for n answers and compare cumulative_logprob",

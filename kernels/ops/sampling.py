@@ -57,7 +57,8 @@ def draw(
     """A random token for each row: the inverse of its cumulative probability, likeliest first.
 
     A row with NaN or +inf, or without anything finite, fails and has token 0. A row's token is its
-    own. ValueError for shapes that disagree; the ranges above are the caller's to keep.
+    own. ValueError for shapes that disagree; the ranges beside the arguments are the
+    caller's to keep.
     """
     each = (temperature, top_k, top_p, log_min_p, numbers)
     refuse_gradients(logits, *each)

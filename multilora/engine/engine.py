@@ -39,7 +39,7 @@ from ..sampling_params import SamplingParams
 from ..tokenization.chat_template import has_other_template
 from .builder import build
 from .core import EngineCore
-from .exclusive import Change, Gate, exclusive
+from .exclusive import Change, Gate, check_process, exclusive
 from .input_processor import InputProcessor
 from .output_processor import RequestState
 
@@ -51,7 +51,7 @@ _Given = TypeVar("_Given")
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Counters since the engine was made."""
+    """Counters since the engine was made; those of adapters are of registered ones."""
 
     steps: int
     prompt_tokens: int  # computed, so without those taken from the prefix cache
@@ -96,6 +96,7 @@ class Engine:
             )
         if resolver is not None and not callable(resolver):
             raise ConfigError(f"a resolver is a function of a name, not {shown(resolver)}")
+        check_process()
         self.config = config
         parts = build(config)
         self.model_config, self.model, self.tokenizer = (
@@ -238,6 +239,7 @@ class Engine:
         """
         if not isinstance(path, str | Path):
             raise AdapterInvalid(f"an adapter's folder must be a path, not {shown(path)}")
+        check_name(name)
         return self._install(name, self._read_adapter(name, Path(path)))
 
     @exclusive

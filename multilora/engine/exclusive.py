@@ -9,12 +9,34 @@ from functools import wraps
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..errors import EngineBusyError, EngineDeadError, MultiloraError
+import torch
+
+from ..errors import ConfigError, EngineBusyError, EngineDeadError, MultiloraError
 
 if TYPE_CHECKING:
     from .core import EngineCore
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+class _Made:
+    """In which process the first engine was made."""
+
+    process: int | None = None
+
+
+def check_process() -> None:
+    """Raises a ConfigError in a fork of a process that has made an engine, before it would hang.
+
+    OpenMP believes that the threads are there which the fork lacks, and waits for them.
+    """
+    if _Made.process not in (None, os.getpid()) and torch.get_num_threads() > 1:
+        raise ConfigError(
+            "this process is a fork of one that had made an engine: OpenMP's threads are not here, "
+            "and the first computation would wait for them for ever; start it by "
+            "multiprocessing.get_context('spawn')"
+        )
+    _Made.process = _Made.process or os.getpid()
 
 
 class Gate:

@@ -201,6 +201,7 @@ class LLM:
         """The adapters of the prompts; folders of `LoRARequest`s are loaded."""
         specs = list(adapters)
         fresh: set[str] = set()
+        paths: dict[str, str] = {}
         for i, request in enumerate(requests):
             if request is None:
                 continue
@@ -209,6 +210,11 @@ class LLM:
             if specs[i] is not None:
                 raise RequestError("give adapter or lora_request, not both")
             name, path = request.lora_name, request.lora_path
+            if paths.setdefault(name, path) != path:
+                raise RequestError(
+                    f"two prompts of one call name {shown(name)} and mean {shown(paths[name])} and "
+                    f"{shown(path)}: a name is one adapter here; give each its own"
+                )
             is_loaded = name in self.adapters and self._folders.get(name) == path
             if not is_loaded or (request.load_inplace and name not in fresh):
                 self.load_adapter(name, path)
@@ -267,10 +273,11 @@ class LLM:
 def _check_priorities(priority: object, count: int) -> None:
     if priority is None:
         return
-    for one in for_each(priority, count, "priority"):
+    for one in for_each(priority, count, "priority"):  # a Sequence has no priority to order by
         if not is_int(one := plain(one)) or one:
             raise RequestError(
-                f"priority {shown(one)}: the policy fcfs knows none; requests run as they come"
+                f"priority {shown(one)}: requests have none here; order them by `policy`, or leave "
+                "it 0"
             )
 
 

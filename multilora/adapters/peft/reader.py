@@ -34,6 +34,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 WRITTEN = ("st_size", "st_mtime_ns")  # what a writer changes; not one who puts a new file there
 PICKLE_FILE = "adapter_model.bin"
 PREFIX = "base_model.model."
+VELORA = "lora_velora_embed"  # what VeLoRA's backward pass keeps; nothing forward reads it
 BASE_SITES = ("embed", "lm_head")  # PEFT saves their full weight beside a LoRA on them
 
 ModuleKey = tuple[str, int, int]  # (site name, layer, slice index)
@@ -182,6 +183,8 @@ def _sort_names(header: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
     }
     for stored in header:
         name = stored.removeprefix(PREFIX)
+        if VELORA in name.split("."):
+            continue
         if not stored.startswith(PREFIX):
             raise AdapterInvalid(
                 f"unexpected tensor {shown(stored)}: PEFT's names begin with {PREFIX!r}"

@@ -78,6 +78,9 @@ def test_load_inplace_reads_the_folder_again(llm: LLM, folders: Path, tmp_path: 
 
 
 def test_a_list_of_lora_requests_is_one_for_each(llm: LLM, folders: Path) -> None:
+    two = [LoRARequest("one", i, str(folders / name)) for i, name in enumerate("ab", 1)]
+    with pytest.raises(RequestError, match="two prompts of one call name 'one'"):
+        llm.generate(["hello", "hello"], GREEDY, lora_request=two)
     requests = [LoRARequest("a", 1, str(folders / "a")), None]
     mixed = llm.generate(["hello"] * 2, GREEDY, lora_request=requests)
     assert [output.lora_request for output in mixed] == requests
@@ -139,7 +142,7 @@ def test_any_output_kind_gives_the_whole_answer(llm: LLM) -> None:
 
 def test_priorities_are_refused_until_a_policy_knows_them(llm: LLM) -> None:
     llm.generate(["a", "b"], GREEDY, priority=[0, 0])
-    with pytest.raises(RequestError, match="fcfs knows none"):
+    with pytest.raises(RequestError, match="requests have none here"):
         llm.generate(["a", "b"], GREEDY, priority=[0, 1])
 
 

@@ -285,3 +285,11 @@ def test_owns_its_memory(tmp_path: Path) -> None:
     want = adapter.modules["o", 1, 0].a.clone()
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
     assert torch.equal(adapter.modules["o", 1, 0].a, want)
+
+
+def test_what_velora_keeps_for_training_means_nothing(tmp_path: Path) -> None:
+    plain = read_adapter(write_adapter(tmp_path, CONFIG), CONFIG)
+    change_config(tmp_path, velora_config={"num_groups": 4})
+    path = "base_model.model.model.layers.0.self_attn.q_proj"
+    change_tensors(tmp_path, lambda t: t.update({f"{path}.lora_velora_embed": torch.ones(3)}))
+    assert read_adapter(tmp_path, CONFIG).digest == plain.digest
