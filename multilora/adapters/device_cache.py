@@ -53,6 +53,10 @@ class DeviceAdapterCache:
         self._touch(mix)
         return entry.slot
 
+    def has(self, digest: str) -> bool:
+        """Whether the adapter's pages are on the device."""
+        return digest in self._pages
+
     @property
     def pins(self) -> Counter[Mix]:
         """How often each mix is pinned."""

@@ -69,7 +69,9 @@ class AdapterLoader:
         self._failures: dict[str, _Failure] = {}
         self._used: OrderedDict[str, None] = OrderedDict()  # names read here; next victim first
         self._pool: ThreadPoolExecutor | None = None
+        self.is_over = False  # the bound, as too much was in use when there was need of room
         self.num_loads = self.num_failures = self.num_evictions = 0
+        self.num_hits = self.num_misses = 0
 
     @property
     def sources(self) -> dict[str, AdapterSource]:
@@ -139,6 +141,11 @@ class AdapterLoader:
         if failure is not None and left > 0:
             raise type(failure.error)(f"{failure.error}; it can be tried again in {left:.0f} s")
 
+    def count(self, names: Collection[str], missing: Collection[str]) -> None:
+        """Notes that a request came for these names, of which some were missing."""
+        self.num_hits += sum(name in self._sources for name in names) - len(missing)
+        self.num_misses += len(missing)
+
     def start(self, names: Iterable[str]) -> None:
         """Has these sources read, unless they are being."""
         for name in names:
@@ -200,7 +207,7 @@ class AdapterLoader:
                 self._failures.pop(name, None)
                 self.num_loads += 1
                 del self._loads[name]
-        self._make_room(wanted)
+        self.make_room(wanted)
 
     def _note_failure(self, name: str, error: BaseException) -> None:
         assert isinstance(error, AdapterError)
@@ -214,20 +221,21 @@ class AdapterLoader:
             "adapter %r was not loaded, and can be again in %g s: %s", name, pause, error
         )
 
-    def _make_room(self, wanted: Collection[str]) -> None:
+    def make_room(self, wanted: Collection[str]) -> None:
         """Drops adapters that can be read again, those that were not used for longest first."""
         if self._max_bytes is None:
             return
-        excess = self._store.host_bytes - self._max_bytes
-        for name in list(self._used) if excess > 0 else ():
+        self.is_over = self._store.host_bytes > self._max_bytes
+        for name in list(self._used):
+            if not self.is_over:
+                return
             if not self._store.has(name):  # unloaded by its user
                 del self._used[name]
             elif name not in wanted and not self._store.is_needed(name):
+                self._store.unload(name)  # first, or an exception in between would keep it for ever
                 del self._used[name]
-                self._store.unload(name)
                 self.num_evictions += 1
-                if self._store.host_bytes <= self._max_bytes:
-                    return
+                self.is_over = self._store.host_bytes > self._max_bytes
 
     def drop_unwanted(self, wanted: Collection[str]) -> None:
         """Cancels loads that have not begun and that nobody waits for."""

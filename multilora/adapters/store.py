@@ -51,6 +51,7 @@ class AdapterInfo:
     digest: str
     rank: int  # largest of any module
     num_bytes: int  # of its rank pages
+    on_device: bool  # whether its pages lie there now
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +158,7 @@ class AdapterStore:
     def infos(self) -> dict[str, AdapterInfo]:
         """The loaded adapters by name, sorted."""
         return {
-            name: AdapterInfo(name, digest, host.rank, host.num_bytes)
+            name: AdapterInfo(name, digest, host.rank, host.num_bytes, self._device.has(digest))
             for name, digest in sorted(self._names.items())
             for host in (self._host[digest],)
         }

@@ -131,7 +131,7 @@ class EngineCore:
 
     def _compute(self) -> tuple[list[RequestOutput], tuple[str, ...]]:
         """Makes a step; what there is to tell, and which requests that ends."""
-        if self._parked and (self._was_rebuilt or self.loader.has_news):
+        if self.loader.has_news or (self._parked and self._was_rebuilt):
             self.unpark()
         self._advance()
         self._due = {i: state for i, state in self.news.items() if state.is_due()}
@@ -265,6 +265,8 @@ class EngineCore:
             return
         if not any(answer.seq.seq_id in self._by_seq for answer in state.answers):
             self.store.release(state.mix)
+            if self.loader.is_over:
+                self.loader.make_room(self._wanted())
 
     def _position(self, seq_id: int) -> int | None:
         """Tokens computed of an unfinished sequence."""

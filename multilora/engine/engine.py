@@ -60,6 +60,8 @@ class EngineStats:
     running: int
     waiting: int
     late_compilations: int  # kernel variants that requests waited for; there should be none
+    adapter_hits: int  # registered adapters that were loaded when a request named them
+    adapter_misses: int  # those that it had to wait for
     adapter_loads: int  # of registered adapters, on demand
     adapter_load_failures: int
     adapter_evictions: int  # from host memory, to stay within its bound
@@ -164,7 +166,7 @@ class Engine:
         text = self._inputs.prompt_text(prompt)
         arrived = self._wall_clock(), self._clock()
         with Change(self._core):
-            missing = self._loader.missing(weights_of(adapter))
+            missing = self._loader.missing(named := weights_of(adapter))
             active = None if missing else self.store.acquire(adapter, ids)
             state = RequestState(
                 request_id, text, ids, params, adapter, active, arrived, bad_words, self.tokenizer
@@ -175,6 +177,7 @@ class Engine:
                 self.store.release(state.mix)
                 raise
             self._loader.start(missing)
+            self._loader.count(named, missing)
         return request_id
 
     @exclusive
@@ -377,6 +380,8 @@ class Engine:
             len(self.scheduler.running),
             len(self.scheduler.waiting),
             len(self._compilations.late),
+            self._loader.num_hits,
+            self._loader.num_misses,
             self._loader.num_loads,
             self._loader.num_failures,
             self._loader.num_evictions,

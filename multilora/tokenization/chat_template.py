@@ -118,14 +118,20 @@ class ChatTemplate:
         name = "tool_use" if tools and "tool_use" in self.sources else "default"
         source = self.sources[name] if asked is None else self.sources.get(asked, asked)
         if tools and not re.search(r"\btools\b", source):
-            raise RequestError(f"the chat template of {self.origin} has no place for tools")
+            raise RequestError(f"{self._where(source)} has no place for tools")
         return source
+
+    def _where(self, source: str) -> str:
+        """What to call a template in errors: the tokenizer's own, or the one that was given."""
+        if source in self.sources.values():
+            return f"the chat template of {self.origin}"
+        return "the template given as chat_template"
 
     def _run(self, source: str, given: dict[str, Any]) -> RenderedChat:
         seconds, max_chars = self._limits
         own = {name: text for name, text in self._variables.items() if name not in given}
         request = {"source": source, "own": own, "given": given, "max_chars": max_chars}
-        where = f"the chat template of {self.origin}"
+        where = self._where(source)
         try:
             reply = PROCESS.ask(request, seconds)
         except TemplateLimitError as error:

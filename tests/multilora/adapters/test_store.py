@@ -36,7 +36,7 @@ def test_infos_list_what_is_loaded() -> None:
     load(store, "a")
     size = 2 * 2 * (2 * 8 * 4 + 8 * 6 + 8 * 4 + 8 * 4) * 4  # pages, layers, values, bytes
     assert list(store.infos()) == ["a", "team/b:v1.2"]
-    assert store.infos()["team/b:v1.2"] == AdapterInfo("team/b:v1.2", "d1", 9, size)
+    assert store.infos()["team/b:v1.2"] == AdapterInfo("team/b:v1.2", "d1", 9, size, False)
     assert store.num_bytes == 0  # on the device only when a request needs it
 
 

@@ -150,6 +150,25 @@ def test_a_request_may_be_aborted_while_it_waits(root: Path, held: threading.Eve
     assert facts(run(engine, [JOBS[2]])[0]) == alone(root, JOBS[2])
 
 
+def test_a_load_that_nobody_waits_for_any_more_counts_once_it_is_done(
+    root: Path, held: threading.Event
+) -> None:
+    engine = registered(root, "a", "b", max_host_adapter_bytes=1)
+    neighbour = add(engine, Job(prompt_of(9), greedy(8)))
+    for name in "ab":
+        held.clear()
+        waits = add(engine, Job(prompt_of(9), greedy(), name))
+        while not engine._loader._loads[name][1].running():
+            time.sleep(0.001)  # from here on it cannot be cancelled
+        assert engine.abort(waits)
+        held.set()
+        engine._loader.wait(10)
+        engine.step()
+        assert engine.registered_adapters[name].state == "registered"  # and not kept aside
+    assert engine.stats.adapter_loads == engine.stats.adapter_evictions == 2
+    assert drain(engine)[neighbour].error is None
+
+
 def test_an_unloaded_name_ends_those_who_wait_for_it(root: Path, held: threading.Event) -> None:
     engine = registered(root, "a", "b")
     gone, stays = add(engine, JOBS[0]), add(engine, JOBS[2])
@@ -200,6 +219,37 @@ def test_host_memory_stays_within_its_bound(root: Path) -> None:
         assert sum(info.num_bytes for info in engine.adapters.values()) <= bound
     assert engine.stats.adapter_evictions > 0
     assert engine.stats.adapter_loads == engine.stats.adapter_evictions + len(engine.adapters)
+
+
+def test_what_was_above_the_bound_goes_when_its_requests_end(root: Path) -> None:
+    engine = registered(root, "a", "b", max_host_adapter_bytes=1)
+    requests = [add(engine, job) for job in JOBS]
+    while len(engine.adapters) < 2:  # both are in use
+        engine.step()
+        engine.check_integrity()
+    assert engine.stats.adapter_evictions == 0
+    engine.abort(requests[3])
+    outputs = drain(engine)
+    for request, job in zip(requests, JOBS, strict=True):
+        if request != requests[3]:
+            assert facts(outputs[request]) == alone(root, job)
+    assert (engine.adapters, engine.stats.adapter_evictions) == ({}, 2)
+
+
+def test_hits_and_misses_are_counted_and_what_is_on_the_device_is_known(root: Path) -> None:
+    engine = registered(root, "a", "b", max_loras=1, max_lora_rank=16, lora_pages=2)
+    engine.load_adapter("mine", root / "a")  # not registered: it counts as neither
+    run(engine, [Job(prompt_of(9), greedy(), name) for name in ("a", "a", "mine")])
+    run(engine, [Job(prompt_of(9), greedy(), "a")])
+    assert (engine.stats.adapter_hits, engine.stats.adapter_misses) == (1, 2)
+    assert engine.stats.adapter_loads == 1
+    with pytest.raises(AdapterNotFound):
+        add(engine, Job(prompt_of(9), greedy(), {"a": 1.0, "unknown": 1.0}))
+    assert (engine.stats.adapter_hits, engine.stats.adapter_misses) == (1, 2)
+    engine.register_adapter("b", root / "b")
+    run(engine, [Job(prompt_of(9), greedy(), "b")])
+    on_device = {name: info.on_device for name, info in engine.adapters.items()}
+    assert on_device == {"a": False, "b": True, "mine": False}
 
 
 def test_a_resolver_says_what_a_name_means(root: Path) -> None:

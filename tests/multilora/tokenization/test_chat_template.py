@@ -298,3 +298,15 @@ def test_too_long_messages_are_the_callers_mistake():
 def test_lone_surrogate_in_a_message_is_refused(tmp_path):
     with pytest.raises(RequestError, match="surrogate"):
         reader_with(tmp_path, DEFAULT).apply_chat_template([{"role": "user", "content": "\udc00"}])
+
+
+def test_an_error_names_the_template_that_it_is_of() -> None:
+    own = "{{ raise_exception('own') }}"
+    template = ChatTemplate({"default": own}, origin="here", variables={})
+    for asked, words in (
+        (None, "the chat template of here refuses: own"),
+        ("default", "the chat template of here refuses: own"),
+        ("{{ raise_exception('given') }}", "the template given as chat_template refuses: given"),
+    ):
+        with pytest.raises(RequestError, match=words):
+            template.render([{"role": "user", "content": "x"}], chat_template=asked)
