@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from .errors import MultiloraError, RequestError, shown
 
 _Made = TypeVar("_Made")
-MAX_ITEMS = 1 << 20
+MAX_ITEMS = 1 << 24
 """Of a list whose length nothing else limits."""
 
 
