@@ -92,9 +92,11 @@ class FolderTokenizer(ABC):
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of ids. Ids outside the vocabulary have none."""
         skip = flag(skip_special_tokens, "skip_special_tokens")
-        ids = [plain(i) for i in items(ids, "ids")]
-        if not all(map(is_int, ids)):
-            raise RequestError(f"ids must be token ids, not {shown(ids)}")
+        ids = items(ids, "ids")
+        if any(type(i) is not int for i in ids):  # seldom; every token of a stream comes here
+            ids = tuple(plain(i) for i in ids)
+            if not all(map(is_int, ids)):
+                raise RequestError(f"ids must be token ids, not {shown(ids)}")
         return self._vocabulary.decode(ids, skip_special_tokens=skip)
 
     @overload
