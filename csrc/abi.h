@@ -14,7 +14,7 @@
 
 // Raised whenever a function below changes its meaning or its arguments. The loader ignores a
 // library that says another number than kernels/cpu/native.py.
-#define MULTILORA_ABI_VERSION 13
+#define MULTILORA_ABI_VERSION 14
 
 // Element types, by the `dtype` arguments below; int8 of KV pages and packed weights, int4 of
 // packed weights alone.
@@ -30,7 +30,7 @@ enum {
 enum {
     MULTILORA_OK = 0,
     MULTILORA_BAD_TILES = 1,    // their number or order, a slot not in the table, rows outside of y
-    MULTILORA_BAD_PAGES = 2,    // of a slot that a tile names: a count, page id or scale row
+    MULTILORA_BAD_PAGES = 2,    // a slot's count, page id or scale row, or a row of changes
     MULTILORA_BAD_IDS = 3,      // a token id outside of the vocabulary
     MULTILORA_BAD_QUERIES = 4,  // query_starts that fall, or leave q
     MULTILORA_BAD_LENGTHS = 5,  // a sequence shorter than its queries or longer than its blocks
@@ -88,6 +88,32 @@ struct LoraArgs {
 };
 MULTILORA_API int32_t lora(const LoraArgs* args);
 
+// Trained columns of a linear: see lora_columns_ in kernels/reference.py.
+struct ColumnsArgs {
+    void* y;                     // dtype [tokens, out], changed in place
+    const void* x;               // dtype [tokens, in]
+    int64_t y_stride;            // from row to row
+    int64_t x_stride;            // from row to row
+    int64_t tokens;              //
+    int64_t in_;                 //
+    int64_t out;                 //
+    const int32_t* column_ids;   // [slots, max_columns]
+    const int32_t* num_columns;  // [slots]
+    const void* weights;         // weights_dtype [slots, max_columns, in]
+    int64_t slots;               //
+    int64_t max_columns;         // a multiple of 8
+    int64_t weights_stride;      // from slot to slot
+    const int32_t* tile_slots;   // [num_tiles]
+    const int32_t* tile_starts;  // [num_tiles], first row
+    const int32_t* tile_lens;    // [num_tiles]
+    const int32_t* num_tiles;    // [1]
+    int64_t tiles;               // capacity
+    int32_t dtype;               //
+    int32_t weights_dtype;       //
+    int32_t num_threads;         //
+};
+MULTILORA_API int32_t lora_columns(const ColumnsArgs* args);
+
 // Causal attention over KV pages: see paged_attention in kernels/reference.py.
 struct AttentionArgs {
     void* out;                    // dtype [tokens, heads, head_dim]; rows of no sequence become 0
@@ -131,19 +157,23 @@ MULTILORA_API void silu_mul(const SiluArgs* args);
 
 // RMS norm; with a residual it becomes residual + x first and is what is normalised.
 struct NormArgs {
-    void* out;                // dtype [tokens, hidden]
-    const void* x;            // dtype [tokens, hidden]
-    void* residual;           // dtype [tokens, hidden], or null
-    const void* weight;       // dtype [hidden]
-    int64_t x_stride;         //
-    int64_t residual_stride;  //
-    int64_t tokens;           //
-    int64_t hidden;           //
-    float eps;                //
-    int32_t dtype;            // f32, bf16 or f16
-    int32_t num_threads;      //
+    void* out;                  // dtype [tokens, hidden]
+    const void* x;              // dtype [tokens, hidden]
+    void* residual;             // dtype [tokens, hidden], or null
+    const void* weight;         // dtype [hidden]
+    const float* change;        // [change_rows, hidden], added to the weight of a token; or null
+    const int32_t* change_row;  // [tokens], -1 = none; null with it
+    int64_t x_stride;           //
+    int64_t residual_stride;    //
+    int64_t change_stride;      // from row to row
+    int64_t change_rows;        //
+    int64_t tokens;             //
+    int64_t hidden;             //
+    float eps;                  //
+    int32_t dtype;              // f32, bf16 or f16
+    int32_t num_threads;        //
 };
-MULTILORA_API void rms_norm(const NormArgs* args);
+MULTILORA_API int32_t rms_norm(const NormArgs* args);
 
 // Rotates q in place, stores rotated k and plain v in their pages; slot -1 stores nothing.
 struct RopeArgs {
@@ -248,6 +278,7 @@ enum {
     MULTILORA_CALL_NORM = 3,
     MULTILORA_CALL_ROPE = 4,
     MULTILORA_CALL_LINEAR = 5,
+    MULTILORA_CALL_COLUMNS = 6,
 };
 struct CallArgs {
     const void* args;  // of the function that `kind` names

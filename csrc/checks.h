@@ -8,15 +8,25 @@ namespace {
 
 bool within(int64_t value, int64_t least, int64_t end) { return value >= least && value < end; }
 
-int32_t check(const LoraArgs& g) {
-    if (!within(*g.num_tiles, 0, g.tiles + 1)) return MULTILORA_BAD_TILES;
+template <typename Args>
+bool has_good_tiles(const Args& g) {
+    if (!within(*g.num_tiles, 0, g.tiles + 1)) return false;
     int64_t end = 0;  // of the tile before: two threads must not have one row
+    for (int64_t tile = 0; tile < *g.num_tiles; ++tile) {
+        const int64_t start = g.tile_starts[tile], rows = g.tile_lens[tile];
+        if (!within(g.tile_slots[tile], 0, g.slots) || start < end || rows < 0 ||
+            start + rows > g.tokens)
+            return false;
+        end = start + rows;
+    }
+    return true;
+}
+
+int32_t check(const LoraArgs& g) {
+    if (!has_good_tiles(g)) return MULTILORA_BAD_TILES;
     for (int64_t tile = 0; tile < *g.num_tiles; ++tile) {
         const int64_t slot = g.tile_slots[tile], start = g.tile_starts[tile];
         const int64_t rows = g.tile_lens[tile];
-        if (!within(slot, 0, g.slots) || start < end || rows < 0 || start + rows > g.tokens)
-            return MULTILORA_BAD_TILES;
-        end = start + rows;
         if (!within(g.num_pages[slot], 0, g.max_pages + 1)) return MULTILORA_BAD_PAGES;
         for (int64_t page = 0; page < g.num_pages[slot]; ++page) {
             if (!within(g.page_ids[slot * g.table_stride + page], 0, g.pages))
@@ -27,6 +37,26 @@ int32_t check(const LoraArgs& g) {
         for (int64_t row = start; g.ids != nullptr && row < start + rows; ++row) {
             if (!within(g.ids[row], 0, g.in_)) return MULTILORA_BAD_IDS;
         }
+    }
+    return MULTILORA_OK;
+}
+
+int32_t check(const ColumnsArgs& g) {
+    if (!has_good_tiles(g)) return MULTILORA_BAD_TILES;
+    for (int64_t tile = 0; tile < *g.num_tiles; ++tile) {
+        const int64_t slot = g.tile_slots[tile];
+        if (!within(g.num_columns[slot], 0, g.max_columns + 1)) return MULTILORA_BAD_PAGES;
+        for (int64_t column = 0; column < g.num_columns[slot]; ++column) {
+            if (!within(g.column_ids[slot * g.max_columns + column], 0, g.out))
+                return MULTILORA_BAD_IDS;
+        }
+    }
+    return MULTILORA_OK;
+}
+
+int32_t check(const NormArgs& g) {
+    for (int64_t token = 0; g.change_row != nullptr && token < g.tokens; ++token) {
+        if (!within(g.change_row[token], -1, g.change_rows)) return MULTILORA_BAD_PAGES;
     }
     return MULTILORA_OK;
 }
@@ -74,6 +104,13 @@ int64_t work_of(const LoraArgs& g) {
     for (int64_t tile = 0; tile < *g.num_tiles; ++tile)
         rows += 8 * g.tile_lens[tile] * g.num_pages[g.tile_slots[tile]];
     return rows * ((g.ids == nullptr ? g.slices * g.in_ : 0) + g.out);
+}
+
+int64_t work_of(const ColumnsArgs& g) {
+    int64_t columns = 0;
+    for (int64_t tile = 0; tile < *g.num_tiles; ++tile)
+        columns += g.tile_lens[tile] * g.num_columns[g.tile_slots[tile]];
+    return columns * g.in_;
 }
 
 int64_t work_of(const AttentionArgs& g) {

@@ -72,7 +72,8 @@ int32_t run_call(const CallArgs& call, int32_t num_threads) {
         case MULTILORA_CALL_SILU: return run_with(kernels.silu_mul, call.args, num_threads);
         case MULTILORA_CALL_NORM: return run_with(kernels.rms_norm, call.args, num_threads);
         case MULTILORA_CALL_ROPE: return run_with(kernels.rope_store_kv, call.args, num_threads);
-        default: return run_with(kernels.linear, call.args, num_threads);
+        case MULTILORA_CALL_LINEAR: return run_with(kernels.linear, call.args, num_threads);
+        default: return run_with(kernels.lora_columns, call.args, num_threads);
     }
 }
 
@@ -94,13 +95,15 @@ void select_isa(int32_t most, int32_t* chosen) {
 
 int32_t lora(const LoraArgs* args) { return run(kernels.lora, *args); }
 
+int32_t lora_columns(const ColumnsArgs* args) { return run(kernels.lora_columns, *args); }
+
 int32_t paged_attention(const AttentionArgs* args) { return run(kernels.paged_attention, *args); }
 
 int32_t rope_store_kv(const RopeArgs* args) { return run(kernels.rope_store_kv, *args); }
 
 void silu_mul(const SiluArgs* args) { run(kernels.silu_mul, *args); }
 
-void rms_norm(const NormArgs* args) { run(kernels.rms_norm, *args); }
+int32_t rms_norm(const NormArgs* args) { return run(kernels.rms_norm, *args); }
 
 void linear(const LinearArgs* args) { run(kernels.linear, *args); }
 

@@ -7,6 +7,7 @@
 
 struct KernelTable {
     void (*lora)(const LoraArgs&);
+    void (*lora_columns)(const ColumnsArgs&);
     void (*paged_attention)(const AttentionArgs&);
     void (*linear)(const LinearArgs&);
     void (*rms_norm)(const NormArgs&);

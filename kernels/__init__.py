@@ -29,6 +29,7 @@ from .ops import (
     draw,
     linear,
     lora_,
+    lora_columns_,
     lora_embed_,
     lora_expand_,
     lora_head_,
@@ -51,7 +52,7 @@ from .packed_weight import (
     unpack_rows,
     worth_packing,
 )
-from .tiles import DECODE_TILE, PAGE_ROWS, PREFILL_TILE, Table, Tiles, make_tiles
+from .tiles import DECODE_TILE, PAGE_ROWS, PREFILL_TILE, Columns, Table, Tiles, make_tiles
 from .tiles import capacity as tile_capacity
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "PREFILL_TILE",
     "BufferPool",
     "Capture",
+    "Columns",
     "Compilations",
     "KernelCall",
     "KernelSequence",
@@ -79,6 +81,7 @@ __all__ = [
     "end_captures",
     "linear",
     "lora_",
+    "lora_columns_",
     "lora_embed_",
     "lora_expand_",
     "lora_head_",

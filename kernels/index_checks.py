@@ -8,13 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .tiles import Table, Tiles
+from .tiles import Columns, Table, Tiles
 
 # Texts of the codes that the C++ functions return, MULTILORA_BAD_... of csrc/abi.h.
 TILES, PAGES, IDS, QUERIES, LENGTHS, BLOCKS, POSITIONS, SLOTS = range(1, 9)
 MISTAKES = {
     TILES: "tiles: their number, a slot or a row is out of range, or they overlap or go back",
-    PAGES: "table: a number of pages, a page id or a scale row is out of range",
+    PAGES: "table: a number of pages or columns, a page id or a row of changes is out of range",
     IDS: "ids: a token id is out of the vocabulary",
     QUERIES: "query_starts: they fall, or a row is out of range",
     LENGTHS: "seq_lens: shorter than the queries, or longer than the block table",
@@ -30,18 +30,24 @@ def refuse(code: int) -> None:
         raise IndexError(MISTAKES[code])
 
 
-def check_lora(table: Table, tiles: Tiles, rows: int, pages: int) -> None:
-    """Of a table and tiles for `rows` rows of y and a pool of `pages` pages."""
+def check_tiles(tiles: Tiles, rows: int, num_slots: int) -> Tensor:
+    """Of tiles for `rows` rows of y; the slots of the real ones, int64."""
     count = int(tiles.num_tiles)
     if not 0 <= count <= len(tiles.slots):
         refuse(TILES)
     slots, starts, lens = (t[:count].long() for t in tiles[:3])
-    if not (_within(slots, 0, len(table.num_pages)) and _within(starts, 0, rows + 1)):
+    if not (_within(slots, 0, num_slots) and _within(starts, 0, rows + 1)):
         refuse(TILES)
     if not (_within(lens, 0, rows + 1) and _within(starts + lens, 0, rows + 1)):
         refuse(TILES)
     if bool((starts[1:] < (starts + lens)[:-1]).any()):
         refuse(TILES)
+    return slots
+
+
+def check_lora(table: Table, tiles: Tiles, rows: int, pages: int) -> None:
+    """Of a table and tiles for `rows` rows of y and a pool of `pages` pages."""
+    slots = check_tiles(tiles, rows, len(table.num_pages))
     max_pages = table.page_ids.shape[1]
     num_pages = table.num_pages[slots]
     if not _within(num_pages, 0, max_pages + 1):
@@ -84,6 +90,23 @@ def check_rope(positions: Tensor, kv_slots: Tensor, cos: Tensor, k_blocks: Tenso
         refuse(POSITIONS)
     if not _within(kv_slots, -1, k_blocks.shape[0] * k_blocks.shape[1]):
         refuse(SLOTS)
+
+
+def check_changes(change: Tensor, change_row: Tensor) -> None:
+    """Of a norm's rows of trained weights."""
+    if not _within(change_row, -1, len(change)):
+        refuse(PAGES)
+
+
+def check_columns(changes: Columns, tiles: Tiles, rows: int, out: int) -> None:
+    """Of the arguments of `lora_columns_`, for `rows` rows of y with `out` columns."""
+    slots = check_tiles(tiles, rows, len(changes.num_columns))
+    counts, most = changes.num_columns[slots], changes.column_ids.shape[1]
+    if not _within(counts, 0, most + 1):
+        refuse(PAGES)
+    real = torch.arange(most) < counts[:, None]
+    if not _within(changes.column_ids[slots][real], 0, out):
+        refuse(IDS)
 
 
 def check_targets(targets: Tensor, vocab: int) -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tiles import PAGE_ROWS, Table, Tiles
+from .tiles import PAGE_ROWS, Columns, Table, Tiles
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -105,6 +105,21 @@ def lora_embed_(
         for p in range(int(table.num_pages[slot])):
             planes[0, rows, p] = a_pages[int(table.page_ids[slot, p]), ids[rows]].to(wide)
     lora_expand_(y, planes.flatten(2), b_pages, table, tiles, (0, y.shape[1]))
+
+
+def lora_columns_(
+    y: Tensor,  # [tokens, out], changed in place
+    x: Tensor,  # [tokens, in]
+    changes: Columns,
+    tiles: Tiles,
+) -> None:
+    """`y[t, column_ids[slot, c]] += weights[slot, c] @ x[t]` for the columns of t's slot."""
+    wide = _wide(y)
+    for slot, rows in _tiles(tiles):
+        count = int(changes.num_columns[slot])
+        columns = changes.column_ids[slot, :count].long()
+        delta = x[rows].to(wide) @ changes.weights[slot, :count].to(wide).T
+        y[rows, columns] = (y[rows, columns].to(wide) + delta).to(y.dtype)
 
 
 def paged_attention(
@@ -205,15 +220,24 @@ def rms_norm(
     weight: Tensor,  # [hidden]
     eps: float,
     residual: Tensor | None = None,  # [tokens, hidden]; += x, and normalised in x's place
+    change: Tensor | None = None,  # fp32 [rows, hidden]
+    change_row: Tensor | None = None,  # int32 [tokens], -1 = none
 ) -> Tensor:  # [tokens, hidden]
-    """`weight * x / sqrt(mean(x^2) + eps)`, the normalised value rounded to x's dtype first."""
+    """`weight * x / sqrt(mean(x^2) + eps)`, the normalised value rounded to x's dtype first.
+
+    The weight of a token with a row of `change` is `weight + change[row]`, in fp32.
+    """
     wide = _wide(x)
     if residual is not None:
         residual.add_(x)
         x = residual
     h = x.to(wide)
-    h = h / (h.square().mean(-1, keepdim=True) + eps).sqrt()
-    return weight * h.to(x.dtype)
+    h = (h / (h.square().mean(-1, keepdim=True) + eps).sqrt()).to(x.dtype)
+    if change is None or change_row is None:
+        return weight * h
+    own = weight.to(wide) + change[change_row.clamp(min=0).long()].to(wide)
+    own = torch.where((change_row >= 0)[:, None], own, weight.to(wide))
+    return (own * h.to(wide)).to(x.dtype)
 
 
 def silu_mul(x: Tensor) -> Tensor:  # [tokens, 2 * inter] -> [tokens, inter]

@@ -31,6 +31,18 @@ class Table(NamedTuple):
     bias: Tensor | None = None  # [rows, out]
 
 
+class Columns(NamedTuple):
+    """What each slot adds to the weight of a linear, in some output columns alone.
+
+    A slot's column ids differ from each other. Weights beyond its own columns are read, and what
+    comes of them is dropped.
+    """
+
+    column_ids: Tensor  # int32 [slots, max_columns]
+    num_columns: Tensor  # int32 [slots]
+    weights: Tensor  # [slots, max_columns, in]; max_columns a multiple of 8
+
+
 class Tiles(NamedTuple):
     """Runs of consecutive tokens with one slot; `num_tiles` of the capacity are real.
 

@@ -366,7 +366,7 @@ TESTED_ELSEWHERE = {
         "multilora_kernels.testing.precision": "triton/test_lora.py",
         **{
             f"multilora_kernels.cuda.{name}": f"triton/test_{name}.py"
-            for name in ("attention", "elementwise", "linear", "lora", "sampling")
+            for name in ("attention", "elementwise", "linear", "lora", "lora_columns", "sampling")
         },
     },
     "Triton compiles for the life of a process, and that is a run of its own": {

@@ -11,17 +11,37 @@ from . import graph, native
 from .row_independence import flat
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    change: Tensor | None = None,
+    change_row: Tensor | None = None,
+) -> Tensor:
     """See `reference.rms_norm`."""
-    return _rms_norm(x, weight, eps, None)
+    return _rms_norm(x, weight, eps, None, change, change_row)
 
 
-def add_rms_norm_(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def add_rms_norm_(
+    residual: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    change: Tensor | None = None,
+    change_row: Tensor | None = None,
+) -> Tensor:
     """See `reference.rms_norm`, with a residual."""
-    return _rms_norm(x, weight, eps, residual)
+    return _rms_norm(x, weight, eps, residual, change, change_row)
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor:
+def _rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None,
+    change: Tensor | None,
+    change_row: Tensor | None,
+) -> Tensor:
     """Square roots and quotients are exact in any code path."""
     code, like = native.DTYPE_CODES.get(x.dtype), x if residual is None else residual
     if (
@@ -31,6 +51,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) ->
         and x.dim() == 2
         and x.shape == like.shape
         and x.stride(1) == like.stride(1) == weight.stride(0) == 1
+        and (change is None or change_row is None or _is_change(change, change_row))
     ):
         out = graph.empty(x.shape, x.dtype)
         args = native.NormArgs(
@@ -38,22 +59,43 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) ->
             x=x.data_ptr(),
             residual=native.pointer(residual),
             weight=weight.data_ptr(),
+            change=native.pointer(change),
+            change_row=native.pointer(change_row),
             x_stride=x.stride(0),
             residual_stride=like.stride(0),
+            change_stride=0 if change is None else change.stride(0),
+            change_rows=0 if change is None else len(change),
             tokens=len(x),
             hidden=x.shape[1],
             eps=eps,
             dtype=code,
             num_threads=torch.get_num_threads(),
         )
-        graph.call("rms_norm", args, out, x, residual, weight)
+        graph.call("rms_norm", args, out, x, residual, weight, change, change_row)
         return out
+    if change is not None and change_row is not None:
+        index_checks.check_changes(change, change_row)
     if residual is not None:
         residual.add_(x)
         x = residual
     h = x.float()
     variance = h.square().mean(-1, keepdim=True)
-    return (weight * (h / (variance + eps).sqrt()).to(x.dtype)).contiguous()
+    h = (h / (variance + eps).sqrt()).to(x.dtype)
+    if change is None or change_row is None:
+        return (weight * h).contiguous()
+    own = weight.float() + change[change_row.clamp(min=0).long()]
+    own = torch.where((change_row >= 0)[:, None], own, weight.float())
+    return (own * h.float()).to(x.dtype).contiguous()
+
+
+def _is_change(change: Tensor, change_row: Tensor) -> bool:
+    """Whether trained norms are of the types and layouts that the C++ form takes."""
+    return (
+        change.dtype == torch.float32
+        and change_row.dtype == torch.int32
+        and change.stride(1) == 1
+        and change_row.is_contiguous()
+    )
 
 
 def silu_mul(x: Tensor) -> Tensor:

@@ -23,7 +23,15 @@ from . import native
 from .buffer_pool import BufferPool
 
 # The functions that a graph can call, in the order of MULTILORA_CALL_... in csrc/abi.h.
-KINDS = ("lora", "paged_attention", "silu_mul", "rms_norm", "rope_store_kv", "linear")
+KINDS = (
+    "lora",
+    "paged_attention",
+    "silu_mul",
+    "rms_norm",
+    "rope_store_kv",
+    "linear",
+    "lora_columns",
+)
 
 LARGEST = 256 << 20
 """Bytes of a result that a pool keeps; logits of all tokens of a prompt may have more."""

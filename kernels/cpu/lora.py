@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import index_checks, reference
-from ..tiles import PAGE_ROWS, Table, Tiles
+from ..tiles import PAGE_ROWS, Columns, Table, Tiles
 from . import graph, native
 from .row_independence import ROWS, padded
 
@@ -100,6 +100,61 @@ def lora_embed_(
         return a_pages[page_ids[:, None], ids[batch.rows[chosen]]].float()
 
     _expand(y, b_pages, table, batch, (0, y.shape[1]), shrink)
+
+
+def lora_columns_(y: Tensor, x: Tensor, changes: Columns, tiles: Tiles) -> None:
+    """See `reference.lora_columns_`."""
+    ids, counts, weights = changes
+    if (
+        native.LIB is not None
+        and y.dtype == x.dtype
+        and y.dtype in native.DTYPE_CODES
+        and weights.dtype in native.DTYPE_CODES
+        and y.stride(1) == x.stride(1) == 1
+        and _is_dense(weights)
+        and all(t.dtype == torch.int32 and t.is_contiguous() for t in (ids, counts, *tiles))
+    ):
+        _cpp_columns(y, x, changes, tiles)
+        return
+    index_checks.check_columns(changes, tiles, *y.shape)
+    for slot, start, rows in list(zip(*tiles[:3], strict=True))[: int(tiles.num_tiles)]:
+        # As many rows, and columns, as make torch's products treat each alike.
+        some = slice(int(start), int(start) + int(rows))
+        own = F.pad(x[some].float(), (0, 0, 0, padded(int(rows)) - int(rows)))
+        count = int(counts[slot])
+        columns = ids[slot, :count].long()
+        of_slot = F.pad(weights[slot, :count].float(), (0, 0, 0, padded(count) - count))
+        delta = (own @ of_slot.T)[: int(rows), :count]
+        y[some, columns] = (y[some, columns].float() + delta).to(y.dtype)
+
+
+def _cpp_columns(y: Tensor, x: Tensor, changes: Columns, tiles: Tiles) -> None:
+    ids, counts, weights = changes
+    slots, starts, lens, num_tiles = tiles
+    args = native.ColumnsArgs(
+        y=y.data_ptr(),
+        x=x.data_ptr(),
+        y_stride=y.stride(0),
+        x_stride=x.stride(0),
+        tokens=len(y),
+        in_=x.shape[1],
+        out=y.shape[1],
+        column_ids=ids.data_ptr(),
+        num_columns=counts.data_ptr(),
+        weights=weights.data_ptr(),
+        slots=len(counts),
+        max_columns=ids.shape[1],
+        weights_stride=weights.stride(0),
+        tile_slots=slots.data_ptr(),
+        tile_starts=starts.data_ptr(),
+        tile_lens=lens.data_ptr(),
+        num_tiles=num_tiles.data_ptr(),
+        tiles=len(slots),
+        dtype=native.DTYPE_CODES[y.dtype],
+        weights_dtype=native.DTYPE_CODES[weights.dtype],
+        num_threads=torch.get_num_threads(),
+    )
+    graph.call("lora_columns", args, y, x, *changes, *tiles)
 
 
 def _cpp_can(y: Tensor, a_pages: Tensor, b_pages: Tensor, table: Table, tiles: Tiles) -> bool:

@@ -21,7 +21,7 @@ from . import openmp
 
 logger = logging.getLogger(__name__)
 
-ABI_VERSION = 13  # MULTILORA_ABI_VERSION of csrc/abi.h
+ABI_VERSION = 14  # MULTILORA_ABI_VERSION of csrc/abi.h
 
 # The functions of csrc/abi.h take these structures; fields in its order, under its names.
 _Fields = list[tuple[str, type]]
@@ -52,6 +52,20 @@ class LoraArgs(ctypes.Structure):
     )
 
 
+class ColumnsArgs(ctypes.Structure):
+    """What `lora_columns` takes."""
+
+    _fields_ = _fields(
+        (c_void_p, "y x"),
+        (c_int64, "y_stride x_stride tokens in_ out"),
+        (c_void_p, "column_ids num_columns weights"),
+        (c_int64, "slots max_columns weights_stride"),
+        (c_void_p, "tile_slots tile_starts tile_lens num_tiles"),
+        (c_int64, "tiles"),
+        (c_int32, "dtype weights_dtype num_threads"),
+    )
+
+
 class AttentionArgs(ctypes.Structure):
     """What `paged_attention` takes."""
 
@@ -79,8 +93,8 @@ class NormArgs(ctypes.Structure):
     """What `rms_norm` takes."""
 
     _fields_ = _fields(
-        (c_void_p, "out x residual weight"),
-        (c_int64, "x_stride residual_stride tokens hidden"),
+        (c_void_p, "out x residual weight change change_row"),
+        (c_int64, "x_stride residual_stride change_stride change_rows tokens hidden"),
         (c_float, "eps"),
         (c_int32, "dtype num_threads"),
     )
@@ -149,6 +163,7 @@ class CallArgs(ctypes.Structure):
 SIGNATURES: dict[str, tuple[Any, ...]] = {
     "select_isa": (c_int32, c_void_p),  # most, chosen
     "lora": (POINTER(LoraArgs),),
+    "lora_columns": (POINTER(ColumnsArgs),),
     "paged_attention": (POINTER(AttentionArgs),),
     "silu_mul": (POINTER(SiluArgs),),
     "rms_norm": (POINTER(NormArgs),),
@@ -166,7 +181,17 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
 }
 
 # Those that check what their index arrays name, and return a code of MISTAKES; the others nothing.
-CHECKED = frozenset({"lora", "paged_attention", "rope_store_kv", "top_logprobs", "run_calls"})
+CHECKED = frozenset(
+    {
+        "lora",
+        "lora_columns",
+        "paged_attention",
+        "rms_norm",
+        "rope_store_kv",
+        "top_logprobs",
+        "run_calls",
+    }
+)
 
 MOST_TOP = 256  # MULTILORA_MOST_TOP
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import reference
 from ..packed_weight import PackedWeight
-from ..tiles import Table, Tiles
+from ..tiles import Columns, Table, Tiles
 from .launch_plans import target_of
 
 OLDEST_TRITON = (3, 6)
@@ -105,6 +105,10 @@ def lora_embed_(
     triton_module("lora").lora_embed_(y, ids, a_pages, b_pages, table, tiles, device)
 
 
+def lora_columns_(y: Tensor, x: Tensor, changes: Columns, tiles: Tiles) -> None:
+    triton_module("lora_columns").lora_columns_(y, x, changes, tiles)
+
+
 # Attention ----------------------------------------------------------------------------------------
 
 
@@ -147,12 +151,25 @@ def linear_packed(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Any:
 # Elementwise --------------------------------------------------------------------------------------
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Any:
-    return triton_module("elementwise").rms_norm(x, weight, eps)
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    change: Tensor | None = None,
+    change_row: Tensor | None = None,
+) -> Any:
+    return triton_module("elementwise").rms_norm(x, weight, eps, None, change, change_row)
 
 
-def add_rms_norm_(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> Any:
-    return triton_module("elementwise").rms_norm(x, weight, eps, residual)
+def add_rms_norm_(
+    residual: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    change: Tensor | None = None,
+    change_row: Tensor | None = None,
+) -> Any:
+    return triton_module("elementwise").rms_norm(x, weight, eps, residual, change, change_row)
 
 
 def silu_mul(x: Tensor) -> Any:

@@ -1,6 +1,7 @@
 """The elementwise ops on CUDA, one launch each; rounded where `reference` rounds.
 
-- `rms_norm`: `weight * round(h / sqrt(mean(h^2) + eps))`, h = x or the rounded `residual += x`.
+- `rms_norm`: `weight * round(h / sqrt(mean(h^2) + eps))`, h = x or the rounded `residual += x`; a
+  token may have a weight of its own.
 - `silu_mul`: `round(silu(gate)) * up` of [tokens, 2 * inter].
 - `rope_store_kv_`: half-against-half rotation of q and k, and k, v into their pages.
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -25,16 +27,20 @@ def _rms_norm_kernel(
     x_ptr,
     residual_ptr,
     weight_ptr,
+    change_ptr,  # fp32 [rows, hidden], or None
+    change_row_ptr,  # int32 [tokens], or None
     stride_x_tokens,
     stride_residual_tokens,
+    stride_change_rows,
     eps,
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """out = weight * round(h / sqrt(mean(h^2) + eps)), h = x or residual = round(residual + x).
 
-    Grid: (tokens,). out, x and residual (or None) [tokens, HIDDEN], weight [HIDDEN]; BLOCK is the
-    power of two that holds HIDDEN.
+    Grid: (tokens,). out, x and residual (or None) [tokens, HIDDEN], weight [HIDDEN]; change (or
+    None) fp32 [rows, HIDDEN], of which change_row int32 [tokens] (-1 = none) chooses what is added
+    to the weight; BLOCK is the power of two that holds HIDDEN.
     """
     pid_token = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK)
@@ -49,7 +55,12 @@ def _rms_norm_kernel(
     mean = tl.sum(h * h) / HIDDEN
     h = tl.div_rn(h, tl.broadcast_to(tl.sqrt_rn(mean + eps), h.shape)).to(x.dtype)
     weight = tl.load(weight_ptr + offs, mask=mask, other=0.0)
-    out = weight.to(tl.float32) * h.to(tl.float32)
+    weight = weight.to(tl.float32)
+    if change_ptr is not None:
+        row = tl.load(change_row_ptr + pid_token).to(tl.int64)
+        change_ptrs = change_ptr + row * stride_change_rows + offs
+        weight += tl.load(change_ptrs, mask=mask & (row >= 0), other=0.0)
+    out = weight * h.to(tl.float32)
     out_ptrs = out_ptr + pid_token * HIDDEN + offs
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -176,16 +187,26 @@ def _rope_store_kv_kernel(
     _store_kv(v_page + HALF, second, v_scale_ptr, head, mask, mask_head)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+    change: Tensor | None = None,
+    change_row: Tensor | None = None,
+) -> Tensor:
     """See `reference.rms_norm`."""
     hidden = x.shape[-1]
     rows, out = x.reshape(-1, hidden), x.new_empty(x.shape)
     into = None if residual is None else residual.view(-1, hidden)
     _contiguous_columns(rows, weight, rows if into is None else into)
     block = triton.next_power_of_2(hidden)
+    if change is not None and (change.dtype != torch.float32 or change.stride(1) != 1):
+        raise ValueError("change must be float32 with contiguous rows")
     if rows.numel():
         _rms_norm_kernel[(len(rows),)](
-            out, rows, into, weight, rows.stride(0), 0 if into is None else into.stride(0), eps,
+            out, rows, into, weight, change, change_row, rows.stride(0),
+            0 if into is None else into.stride(0), 0 if change is None else change.stride(0), eps,
             HIDDEN=hidden, BLOCK=block, num_warps=min(max(block // 512, 1), 16), **_EXACT,
         )  # fmt: skip
     return out

@@ -8,7 +8,15 @@ from .arguments import NotDifferentiable
 from .attention import paged_attention
 from .elementwise import rms_norm, rope_store_kv_, silu_mul
 from .linear import linear
-from .lora import lora_, lora_embed_, lora_expand_, lora_head_, lora_shrink, lora_splits
+from .lora import (
+    lora_,
+    lora_columns_,
+    lora_embed_,
+    lora_expand_,
+    lora_head_,
+    lora_shrink,
+    lora_splits,
+)
 from .punica import bgmv_, sgmv_
 from .sampling import apply_token_mask_, draw, top_logprobs
 
@@ -19,6 +27,7 @@ __all__ = [
     "draw",
     "linear",
     "lora_",
+    "lora_columns_",
     "lora_embed_",
     "lora_expand_",
     "lora_head_",

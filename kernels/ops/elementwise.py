@@ -15,17 +15,28 @@ def rms_norm(
     weight: Tensor,  # [hidden]
     eps: float,
     residual: Tensor | None = None,  # [tokens, hidden], changed in place
+    change: Tensor | None = None,  # fp32 [rows, hidden]
+    change_row: Tensor | None = None,  # int32 [tokens], -1 = none
 ) -> Tensor:  # [tokens, hidden], of x's dtype
     """`weight * x / sqrt(mean(x^2) + eps)`; with `residual`, of `residual += x`, in x's place.
 
-    The mean runs in fp32; the normalised value is rounded before the product. ValueError for shapes
-    that disagree.
+    With `change`, the weight of a token is `weight + change[change_row]`, or `weight` where that is
+    -1. The mean runs in fp32; the normalised value is rounded before the product. ValueError for
+    shapes that disagree; on CPU IndexError, with all as it was, for a row out of range.
     """
-    refuse_gradients(x, weight, residual)
+    refuse_gradients(x, weight, residual, change)
     check(x.shape[-1:] == weight.shape, "weight must have as many elements as x has columns")
     check(residual is None or residual.shape == x.shape, "residual must be like x")
+    check((change is None) == (change_row is None), "change and change_row come together")
+    if change is not None and change_row is not None:
+        check(x.dim() == 2 and change.shape[1:] == weight.shape, "change must be [rows, hidden]")
+        check(change_row.shape == x.shape[:1], "change_row and x must have as many rows")
+    own = change, change_row
     # Two ops: torch.compile cannot lower one that changes an argument which may be None.
-    y: Tensor = _NORM(x, weight, eps) if residual is None else _ADD_NORM(residual, x, weight, eps)
+    if residual is None:
+        y: Tensor = _NORM(x, weight, eps, *own)
+    else:
+        y = _ADD_NORM(residual, x, weight, eps, *own)
     return y
 
 
@@ -68,11 +79,24 @@ def rope_store_kv_(
     _ROPE(q, k, v, cos, sin, positions, kv_slots, k_blocks, v_blocks, k_scale, v_scale)
 
 
-def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _normed(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    change: Tensor | None = None,
+    change_row: Tensor | None = None,
+) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _added_and_normed(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _added_and_normed(
+    residual: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    change: Tensor | None = None,
+    change_row: Tensor | None = None,
+) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -81,13 +105,15 @@ def _half(x: Tensor) -> Tensor:
 
 
 _NORM = register(
-    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
+    "rms_norm(Tensor x, Tensor weight, float eps, Tensor? change=None, Tensor? change_row=None) "
+    "-> Tensor",
     cpu=cpu.rms_norm,
     cuda=cuda.rms_norm,
     meta=_normed,
 )
 _ADD_NORM = register(
-    "add_rms_norm_(Tensor(a!) residual, Tensor x, Tensor weight, float eps) -> Tensor",
+    "add_rms_norm_(Tensor(a!) residual, Tensor x, Tensor weight, float eps, "
+    "Tensor? change=None, Tensor? change_row=None) -> Tensor",
     cpu=cpu.add_rms_norm_,
     cuda=cuda.add_rms_norm_,
     meta=_added_and_normed,

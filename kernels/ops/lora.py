@@ -11,7 +11,7 @@ from torch import Tensor
 from ..cpu import lora as cpu
 from ..cuda import dispatch as cuda
 from ..library import register
-from ..tiles import Table, Tiles
+from ..tiles import Columns, Table, Tiles
 from .arguments import check, refuse_gradients
 
 
@@ -123,6 +123,32 @@ def lora_head_(
     lora_(y, x, a_pages, b_pages, table, tiles, (0, y.shape[1]))
 
 
+def lora_columns_(
+    y: Tensor,  # [tokens, out], changed in place
+    x: Tensor,  # [tokens, in]
+    changes: Columns,
+    tiles: Tiles,
+) -> None:
+    """Adds to each row of `y` what its slot changes in single columns of the weight.
+
+    `y[t, column_ids[c]] = round(y[t, column_ids[c]] + weights[c] @ x[t])` over the columns c of t's
+    slot: the trained rows of an adapter's lm_head. Base rows stay untouched. Raises ValueError for
+    shapes that disagree; on CPU IndexError, with y as it was, for a number out of range and for
+    tiles that overlap or go back.
+    """
+    refuse_gradients(y, x, changes.weights)
+    ids, counts, weights = changes
+    check(y.dim() == x.dim() == 2 and len(x) == len(y), "x and y must have as many rows")
+    check(
+        weights.dim() == 3 and weights.shape[1] % 8 == 0,
+        "weights must be [slots, columns, in], with a multiple of 8 columns",
+    )
+    check(x.shape[1] == weights.shape[2], f"x has {x.shape[1]} columns, weights {weights.shape[2]}")
+    check(ids.shape == weights.shape[:2], "column_ids must be [slots, columns] like weights")
+    check(counts.shape == weights.shape[:1], "num_columns must be [slots] like weights")
+    _COLUMNS(y, x, *changes, *tiles)
+
+
 def _check_out(y: Tensor, b_pages: Tensor, slice_starts: Sequence[int]) -> None:
     check(y.dim() == 2 and b_pages.dim() == 3, "y must be [tokens, out], b_pages [pages, 8, out]")
     check(y.shape[1] == b_pages.shape[2], f"y has {y.shape[1]} columns, b_pages {b_pages.shape[2]}")
@@ -180,4 +206,11 @@ _EMBED = register(
     Tiles,
     cpu=cpu.lora_embed_,
     cuda=cuda.lora_embed_,
+)
+_COLUMNS = register(
+    "lora_columns_(Tensor(a!) y, Tensor x, Columns changes, Tiles tiles) -> ()",
+    Columns,
+    Tiles,
+    cpu=cpu.lora_columns_,
+    cuda=cuda.lora_columns_,
 )

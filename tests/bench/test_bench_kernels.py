@@ -21,6 +21,7 @@ UNTIMED = {
     "linear": "bench_gemm.py",
     "linear_packed": "bench_gemm.py",
     "add_rms_norm_": "what `rms_norm` is with a residual",
+    "lora_columns_": "as lora_shrink, a column for each rank row",
     "lora_embed_": "as lora_, of one column",
     "lora_expand_": "half of lora_",
     "lora_shrink": "half of lora_",

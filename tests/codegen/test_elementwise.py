@@ -22,6 +22,12 @@ def norm(hidden: int) -> None:
     elementwise.rms_norm(x, x[0].clone(), 1e-5, torch.zeros_like(x))
 
 
+def own_norm(hidden: int) -> None:
+    x = torch.zeros(8, hidden, dtype=BF16)
+    change, row = torch.zeros(4, hidden), torch.zeros(8, dtype=torch.int32)
+    elementwise.rms_norm(x, x[0].clone(), 1e-5, torch.zeros_like(x), change, row)
+
+
 def silu(inter: int) -> None:
     elementwise.silu_mul(torch.zeros(8, 2 * inter, dtype=BF16))
 
@@ -38,6 +44,7 @@ def rope(kv_dtype: torch.dtype) -> None:
 TABLE: dict[str, tuple[Callable[[], object], int, int, tuple[int, ...]]] = {
     "norm 4096": (lambda: norm(4096), 64, 16, (80, 90, 100)),
     "norm 16384": (lambda: norm(16384), 80, 16, (90,)),
+    "a norm of its own 4096": (lambda: own_norm(4096), 80, 16, (80, 90, 100)),
     "silu": (
         lambda: elementwise.silu_mul(torch.zeros(8, 28672, dtype=BF16)),
         40,

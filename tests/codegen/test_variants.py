@@ -12,8 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from multilora_kernels import Compilations, Table, make_tiles
-from multilora_kernels.cuda import attention, elementwise, launch_plans, linear, lora
+from multilora_kernels import Columns, Compilations, Table, make_tiles
+from multilora_kernels.cuda import (
+    attention,
+    elementwise,
+    launch_plans,
+    linear,
+    lora,
+    lora_columns,
+)
 from multilora_kernels.testing.variants import Key, recording
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
@@ -107,6 +114,15 @@ def test_an_embedding_compiles_for_row_kinds_alone() -> None:
             tiles = make_tiles([0] * tokens, 16)
             lora.lora_embed_(y, ids, a_pages, b_pages, table, tiles, launch_plans.target(90, 132))
     assert names(keys) == {"_expand_kernel": 2}
+
+
+def test_trained_columns_compile_once() -> None:
+    with recording() as keys:
+        for tokens in (1, 2, 16, 100):
+            y, x = torch.zeros(tokens, 100, dtype=BF16), torch.zeros(tokens, 64, dtype=BF16)
+            changes = Columns(zeros(3, 8), zeros(3), torch.zeros(3, 8, 64, dtype=BF16))
+            lora_columns.lora_columns_(y, x, changes, make_tiles([0] * tokens, 16))
+    assert names(keys) == {"_columns_kernel": 1}
 
 
 def test_the_product_compiles_for_row_kinds_alone() -> None:

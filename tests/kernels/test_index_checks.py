@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import multilora_kernels as mk
-from multilora_kernels import Table, Tiles, index_checks, make_tiles, reference
+from multilora_kernels import Columns, Table, Tiles, index_checks, make_tiles, reference
 from multilora_kernels.cpu import native
 
 if TYPE_CHECKING:
@@ -152,6 +152,47 @@ def test_lora_embed(form: str, given: tuple[Table, Tiles], data: st.DataObject) 
     if not mistakes:
         reference.lora_embed_(expected, ids_t, *pages, *given)
         torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-4)
+
+
+@forms
+@many
+@given(tables_and_tiles(), st.data())
+def test_lora_columns(form: str, given: tuple[Table, Tiles], data: st.DataObject) -> None:
+    torch.manual_seed(0)
+    tiles, most, out = given[1], 8, 18
+    honest = data.draw(st.lists(st.integers(0, most), min_size=SLOTS, max_size=SLOTS))
+    counts = data.draw(spoiled(honest))
+    order = st.permutations(range(out)).map(lambda ids: ids[:most])
+    ids = data.draw(spoiled([i for _ in range(SLOTS) for i in data.draw(order)]))
+    changes = Columns(ints(ids).view(SLOTS, most), ints(counts), torch.randn(SLOTS, most, 10))
+    mistakes = lora_mistakes(given[0]._replace(num_pages=ints([0] * SLOTS), scale_row=None), tiles)
+    if not mistakes:
+        slots = tiles.slots[: int(tiles.num_tiles)].tolist()
+        if any(not 0 <= counts[slot] <= most for slot in slots):
+            mistakes.add(index_checks.PAGES)
+        own = [ids[slot * most :][: min(max(counts[slot], 0), most)] for slot in slots]
+        if any(not 0 <= i < out for some in own for i in some):
+            mistakes.add(index_checks.IDS)
+        if not mistakes and any(len(set(some)) < len(some) for some in own):
+            return  # two columns of one id: not for the op to find
+    y, x = torch.randn(TOKENS, out), torch.randn(TOKENS, 10)
+    expected = y.clone()
+    run(form, lambda: mk.lora_columns_(y, x, changes, tiles), mistakes, [y])
+    if not mistakes:
+        reference.lora_columns_(expected, x, changes, tiles)
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-4)
+
+
+@forms
+@many
+@given(st.data())
+def test_rows_of_trained_norms(form: str, data: st.DataObject) -> None:
+    rows = data.draw(st.lists(st.integers(-1, 2), min_size=TOKENS, max_size=TOKENS))
+    rows = data.draw(spoiled(rows))
+    x, residual, change = torch.ones(TOKENS, 6), torch.ones(TOKENS, 6), torch.ones(3, 6)
+    mistakes = set() if all(-1 <= row < 3 for row in rows) else {index_checks.PAGES}
+    call = lambda: mk.rms_norm(x, x[0], 1e-5, residual, change, ints(rows))  # noqa: E731
+    run(form, call, mistakes, [residual])
 
 
 # Attention ----------------------------------------------------------------------------------------

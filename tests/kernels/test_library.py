@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from multilora_kernels import PackedWeight, Table, Tiles, library
+from multilora_kernels import Columns, PackedWeight, Table, Tiles, library
 
 OPS = (
     "add_rms_norm_",
@@ -17,6 +17,7 @@ OPS = (
     "linear",
     "linear_packed",
     "lora_",
+    "lora_columns_",
     "lora_embed_",
     "lora_expand_",
     "lora_shrink",
@@ -45,6 +46,7 @@ def arguments(name: str) -> list[tuple[str, bool, Any]]:
     """Name, whether there is a default, and which, of a schema's arguments, tuples as one."""
     fields = {f"table_{f}": "table" for f in Table._fields}
     fields |= {f"tiles_{f}": "tiles" for f in Tiles._fields}
+    fields |= {f"changes_{f}": "changes" for f in Columns._fields}
     if name == "linear_packed":
         fields |= {f"weight_{f}": "weight" for f in PackedWeight._fields}
     schema = getattr(torch.ops.multilora, name).default._schema

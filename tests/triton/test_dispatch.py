@@ -11,7 +11,7 @@ from torch import Tensor
 from multilora_kernels import Table
 from multilora_kernels.cuda import dispatch, launch_plans, lora
 from multilora_kernels.library import KERNELS
-from tests.harness.kernel_calls.lora import make_lora_call
+from tests.harness.kernel_calls.lora import make_columns_call, make_lora_call
 
 
 @pytest.fixture(autouse=True)
@@ -65,10 +65,16 @@ def test_lora(dora: bool) -> None:
     compare("lora_embed_", y, ids, a_embed, b, *rest)
 
 
+def test_lora_columns() -> None:
+    y, x, changes, tiles = make_columns_call([0, 2, -1, 2])
+    compare("lora_columns_", y, x, *changes, *tiles)
+
+
 def test_the_others() -> None:
     x, index = torch.randn(3, 8), torch.arange(3)
     compare("rms_norm", x, torch.randn(8), 1e-5)
-    compare("add_rms_norm_", torch.randn(3, 8), x, torch.randn(8), 1e-5)
+    own = torch.randn(2, 8), torch.tensor([1, -1, 0], dtype=torch.int32)
+    compare("add_rms_norm_", torch.randn(3, 8), x, torch.randn(8), 1e-5, *own)
     compare("silu_mul", x)
     mask = torch.tensor([[5], [0], [-1]], dtype=torch.int32)
     compare("apply_token_mask_", x, mask)

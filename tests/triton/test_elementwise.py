@@ -48,6 +48,23 @@ def test_rms_norm(dtype: torch.dtype, with_residual: bool, hidden: int, rows: in
 
 
 @rows
+@pytest.mark.parametrize("with_residual", [False, True], ids=["alone", "residual"])
+@dtypes
+def test_a_token_may_have_a_norm_of_its_own(
+    dtype: torch.dtype, with_residual: bool, rows: int
+) -> None:
+    x, weight = spread(rows, 33, dtype=dtype), torch.randn(33).to(dtype)
+    residual = torch.randn(rows, 33).to(dtype) if with_residual else None
+    change = spread(3, 33, dtype=torch.float32)
+    row = torch.tensor([1, -1, 2, 0, -1], dtype=torch.int32)[:rows]
+    before = None if residual is None else residual.clone()
+    want = reference.rms_norm(x, weight, 1e-5, before, change, row)
+    with guarded(order=1):
+        found = elementwise.rms_norm(x, weight, 1e-5, residual, change, row)
+    assert_close(found, want)
+
+
+@rows
 @pytest.mark.parametrize("inter", [1, 47, 1100])
 @dtypes
 def test_silu_mul(dtype: torch.dtype, inter: int, rows: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 import multilora_kernels as mk
 
 from .attention import MIXED, make_attention_call
-from .lora import make_embedding_call, make_lora_call
+from .lora import make_columns_call, make_embedding_call, make_lora_call
 from .rope import make_rope_call
 
 
@@ -27,7 +27,11 @@ class OpCall(NamedTuple):
         """The op's own arguments."""
         flat: list[Any] = []
         for arg in self.args:
-            flat += arg if isinstance(arg, mk.Table | mk.Tiles | mk.PackedWeight) else [arg]
+            flat += (
+                arg
+                if isinstance(arg, mk.Table | mk.Tiles | mk.Columns | mk.PackedWeight)
+                else [arg]
+            )
         return tuple(list(arg) if type(arg) is tuple else arg for arg in flat)
 
 
@@ -39,8 +43,8 @@ def _attend(*args: Any) -> Tensor:
     )  # fmt: skip
 
 
-def _add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return mk.rms_norm(x, weight, eps, residual)
+def _add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float, *own: Tensor) -> Tensor:
+    return mk.rms_norm(x, weight, eps, residual, *own)
 
 
 def all_op_calls() -> dict[str, OpCall]:
@@ -65,11 +69,14 @@ def all_op_calls() -> dict[str, OpCall]:
         OpCall("lora_", mk.lora_, (*lora,)),
         OpCall("lora_embed_", mk.lora_embed_, (
             embed.y, embed.ids, embed.a_pages.nan_to_num(), embed.b_pages.nan_to_num(), *shared)),
+        OpCall("lora_columns_", mk.lora_columns_, (*make_columns_call([3, 0, 0, -1, 2]),)),
         OpCall("paged_attention", _attend, (
             *(t.nan_to_num() for t in attention), attention.scale, 64, 130, None, None)),
         OpCall("rope_store_kv_", mk.rope_store_kv_, (*make_rope_call(torch.float32),)),
         OpCall("rms_norm", mk.rms_norm, (x, torch.randn(6), 1e-5)),
-        OpCall("add_rms_norm_", _add_rms_norm, (torch.randn(4, 6), x, torch.randn(6), 1e-5)),
+        OpCall("add_rms_norm_", _add_rms_norm, (
+            torch.randn(4, 6), x, torch.randn(6), 1e-5, torch.randn(2, 6),
+            torch.tensor([1, -1, 0, 1], dtype=torch.int32))),
         OpCall("silu_mul", mk.silu_mul, (x,)),
         OpCall("apply_token_mask_", mk.apply_token_mask_,
                (x, torch.tensor([[5]] * 4, dtype=torch.int32))),

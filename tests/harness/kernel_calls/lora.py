@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from multilora_kernels import Table, Tiles, make_tiles
+from multilora_kernels import Columns, Table, Tiles, make_tiles
 
 RANKS = (8, 16, 24, 64, 128, 8, 40, 16)
 """The rank of each slot; a last slot, which no token names, has pages of NaN."""
@@ -115,3 +115,30 @@ def make_embedding_call(slots: list[int], dtype: torch.dtype, **options: Any) ->
     a_pages[1:-1] = torch.randn(len(a_pages) - 2, 19, 8).to(dtype)
     ids = torch.randint(19, (len(slots),))
     return EmbeddingCall(call.y, ids, a_pages, call.b_pages, call.table, call.tiles)
+
+
+class ColumnsCall(NamedTuple):
+    """The arguments of `lora_columns_`, in its order."""
+
+    y: Tensor
+    x: Tensor
+    changes: Columns
+    tiles: Tiles
+
+
+def make_columns_call(
+    slots: list[int],
+    dtype: torch.dtype = torch.float32,
+    *,
+    in_: int = 36,
+    out: int = 70,
+    weights_dtype: torch.dtype | None = None,
+    size: int | None = None,
+) -> ColumnsCall:
+    """Slots with 0 to 40 columns each; a last one, which no token names, says that it has more."""
+    counts = [3, 0, 40, 8, 1, 17, 33, 2]
+    ids = torch.stack([torch.randperm(out)[:40] for _ in range(9)]).int()
+    weights = torch.randn(9, 40, in_).to(weights_dtype or dtype)
+    y, x = torch.randn(len(slots), out).to(dtype), torch.randn(len(slots), in_).to(dtype)
+    changes = Columns(ids, torch.tensor([*counts, 99], dtype=torch.int32), weights)
+    return ColumnsCall(y, x, changes, make_tiles(slots, 16, size))

@@ -15,6 +15,7 @@ import torch
 import multilora_kernels as ops
 from multilora_kernels import Table, make_tiles
 from multilora_kernels.cpu import native
+from tests.harness.kernel_calls.lora import make_columns_call
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -85,6 +86,18 @@ def mask_call(seed: int) -> Callable[[], Tensor]:
     return call
 
 
+def columns_call(seed: int) -> Callable[[], Tensor]:
+    torch.manual_seed(seed)
+    y, x, changes, tiles = make_columns_call([2] * 20 + [6] * 20, in_=800)
+
+    def call() -> Tensor:
+        out = y.clone()
+        ops.lora_columns_(out, x, changes, tiles)
+        return out
+
+    return call
+
+
 def draw_call(seed: int) -> Callable[[], Tensor]:
     g = torch.Generator().manual_seed(seed)
     logits, numbers = torch.randn(16, 5000, generator=g), torch.randint(2**53, (16,), generator=g)
@@ -102,6 +115,7 @@ def calls_of(seed: int) -> dict[str, Callable[[], Tensor]]:
     return {
         "lora_": lora_call(seed, embed=False),
         "lora_embed_": lora_call(seed, embed=True),
+        "lora_columns_": columns_call(seed),
         "paged_attention": attention_call(seed),
         "rope_store_kv_": rope_call(seed),
         "rms_norm": lambda: ops.rms_norm(torch.cat([x] * 4), weight[0], 1e-5),

@@ -72,6 +72,38 @@ def test_rms_norm(dtype: torch.dtype, with_residual: bool, rows: int) -> None:
         assert_close(residual, wide[3])
 
 
+@pytest.mark.parametrize("with_residual", [False, True])
+@by_dtype
+def test_a_token_may_have_a_norm_of_its_own(dtype: torch.dtype, with_residual: bool) -> None:
+    x, weight = torch.randn(17, 33).to(dtype), torch.randn(33).to(dtype)
+    residual = torch.randn(17, 33).to(dtype) if with_residual else None
+    change, row = torch.randn(3, 33), torch.tensor([-1, 0, 2, 1, -1] * 3 + [2, 0]).int()
+    args = x, weight, 1e-5, residual, change, row
+    wide = to_float64(*args)
+    plain = mk.rms_norm(x, weight, 1e-5, None if residual is None else residual.clone())
+    found = mk.rms_norm(*args)
+    assert_close(found, reference.rms_norm(*wide))
+    assert torch.equal(found[row < 0], plain[row < 0])
+    assert not torch.equal(found, plain)
+    for i in range(17):  # a row's bits are its own
+        own = None if residual is None else residual[i : i + 1] - x[i : i + 1]
+        if own is None:
+            alone = mk.rms_norm(x[i : i + 1], weight, 1e-5, None, change, row[i : i + 1])
+            assert torch.equal(alone, found[i : i + 1])
+
+
+def test_norms_of_shapes_that_disagree_raise() -> None:
+    x, weight, change = torch.zeros(2, 6), torch.zeros(6), torch.zeros(1, 6)
+    row = torch.zeros(2, dtype=torch.int32)
+    for own, match in (
+        ((change, None), "come together"),
+        ((change[:, :5], row), "rows, hidden"),
+        ((change, row[:1]), "as many rows"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            mk.rms_norm(x, weight, 1e-5, None, *own)
+
+
 @pytest.mark.parametrize("rows", [0, 1, 17])
 @by_dtype
 def test_silu_mul(dtype: torch.dtype, rows: int) -> None:

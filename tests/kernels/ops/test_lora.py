@@ -195,6 +195,38 @@ def test_an_embedding_rows_bits_are_its_own(dtype: torch.dtype) -> None:
     assert_tiles_independent(add, y, ids, SLOTS["shuffled"])
 
 
+@pytest.mark.parametrize("weights_dtype", [None, torch.float32], ids=["same", "float32"])
+@by_dtype
+@by_popularity
+def test_lora_columns_adds_to_the_slots_columns_alone(
+    popularity: str, dtype: torch.dtype, weights_dtype: torch.dtype | None
+) -> None:
+    slots = SLOTS[popularity]
+    call = kernel_calls.make_columns_call(
+        slots, dtype, weights_dtype=weights_dtype, size=len(slots) + 1
+    )
+    before, wide = call.y.clone(), to_float64(*call)
+    mk.lora_columns_(*call)
+    reference.lora_columns_(*wide)
+    assert_close(call.y, wide[0])
+    ids, counts, _ = call.changes
+    for row, slot in enumerate(slots):
+        own = ids[slot, : counts[slot]].tolist() if slot >= 0 else []
+        others = torch.tensor([c for c in range(call.y.shape[1]) if c not in own])
+        assert torch.equal(call.y[row, others], before[row, others])
+
+
+@pytest.mark.usefixtures("threads")
+@by_exact_dtype
+def test_a_columns_rows_bits_are_its_own(dtype: torch.dtype) -> None:
+    y, x, changes, _ = kernel_calls.make_columns_call(SLOTS["skewed"], dtype, in_=133)
+
+    def add(y: Tensor, x: Tensor, tiles: Tiles) -> None:
+        mk.lora_columns_(y, x, changes, tiles)
+
+    assert_tiles_independent(add, y, x, SLOTS["skewed"])
+
+
 # Mistakes -----------------------------------------------------------------------------------------
 
 
@@ -204,6 +236,9 @@ def zeros(*shape: int) -> Tensor:
 
 TABLE = Table(*(torch.zeros(shape, dtype=torch.int32) for shape in ((1, 1), (1, 1), (1,))))
 NONE = make_tiles([], 16)
+COLUMNS = mk.Columns(
+    torch.zeros(1, 8, dtype=torch.int32), torch.zeros(1, dtype=torch.int32), torch.zeros(1, 8, 3)
+)
 
 
 @pytest.mark.parametrize(
@@ -239,6 +274,20 @@ NONE = make_tiles([], 16)
                 f(2, 5), f(2, 3), f(1, 3, 8, 3), f(1, 8, 5), TABLE, NONE, (0, 4, 3, 5)
             ),
             "fall",
+        ),
+        (lambda f: mk.lora_columns_(f(2, 5), f(3, 3), COLUMNS, NONE), "rows"),
+        (lambda f: mk.lora_columns_(f(2, 5), f(2, 4), COLUMNS, NONE), "4 columns"),
+        (
+            lambda f: mk.lora_columns_(
+                f(2, 5), f(2, 3), COLUMNS._replace(weights=f(1, 7, 3)), NONE
+            ),
+            "multiple of 8",
+        ),
+        (
+            lambda f: mk.lora_columns_(
+                f(2, 5), f(2, 3), COLUMNS._replace(weights=f(2, 8, 3)), NONE
+            ),
+            "column_ids",
         ),
         (lambda f: mk.lora_embed_(f(2, 5), f(3), f(1, 9, 8), f(1, 8, 5), TABLE, NONE), "rows"),
         (lambda f: mk.lora_embed_(f(2, 5), f(2), f(1, 9, 7), f(1, 8, 5), TABLE, NONE), "vocab, 8"),
