@@ -1,12 +1,12 @@
-"""The weights of the base that PEFT saves beside a LoRA on them: they must be the served base's."""
+"""Embeddings and heads that come whole with an adapter: which of their rows are not the base's."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from ..errors import AdapterInvalid
+from .peft.reader import TokenRows
+from .peft.trained import TOKEN_PATHS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -16,21 +16,34 @@ if TYPE_CHECKING:
     from .peft.reader import Adapter
 
 
-def check_base(name: str, adapter: Adapter, base: Mapping[str, Tensor]) -> None:
-    """AdapterInvalid unless the base weights that the adapter brings are in `base`, by site.
+def changed_rows(
+    name: str,
+    adapter: Adapter,
+    base: Mapping[str, Tensor],  # the base's own weights, as its checkpoint has them, by site
+    most: int,
+) -> dict[str, TokenRows]:
+    """The rows, by site, that the adapter puts in place of the base's.
 
-    One of the two may be a rounding of the other, since a base is trained on in one dtype and
-    served in another.
+    Two rows are one where one of them may be a rounding of the other, since a base is trained on in
+    one dtype and served in another. AdapterInvalid if a site has more than `most`.
     """
-    for site, saved in adapter.base_weights.items():
-        own = base.get(site)
-        same = own is not None and (
-            torch.equal(saved.to(own.device, own.dtype), own)
-            or torch.equal(own.to(saved.device, saved.dtype), saved)
-        )
-        if not same:
+    found = dict(adapter.token_rows)
+    for site, weight in adapter.weights.items():
+        ids = _unequal(weight, base[site]).nonzero()[:, 0]
+        if len(ids):
+            found[site] = TokenRows(ids, weight[ids])
+    for site, rows in found.items():
+        if len(rows.ids) > most:
             raise AdapterInvalid(
-                f"adapter {name!r} was trained with a changed base: its {site} weight differs from "
-                "the served one; multilora serves LoRA on the base it has, not modules_to_save. "
-                "Train it on this base, or merge it into its own and serve that"
+                f"adapter {name!r} changes {len(rows.ids)} rows of {TOKEN_PATHS[site]}, above "
+                f"max_lora_token_rows={most}; restart with max_lora_token_rows={len(rows.ids)} if "
+                "it was trained on this base, or merge it into its own and serve that"
             )
+    return found
+
+
+def _unequal(saved: Tensor, own: Tensor) -> Tensor:
+    """Which rows differ, bool [vocab]."""
+    saved = saved.to(own.device)
+    one, other = saved.to(own.dtype) == own, own.to(saved.dtype) == saved
+    return ~(one.all(1) | other.all(1))

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
-from .output_scales import PackedScales
 from .rank_pages import AdapterTable, PackedSite, RankPagePool
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
 
+    from torch import Tensor
+
     from .mix import Mix
+    from .output_scales import PackedScales
+    from .packed_adapter import PackedAdapter
+    from .weight_changes import PackedRows
 
 
 @dataclass(slots=True)
@@ -23,6 +27,15 @@ class _Slot:
 
     slot: int
     pins: int = 0
+
+
+@dataclass(slots=True)
+class _Changes:
+    """What the adapters of a mix do beside their deltas, with their weights."""
+
+    scales: dict[str, list[tuple[PackedScales, float]]] = field(default_factory=dict)  # by site
+    rows: dict[str, list[tuple[PackedRows, float]]] = field(default_factory=dict)  # by site
+    norms: list[tuple[Tensor, float]] = field(default_factory=list)
 
 
 class DeviceAdapterCache:
@@ -39,8 +52,8 @@ class DeviceAdapterCache:
         self._mixes: OrderedDict[Mix, _Slot] = OrderedDict()
         self._slot_pages: list[Mapping[str, int]] = [{}] * slots  # by site, where there are any
 
-    def pin(self, mix: Mix, packed: Mapping[str, Mapping[str, PackedSite]]) -> int | None:
-        """Slot of the mix, or None with nothing changed. `packed` is by digest, then by site."""
+    def pin(self, mix: Mix, packed: Mapping[str, PackedAdapter]) -> int | None:
+        """Slot of the mix, or None with nothing changed. `packed` is by digest."""
         entry = self._mixes.get(mix)
         if entry is None:
             victims = self._find_victims(packed) if self._has_slot() else None
@@ -120,12 +133,12 @@ class DeviceAdapterCache:
     def _has_slot(self) -> bool:
         return bool(self._free_slots) or any(not entry.pins for entry in self._mixes.values())
 
-    def _find_victims(self, packed: Mapping[str, Mapping[str, PackedSite]]) -> list[str] | None:
+    def _find_victims(self, packed: Mapping[str, PackedAdapter]) -> list[str] | None:
         """Adapters to evict so that those of `packed` fit; None if that is not possible now."""
         lacking: Counter[str] = Counter()
-        for digest, sites in packed.items():
+        for digest, adapter in packed.items():
             if digest not in self._pages:
-                lacking.update({site: found.num_pages for site, found in sites.items()})
+                lacking.update({site: one.num_pages for site, one in adapter.sites.items()})
         for site in lacking:
             lacking[site] -= self.pools[site].num_free
         lacking = +lacking  # only where there is too little
@@ -138,18 +151,23 @@ class DeviceAdapterCache:
                 lacking -= Counter({site: len(ids) for site, ids in pages.items()})
         return None if lacking else victims
 
-    def _enter(self, mix: Mix, packed: Mapping[str, Mapping[str, PackedSite]]) -> _Slot:
+    def _enter(self, mix: Mix, packed: Mapping[str, PackedAdapter]) -> _Slot:
         if not self._free_slots:
             self._evict_mix(next(m for m, entry in self._mixes.items() if not entry.pins))
-        for digest, sites in packed.items():
+        for digest, adapter in packed.items():
             if digest not in self._pages:
-                self._pages[digest] = {s: self._copy(s, found) for s, found in sites.items()}
+                self._pages[digest] = {s: self._copy(s, one) for s, one in adapter.sites.items()}
         slot = self._free_slots.pop()
         rows = self._rows(mix)
         for site, (ids, weights) in rows.items():
             self.table.write(slot, site, ids, weights)
-        for site, scales in self._scales(mix, packed).items():
+        changes = _changes(mix, packed)
+        for site, scales in changes.scales.items():
             self.table.scales[site].write(slot, scales)
+        for site, of_tokens in changes.rows.items():
+            self.table.rows[site].write(slot, of_tokens)
+        if changes.norms:
+            self.table.norms.write(slot, changes.norms)
         self._slot_pages[slot] = {site: len(ids) for site, (ids, _) in rows.items()}
         entry = self._mixes[mix] = _Slot(slot)
         return entry
@@ -171,18 +189,6 @@ class DeviceAdapterCache:
                 weights += [weight] * len(pages)
         return rows
 
-    @staticmethod
-    def _scales(
-        mix: Mix, packed: Mapping[str, Mapping[str, PackedSite]]
-    ) -> dict[str, list[tuple[PackedScales, float]]]:
-        """What the adapters of the mix do beside their deltas, with their weights, by site."""
-        found: dict[str, list[tuple[PackedScales, float]]] = {}
-        for digest, weight in mix:
-            for site, one in packed[digest].items():
-                if one.scales is not None:
-                    found.setdefault(site, []).append((one.scales, weight))
-        return found
-
     def _evict_mix(self, mix: Mix) -> None:
         entry = self._mixes.pop(mix)
         assert not entry.pins
@@ -190,7 +196,7 @@ class DeviceAdapterCache:
         self._slot_pages[entry.slot] = {}
         self._free_slots.append(entry.slot)
 
-    def check_integrity(self, packed: Mapping[str, Mapping[str, PackedSite]]) -> None:
+    def check_integrity(self, packed: Mapping[str, PackedAdapter]) -> None:
         """Asserts that pools, slots and table agree. `packed`: what is on the host."""
         for site, pool in self.pools.items():
             pool.check_integrity()
@@ -199,20 +205,37 @@ class DeviceAdapterCache:
             assert pool.used == set(ids)
         for digest, pages in self._pages.items():
             assert {s: len(ids) for s, ids in pages.items()} == {
-                s: found.num_pages for s, found in packed[digest].items()
+                s: one.num_pages for s, one in packed[digest].sites.items()
             }
         slots = [entry.slot for entry in self._mixes.values()]
         assert sorted(slots + self._free_slots) == list(range(self._num_slots))
         expected = {entry.slot: self._rows(mix) for mix, entry in self._mixes.items()}
-        scaled = {entry.slot: self._scales(mix, packed) for mix, entry in self._mixes.items()}
+        changed = {entry.slot: _changes(mix, packed) for mix, entry in self._mixes.items()}
         assert all(entry.pins >= 0 for entry in self._mixes.values())
         for slot in range(self._num_slots):
             rows = expected.get(slot, {})
             assert self._slot_pages[slot] == {site: len(ids) for site, (ids, _) in rows.items()}
+            changes = changed.get(slot, _Changes())
+            assert self.table.norms.has_row(slot) == bool(changes.norms)
+            for site, of_tokens in self.table.rows.items():
+                assert of_tokens.has_row(slot) == (site in changes.rows)
             for site in self.pools:
-                assert self.table.scales[site].has_row(slot) == (site in scaled.get(slot, {}))
+                assert self.table.scales[site].has_row(slot) == (site in changes.scales)
                 ids, weights = rows.get(site, ([], []))
                 assert self.table.row(slot, site) == (
                     ids,
                     torch.tensor(weights, dtype=torch.float32).tolist(),
                 )
+
+
+def _changes(mix: Mix, packed: Mapping[str, PackedAdapter]) -> _Changes:
+    found = _Changes()
+    for digest, weight in mix:
+        for site, one in packed[digest].sites.items():
+            if one.scales is not None:
+                found.scales.setdefault(site, []).append((one.scales, weight))
+            if one.rows is not None:
+                found.rows.setdefault(site, []).append((one.rows, weight))
+        if (norms := packed[digest].norms) is not None:
+            found.norms.append((norms, weight))
+    return found

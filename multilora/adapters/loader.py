@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import AdapterError, AdapterInvalid, AdapterNotFound, shown
-from .store import AdapterStore, HostAdapter
+from .packed_adapter import PackedAdapter
+from .store import AdapterStore
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class LoadedAdapter:
     """What reading a source gave."""
 
     digest: str
-    host: HostAdapter
+    host: PackedAdapter
 
 
 @dataclass(slots=True)

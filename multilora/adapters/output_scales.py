@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from multilora_kernels import Table
 
     from ..config.lora_sites import Site
-    from .peft.reader import Adapter, LoraModule, ModuleKey
+    from .peft.reader import Adapter, LoraModule
+    from .peft.trained import ModuleKey
 
 COLUMNS = 4096  # output columns whose lengths are computed at once
 

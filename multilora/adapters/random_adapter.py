@@ -10,7 +10,8 @@ import torch
 
 from ..config.lora_sites import sites_of
 from ..config.model import ModelConfig
-from .peft.reader import Adapter, LoraModule, ModuleKey
+from .peft.reader import Adapter, LoraModule
+from .peft.trained import ModuleKey
 
 
 def random_adapter(

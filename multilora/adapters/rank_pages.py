@@ -23,8 +23,10 @@ from multilora_kernels import (
     write_lora_,
 )
 
+from ..config.lora_sites import num_norms
 from ..errors import AdapterInvalid
 from .output_scales import PackedScales, ScaleRows, dora_gains, needs_base, pack_scales
+from .weight_changes import NormChanges, PackedRows, RowChanges, pack_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,8 +34,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..config.lora_sites import Site
-    from .output_scales import BaseWeights
-    from .peft.reader import Adapter
+    from .packed_adapter import ServedBase
+    from .peft.reader import Adapter, TokenRows
 
 
 COLUMNS = 16
@@ -47,6 +49,7 @@ class PackedSite:
     a: Tensor  # [pages, layers, slices, 8, in]; for the embedding [pages, vocab, 8]
     b: Tensor  # [pages, layers, 8, out]
     scales: PackedScales | None = None
+    rows: PackedRows | None = None  # of the embedding or the head
 
     @property
     def num_pages(self) -> int:
@@ -57,24 +60,35 @@ class PackedSite:
     def num_bytes(self) -> int:
         """Bytes of all its tensors."""
         scales = 0 if self.scales is None else self.scales.num_bytes
-        return self.a.nbytes + self.b.nbytes + scales
+        rows = 0 if self.rows is None else self.rows.change.nbytes
+        return self.a.nbytes + self.b.nbytes + scales + rows
 
 
 def pack(
-    adapter: Adapter, site: Site, dtype: torch.dtype, base: BaseWeights | None = None
+    adapter: Adapter,
+    site: Site,
+    dtype: torch.dtype,
+    base: ServedBase | None = None,
+    trained: TokenRows | None = None,  # rows that it puts in place of the base's
 ) -> PackedSite | None:
     """Lays the adapter's weights at one site out as pages; None if it does nothing at the site.
 
     Rows above a module's rank, and layers and slices without LoRA, are zero. The scale, and DoRA's
-    gain, are folded into B in fp32 before the one cast to `dtype`. `base` is looked at for DoRA and
-    trained biases. Raises AdapterInvalid if a value overflows.
+    gain, are folded into B in fp32 before the one cast to `dtype`. `base` is looked at for DoRA,
+    trained biases and rows. Raises AdapterInvalid if a value overflows.
     """
-    assert base is not None or not needs_base(adapter), "without the base DoRA would be ignored"
+    needed = needs_base(adapter) or trained is not None
+    assert base is not None or not needed, "without the base DoRA would be ignored"
     gains = {} if base is None else dora_gains(adapter, site, base)
     scales = pack_scales(adapter, site, gains, base)
     pages = pages_for(adapter.rank_at(site.name))
-    if not pages and scales is None:
+    if not pages and scales is None and trained is None:
         return None
+    if gains and trained is not None:
+        raise AdapterInvalid(
+            f"use_dora at {site.module_path(0, 0)} is refused where rows of it were trained, too: "
+            "the lengths would be those of another weight; leave it out of target_modules"
+        )
     a = torch.zeros(pages, *a_shape(site), dtype=dtype)
     b = torch.zeros(pages, site.layers, PAGE_ROWS, site.out, dtype=dtype)
     rows = a.mT[:, None, None] if site.name == "embed" else a  # [pages, layers, slices, 8, in]
@@ -90,7 +104,8 @@ def pack(
             f"the adapter's weights at site {site.name} (A, or alpha / r times B) overflow "
             f"{dtype}; lower its lora_alpha, or start with lora_dtype='float32'"
         )
-    return PackedSite(a, b, scales)
+    own = None if trained is None or base is None else pack_rows(trained, site.name, dtype, base)
+    return PackedSite(a, b, scales, own)
 
 
 def a_shape(site: Site) -> tuple[int, ...]:
@@ -212,7 +227,7 @@ class RankPagePool:
 
 
 class AdapterTable:
-    """For each site and slot: which pages, with which weights, and which scales."""
+    """For each site and slot: which pages, with which weights, and all else that a slot changes."""
 
     def __init__(
         self,
@@ -220,7 +235,17 @@ class AdapterTable:
         slots: int,
         max_pages: int,
         device: torch.device | str = "cpu",
+        *,
+        max_rows: int,  # of the embedding, and of the head, that a slot may change
+        dtype: torch.dtype,  # of those
     ) -> None:
+        hidden = sites["qkv"].in_
+        self.norms = NormChanges(num_norms(sites), slots, hidden, device)
+        self.rows = {
+            name: RowChanges(site, slots, hidden, max_rows, dtype=dtype, device=device)
+            for name, site in sites.items()
+            if not site.in_layers
+        }
         self._tables = {
             name: Table(
                 page_ids=torch.zeros(slots, max_pages, dtype=torch.int32, device=device),
@@ -263,6 +288,9 @@ class AdapterTable:
         for name, table in self._tables.items():
             table.num_pages[slot] = 0
             self.scales[name].clear(slot)
+        for rows in self.rows.values():
+            rows.clear(slot)
+        self.norms.clear(slot)
 
     def row(self, slot: int, site: str) -> tuple[list[int], list[float]]:
         """Page ids and weights of a slot at a site, as `write` got them (weights in fp32)."""

@@ -25,11 +25,12 @@ from ..errors import (
     RequestError,
 )
 from .activation import Activation, activate
-from .base_weights import check_base
+from .base_weights import changed_rows
 from .device_cache import DeviceAdapterCache
 from .mix import AdapterSpec, Mix, check_name, check_weight, weights_of
-from .output_scales import has_scales
-from .rank_pages import AdapterTable, PackedSite, RankPagePool, pack
+from .packed_adapter import PackedAdapter, needs_slot_memory, pack_adapter
+from .rank_pages import AdapterTable, RankPagePool
+from .weight_changes import most_rows
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -39,8 +40,9 @@ if TYPE_CHECKING:
     from ..config.engine import EngineConfig
     from ..config.lora_sites import Site
     from .mix import Mix
-    from .output_scales import BaseWeights
+    from .packed_adapter import ServedBase
     from .peft.reader import Adapter
+    from .weight_changes import PackedRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,19 +54,6 @@ class AdapterInfo:
     rank: int  # largest of any module
     num_bytes: int  # of its rank pages
     on_device: bool  # whether its pages lie there now
-
-
-@dataclass(frozen=True, slots=True)
-class HostAdapter:
-    """One version of an adapter on the host."""
-
-    rank: int
-    packed: Mapping[str, PackedSite]  # by site; sites that it does not target are absent
-    invocation: tuple[int, ...] = ()  # of an activated LoRA
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(packed.num_bytes for packed in self.packed.values())
 
 
 class AdapterStore:
@@ -81,14 +70,21 @@ class AdapterStore:
     ) -> None:
         self._sites, self._config, self._dtype, self._is_gpu = sites, config, dtype, is_gpu
         self._names: dict[str, str] = {}  # name -> digest
-        self._host: dict[str, HostAdapter] = {}  # by digest
+        self._host: dict[str, PackedAdapter] = {}  # by digest
         self._holds: Counter[str] = Counter()  # by digest
         self._capacity = config.pages_per_site(is_gpu)
         pools = {
             name: RankPagePool(site, self._capacity, dtype=dtype, device=device)
             for name, site in sites.items()
         }
-        table = AdapterTable(sites, config.max_loras, config.max_lora_rank // PAGE_ROWS, device)
+        table = AdapterTable(
+            sites,
+            config.max_loras,
+            config.max_lora_rank // PAGE_ROWS,
+            device,
+            max_rows=config.max_lora_token_rows,
+            dtype=dtype,
+        )
         self._device = DeviceAdapterCache(pools, table, config.max_loras)
 
     # Names -----------------------------------------------------------------------------------
@@ -99,7 +95,7 @@ class AdapterStore:
         adapter: Adapter,
         *,
         base: Mapping[str, Tensor] | None = None,
-        served: BaseWeights | None = None,
+        served: ServedBase | None = None,
     ) -> str:
         """Makes `name` mean this adapter from now on, and returns its digest.
 
@@ -114,36 +110,31 @@ class AdapterStore:
         adapter: Adapter,
         *,
         base: Mapping[str, Tensor] | None = None,
-        served: BaseWeights | None = None,
-    ) -> HostAdapter:
+        served: ServedBase | None = None,
+    ) -> PackedAdapter:
         """The adapter in page layout, which changes nothing here.
 
-        `base` holds the base model's own "embed" and "lm_head" weights, which an adapter that
-        brings such weights must equal; `served` are the linears as they are served, for DoRA and
-        trained biases. Raises AdapterError for a name that is not allowed, AdapterInvalid, or
+        `base` holds the base model's own "embed" and "lm_head" weights, for an adapter that brings
+        such weights; `served` are the weights as they are served, for DoRA and all that is trained
+        in full. Raises AdapterError for a name that is not allowed, AdapterInvalid, or
         AdapterTooLarge.
         """
         check_name(name)
         self._check_size(name, adapter)
-        if has_scales(adapter) and not self._config.has_lora_scales(self._is_gpu):
+        if needs_slot_memory(adapter) and not self._config.has_lora_scales(self._is_gpu):
             raise AdapterInvalid(
-                f"adapter {name!r} has DoRA or biases, for which there is no memory; restart with "
-                "lora_scales=True"
+                f"adapter {name!r} has DoRA, biases or trained norms, for which there is no "
+                "memory; restart with lora_scales=True"
             )
-        check_base(name, adapter, base or {})
         if adapter.digest in self._host:
             return self._host[adapter.digest]
+        rows = changed_rows(name, adapter, base or {}, self._config.max_lora_token_rows)
         try:
-            packed = {
-                site.name: found
-                for site in self._sites.values()
-                if (found := pack(adapter, site, self._dtype, served)) is not None
-            }
+            return pack_adapter(adapter, self._sites, self._dtype, served, rows)
         except AdapterInvalid as error:
             raise AdapterInvalid(f"adapter {name!r}: {error}") from error
-        return HostAdapter(adapter.rank, packed, adapter.invocation)
 
-    def install(self, name: str, digest: str, host: HostAdapter) -> None:
+    def install(self, name: str, digest: str, host: PackedAdapter) -> None:
         """Makes `name` mean what was packed."""
         self._host.setdefault(digest, host)
         old = self._names.get(name)
@@ -242,7 +233,7 @@ class AdapterStore:
             return -1
         if not self.ready(mix):
             return None
-        return self._device.pin(mix, {d: self._host[d].packed for d, _ in mix})
+        return self._device.pin(mix, {d: self._host[d] for d, _ in mix})
 
     def unpin(self, mix: Mix) -> None:
         """Ends one successful `pin`. The mix stays on the device until its place is needed."""
@@ -281,21 +272,36 @@ class AdapterStore:
         if self._config.has_lora_scales(self._is_gpu):
             for rows in self.table.scales.values():
                 rows.reserve()
+            self.table.norms.reserve()
 
     @contextmanager
     def stand_ins(self) -> Iterator[None]:
-        """Within, every site has a page at least, though no adapter has needed it yet."""
+        """Within, every site has a page at least, though no adapter has needed it yet.
+
+        The embedding and the head have rows, where there may be any.
+        """
         with ExitStack() as stack:
             for pool in self._device.pools.values():
                 stack.enter_context(pool.stand_in())
+            for rows in self.table.rows.values():
+                if self._config.max_lora_token_rows:
+                    stack.enter_context(rows.stand_in())
             yield
 
     @property
     def reserved_bytes(self) -> int:
         """Bytes of all pages of the sites in layers, and of the scales that have their memory."""
         pages = sum(pool.capacity * pool.page_bytes for pool in self._layer_pools())
+        norms = self.table.norms
         scales = (rows for rows in self.table.scales.values() if rows.is_allocated)
-        return pages + sum(rows.capacity_bytes for rows in scales)
+        of_slots = sum(rows.capacity_bytes for rows in scales)
+        return pages + of_slots + norms.is_allocated * norms.capacity_bytes
+
+    @property
+    def needs_token_slots(self) -> bool:
+        """Whether a step with adapters must know the adapter slot of each token."""
+        of_tokens = self.table.norms, self.table.rows.get("embed")
+        return any(rows is not None and rows.is_allocated for rows in of_tokens)
 
     def _layer_pools(self) -> list[RankPagePool]:
         return [pool for name, pool in self._device.pools.items() if self._sites[name].in_layers]
@@ -328,7 +334,7 @@ class AdapterStore:
         assert min(self._holds.values(), default=1) > 0
         named = set(self._names.values())
         assert not [d for d in self._host if d not in named and not self._is_needed(d)]
-        self._device.check_integrity({d: h.packed for d, h in self._host.items()})
+        self._device.check_integrity(self._host)
 
     # Checks ----------------------------------------------------------------------------------
 
@@ -360,9 +366,19 @@ class AdapterStore:
         if len(mix) > 1 and any(self._host[digest].invocation for digest, _ in mix):
             raise RequestError("an activated LoRA cannot be in a mix; name it alone")
         pages: Counter[str] = Counter()
+        rows: dict[str, list[PackedRows]] = {}
         for digest, _ in mix:
-            for site, packed in self._host[digest].packed.items():
+            for site, packed in self._host[digest].sites.items():
                 pages[site] += packed.num_pages
+                if packed.rows is not None:
+                    rows.setdefault(site, []).append(packed.rows)
+        most, limit = most_rows(rows), self._config.max_lora_token_rows
+        if most > limit:
+            raise AdapterTooLarge(
+                f"the adapters of this mix change {most} rows of one weight, above "
+                f"max_lora_token_rows={limit}; mix fewer of them, or restart with "
+                f"max_lora_token_rows={most}"
+            )
         site, most = max(pages.items(), key=lambda item: item[1], default=("", 0))
         if most * PAGE_ROWS > self._config.max_lora_rank:
             raise AdapterTooLarge(

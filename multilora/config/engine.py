@@ -70,9 +70,11 @@ class EngineConfig:
         max_lora_rank: Largest rank of one mix at one site, a multiple of 8.
         lora_pages: Rank pages, of 8 rank rows each, at each site. None = 8 a slot, 4 on a GPU.
         lora_dtype: Of the rank pages. "auto" = the model's dtype.
-        lora_scales: Whether adapters may have DoRA or biases. None = on a CPU, where these take
-            memory when the first one comes; on a GPU they take it at the start: 8 bytes for each
-            output of a linear and slot.
+        lora_scales: Whether adapters may have DoRA, biases or trained norms. None = on a CPU, where
+            these take memory when the first one comes; on a GPU they take it at the start: 8 bytes
+            for each output of a linear and slot.
+        max_lora_token_rows: Rows of the embedding, and of the head, that one mix may change. They
+            take memory when the first adapter with such rows comes, for all slots.
         max_host_adapter_bytes: Host memory above which registered adapters that nobody uses are
             dropped, to be read again. None = no bound.
         alora_missing: Who answers a prompt without its activated LoRA's invocation. "base" = the
@@ -111,6 +113,7 @@ class EngineConfig:
     lora_pages: int | None = None
     lora_dtype: str = "auto"
     lora_scales: bool | None = None
+    max_lora_token_rows: int = 256
     max_host_adapter_bytes: int | None = None
     alora_missing: str = "base"
     policy: str = "fcfs"
@@ -148,6 +151,7 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None or name not in can_be_none:
                 _check_int(name, value, 1, most)
+        _check_int("max_lora_token_rows", self.max_lora_token_rows, 0, 2**24)
         _check_int("max_logprobs", self.max_logprobs, -1, 2**31)
         _check_int("seed", self.seed, -(2**63), 2**63)
         if self.max_lora_rank % 8:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from .model import ModelConfig
 
 
@@ -57,6 +59,18 @@ class Site:
         if self.name == "embed":
             return f"model.{module}"
         return f"model.layers.{layer}.{self.parent}.{module}"
+
+
+def norm_paths(config: ModelConfig) -> list[str]:
+    """Checkpoint paths of all norms, in the order in which a token meets them."""
+    names = ("input_layernorm", "post_attention_layernorm")
+    in_layers = [f"model.layers.{i}.{name}" for i in range(config.num_layers) for name in names]
+    return [*in_layers, "model.norm"]
+
+
+def num_norms(sites: Mapping[str, Site]) -> int:
+    """How many norms a Llama with these sites has."""
+    return 2 * max(site.layers for site in sites.values()) + 1
 
 
 def biased_sites(config: ModelConfig) -> tuple[Site, ...]:

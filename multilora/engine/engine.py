@@ -274,7 +274,7 @@ class Engine:
         """The adapter in page layout; changes nothing, so that any thread may do it."""
         base = {
             site: read_base_weight(self.config.model, site, self.model_config)
-            for site in adapter.base_weights
+            for site in adapter.weights
         }
         host = self.store.pack(name, adapter, base=base, served=self.model)
         return LoadedAdapter(adapter.digest, host)

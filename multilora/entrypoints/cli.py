@@ -126,26 +126,34 @@ def demo(
 def check(
     path: Annotated[Path, typer.Argument(help="Folder of the adapter.")],
     model: Annotated[Path, typer.Option(help="Folder of the base checkpoint.")],
+    max_rows: Annotated[
+        int, typer.Option("--max-lora-token-rows", help="Rows of the embedding or head at most.")
+    ] = 256,
 ) -> None:
     """Reads an adapter against its base, as loading does, and says what it holds."""
-    from ..adapters.base_weights import check_base
+    from ..adapters.base_weights import changed_rows
     from ..adapters.peft.reader import read_adapter
     from ..checkpoint.reader import read_base_weight, read_config
     from ..config.lora_sites import sites_of
 
     config = read_config(model)
     found = read_adapter(path, config)
-    base = {site: read_base_weight(model, site, config) for site in found.base_weights}
-    check_base(path.name, found, base)
+    base = {site: read_base_weight(model, site, config) for site in found.weights}
+    rows = changed_rows(path.name, found, base, max_rows)
     of_modules = (
         (module.a, module.b, module.magnitude, module.bias) for module in found.modules.values()
     )
-    weights = [w for ws in (*of_modules, found.biases.values()) for w in ws if w is not None]
+    others = found.biases.values(), found.norms.values(), (r.values for r in rows.values())
+    weights = [w for ws in (*of_modules, *others) for w in ws if w is not None]
     ranks = {site: found.rank_at(site) for site in sites_of(config)}
     print(f"digest   {found.digest}")
     print(f"rank     {found.rank}")
     print(f"sites    {', '.join(f'{site} {rank}' for site, rank in ranks.items() if rank)}")
     print(f"modules  {len(found.modules)}")
+    if found.norms:
+        print(f"norms    {len(found.norms)}")
+    for site, changed in sorted(rows.items()):
+        print(f"rows     {len(changed.ids)} of {site}")
     print(f"bytes    {sum(w.numel() * w.element_size() for w in weights)}")
 
 

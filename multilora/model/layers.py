@@ -22,14 +22,18 @@ from .rope import Rope
 class RMSNorm(nn.Module):
     """RMS norm; with a residual it adds into it first and normalises the sum."""
 
-    def __init__(self, size: int, eps: float, dtype: torch.dtype) -> None:
+    def __init__(self, size: int, eps: float, dtype: torch.dtype, index: int) -> None:
+        """`index` is its place among the norms of the model, see `norm_paths`."""
         super().__init__()
+        self.index = index
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype), requires_grad=False)
         self.eps = eps
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor, batch: ForwardBatch) -> Tensor:
         """x and residual [tokens, hidden]; residual changes in place."""
-        return mk.rms_norm(x, self.weight, self.eps, residual)
+        if batch.norms is None:
+            return mk.rms_norm(x, self.weight, self.eps, residual)
+        return mk.rms_norm(x, self.weight, self.eps, residual, *batch.norms.of(self.index))
 
 
 class Attention(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint.parts import Part, fill
-from ..config.lora_sites import Site, sites_of
+from ..config.lora_sites import Site, norm_paths, sites_of
 from ..config.model import ModelConfig
 from ..config.quantization import Scheme
 from .forward_batch import ForwardBatch
@@ -34,15 +34,16 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.attention = Attention(config, sites, layer, dtype, schemes)
         self.mlp = MLP(config, sites, layer, dtype, schemes)
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.attention_norm = RMSNorm(size, eps, dtype, 2 * layer)
+        self.mlp_norm = RMSNorm(size, eps, dtype, 2 * layer + 1)
 
     def forward(
         self, x: Tensor, residual: Tensor, batch: ForwardBatch, cache: KVCache, rope: Rope
     ) -> Tensor:
         """x is what the last part adds; the running sum is `residual`, changed in place."""
-        x = self.attention(self.attention_norm(x, residual), batch, cache, rope)
-        y: Tensor = self.mlp(self.mlp_norm(x, residual), batch)
+        x = self.attention(self.attention_norm(x, residual, batch), batch, cache, rope)
+        y: Tensor = self.mlp(self.mlp_norm(x, residual, batch), batch)
         return y
 
 
@@ -67,7 +68,8 @@ class Llama(nn.Module):
         self.blocks = nn.ModuleList(
             DecoderLayer(config, sites, i, dtype, schemes) for i in range(config.num_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        last = 2 * config.num_layers
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, last)
         self.rope = Rope(config, self.norm.weight.device)
 
     def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
@@ -76,7 +78,7 @@ class Llama(nn.Module):
         residual = torch.zeros_like(x)
         for block in self.blocks:
             x = block(x, residual, batch, cache, self.rope)
-        x = self.norm(x, residual)
+        x = self.norm(x, residual, batch)
         if batch.logits_rows is not None:
             x = x[batch.logits_rows]
         logits: Tensor = self.head(x, batch)
@@ -84,19 +86,25 @@ class Llama(nn.Module):
 
     def parts(self) -> Iterator[Part]:
         """What is to be loaded, under Hugging Face's names."""
-        norms = {"model.norm.weight": self.norm.weight}
         yield self.embed.part()
         if self.embed.tied is None:
             yield self.head.part()
-        for i, block in enumerate(self.blocks):
+        for block in self.blocks:
             assert isinstance(block, DecoderLayer)
-            norms[f"model.layers.{i}.input_layernorm.weight"] = block.attention_norm.weight
-            norms[f"model.layers.{i}.post_attention_layernorm.weight"] = block.mlp_norm.weight
             yield block.attention.qkv.part()
             yield block.attention.o.part()
             yield block.mlp.gate_up.part()
             yield block.mlp.down.part()
-        yield fill(norms)
+        paths = norm_paths(self.config)
+        yield fill({f"{path}.weight": self.norm_at(i).weight for i, path in enumerate(paths)})
+
+    def norm_at(self, index: int) -> RMSNorm:
+        """A norm by its place in `norm_paths`."""
+        if index == 2 * len(self.blocks):
+            return self.norm
+        block = self.blocks[index // 2]
+        assert isinstance(block, DecoderLayer)
+        return block.mlp_norm if index % 2 else block.attention_norm
 
     def linear(self, site: str, layer: int) -> Linear:
         """The base's linear of a site, the embedding aside."""
@@ -123,6 +131,18 @@ class Llama(nn.Module):
             return self.embed.weight[:, first:last].T.float()
         rows = self.embed.tied.rows(torch.arange(vocab, device=device), torch.float32)
         return rows[:, first:last].T
+
+    @torch.inference_mode()
+    def token_rows(self, site: str, ids: Tensor) -> Tensor:
+        """Rows of the embedding or the head as they are served, by ids: fp32 [rows, hidden]."""
+        ids = ids.to(self.norm.weight.device)
+        if site == "embed" and self.embed.tied is None:
+            return self.embed.weight[ids].float()
+        return self.head.base.rows(ids, torch.float32)
+
+    def norm_weight(self, index: int) -> Tensor:
+        """The weight of a norm, [hidden], by its place in `norm_paths`."""
+        return self.norm_at(index).weight
 
     def bias(self, site: str, layer: int) -> Tensor | None:
         """The bias of a site, [out]; None if it has none."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -19,8 +19,7 @@ from torch import Tensor
 
 import multilora_kernels as mk
 
-from ..adapters.output_scales import ScaleRows
-from ..adapters.rank_pages import RankPagePool
+from ..adapters.rank_pages import AdapterTable, RankPagePool
 from ..device.cpu import CapturedGraph, Device
 from .step_inputs import ROWS, BatchShape, StepInputs, StepTensors
 
@@ -69,6 +68,7 @@ class _Key(NamedTuple):
     shape: BatchShape
     adapted: frozenset[str]  # sites with rank pages
     scaled: frozenset[str]  # those of them with DoRA's scales or biases, too
+    has_norms: bool  # whether adapters may have norms of their own
 
 
 class GraphRunner:
@@ -79,13 +79,13 @@ class GraphRunner:
         device: Device,
         sites: Iterable[str],  # that graphs with LoRA may adapt
         pool: Callable[[str], RankPagePool],  # of a site; its pages may not have their place yet
-        scales: Mapping[str, ScaleRows],  # by site; these neither
+        table: AdapterTable,  # what else slots have, which may not have its place either
         block_table: Tensor,  # int32 [most sequences, max_blocks]
         max_seq_len: int,
         logits: Tensor | None = None,  # [most tokens, vocab] that all write to; None: own ones
     ) -> None:
         self.sites = frozenset(sites)
-        self._device, self._pool, self._scales = device, pool, scales
+        self._device, self._pool, self._table = device, pool, table
         self._block_table, self._max_seq_len, self._logits = block_table, max_seq_len, logits
         self._graphs: dict[_Key, CapturedGraph] = {}
         self._beforehand: list[BatchShape] = []  # the smallest first
@@ -150,9 +150,11 @@ class GraphRunner:
 
     def _key(self, shape: BatchShape) -> _Key:
         if not shape.tiles:
-            return _Key(shape, frozenset(), frozenset())
+            return _Key(shape, frozenset(), frozenset(), has_norms=False)
         adapted = frozenset(name for name in self.sites if self._pool(name).is_allocated)
-        return _Key(shape, adapted, frozenset(n for n in adapted if self._scales[n].is_allocated))
+        scales = self._table.scales
+        scaled = frozenset(name for name in adapted if scales[name].is_allocated)
+        return _Key(shape, adapted, scaled, self._table.norms.is_allocated)
 
     def _capture(self, key: _Key, work: Work) -> CapturedGraph:
         table = self._block_table[: key.shape.seqs]

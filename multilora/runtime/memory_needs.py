@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..adapters.output_scales import ScaleRows
 from ..adapters.rank_pages import RankPagePool
-from ..config.lora_sites import biased_sites, sites_of
+from ..adapters.weight_changes import NormChanges
+from ..config.lora_sites import biased_sites, num_norms, sites_of
 from ..config.quantization import schemes_of
 from ..model.kv_cache import KVCache
 
@@ -120,8 +121,11 @@ def page_bytes(shape: ModelConfig, dtype: torch.dtype) -> int:
 
 
 def scale_bytes(shape: ModelConfig, slots: int) -> int:
-    """Bytes of the scales and biases of all slots, at every site."""
-    return sum(ScaleRows(site, slots).capacity_bytes for site in sites_of(shape).values())
+    """Bytes of the scales and biases of all slots, at every site, and of their norms."""
+    sites = sites_of(shape)
+    norms = NormChanges(num_norms(sites), slots, shape.hidden_size)
+    scales = sum(ScaleRows(site, slots).capacity_bytes for site in sites.values())
+    return scales + norms.capacity_bytes
 
 
 def step_bytes(

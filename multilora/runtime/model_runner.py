@@ -16,7 +16,7 @@ from ..config.engine import EngineConfig
 from ..config.lora_sites import Site
 from ..device.cpu import Device
 from ..device.input_buffer import InputBuffer
-from ..model.forward_batch import ForwardBatch, SiteLora
+from ..model.forward_batch import ForwardBatch, NormRows, SiteLora
 from ..model.kv_cache import KVCache
 from ..model.llama import Llama
 from ..sampling.device import DeviceSampler
@@ -185,6 +185,8 @@ class ModelRunner:
             max_seq_len=shape.max_seq_len,
             logits_rows=None if gives_all_logits else sent.logits_tokens,
             lora={name: self._site_lora(name, sent, pages) for name in sites},
+            token_slots=sent.token_slots,
+            norms=self._norm_rows(sent.token_slots),
             batch_invariant=self._config.batch_invariant,
             side=self._side,
         )
@@ -197,7 +199,15 @@ class ModelRunner:
         assert tiles is not None, f"a step that adapts {name} has no tiles for it"
         starts = self._sites[name].slice_starts
         table, scales = self.store.table.site(name, pages), self.store.table.scales[name]
-        return SiteLora(self.store.pool(name), table, scales, tiles, starts)
+        rows = self.store.table.rows.get(name)
+        rows = rows if rows is not None and rows.is_allocated else None
+        return SiteLora(self.store.pool(name), table, scales, tiles, starts, rows)
+
+    def _norm_rows(self, token_slots: Tensor | None) -> NormRows | None:
+        norms = self.store.table.norms
+        if token_slots is None or not norms.is_allocated:
+            return None
+        return NormRows(norms, norms.rows_of(token_slots))
 
     # Graphs -----------------------------------------------------------------------------------
 
@@ -219,7 +229,7 @@ class ModelRunner:
             self._device,
             (name for name, site in self._sites.items() if site.in_layers),
             self.store.pool,
-            self.store.table.scales,
+            self.store.table,
             empty_block_table(seqs, -(-self._max_len // config.block_size), self._device),
             self._max_len,
             self._logits_of(sizes[0]) if sizes else None,
@@ -233,8 +243,12 @@ class ModelRunner:
         return torch.empty(shape, dtype=self.model.dtype, device=self._device.torch)
 
     def _empty_step(self, shape: BatchShape) -> Work:
-        sent = self._input_buffer.send(StepInputs.empty(shape).padded(shape))
-        return self._work(sent, shape)
+        return self._work(self._input_buffer.send(self._empty(shape)), shape)
+
+    def _empty(self, shape: BatchShape) -> StepTensors:
+        """A step of nothing, with what the adapters there are ask for."""
+        has_slots = shape.tiles > 0 and self.store.needs_token_slots
+        return StepInputs.empty(shape, has_token_slots=has_slots).padded(shape)
 
     def _work(self, sent: StepTensors, shape: BatchShape) -> Work:
         """What is captured."""
@@ -247,9 +261,11 @@ class ModelRunner:
         bounds = device.row_bounds(), mk.cuda.launch_plans.seq_bounds(config.max_num_seqs)
         with self.store.stand_ins():
             for shape in warm_up_shapes(config, *bounds):
-                sent = self._input_buffer.send(StepInputs.empty(shape).padded(shape))
+                sent = self._input_buffer.send(self._empty(shape))
                 table = empty_block_table(shape.seqs, 1, device)
                 self._forward(sent, shape, frozenset(self._sites), table)
+            # Norms of adapters are another variant than those of the base alone.
+            self.check_health()
 
     @torch.inference_mode()
     def profile_run(self) -> None:
@@ -265,7 +281,7 @@ class ModelRunner:
         padded, seqs = -(-tokens // ROWS) * ROWS, -(-config.max_num_seqs // ROWS) * ROWS
         tiles = mk.tile_capacity(padded, min(tokens, config.max_loras), mk.PREFILL_TILE)
         shape = BatchShape(padded, config.max_num_seqs, seqs, tiles, 0, min(tokens, length), length)
-        tensors = StepInputs.empty(shape).padded(shape)
+        tensors = self._empty(shape)
         tensors.query_starts[: len(starts)] = torch.tensor(starts)
         tensors.query_starts[len(starts) :] = tokens
         for i, (first, last) in enumerate(pairwise(starts)):
@@ -282,4 +298,4 @@ def _input_buffer_bytes(config: EngineConfig, max_model_len: int) -> int:
     """Enough for any step: per token, per sequence, and the block table."""
     tokens = config.max_num_batched_tokens + 4 * config.max_num_seqs + 8 * ROWS
     blocks = config.max_num_seqs * -(-max_model_len // config.block_size)
-    return 80 * tokens + 128 * config.max_num_seqs + 4 * blocks + 8192
+    return 84 * tokens + 128 * config.max_num_seqs + 4 * blocks + 8192

@@ -54,6 +54,7 @@ class StepTensors(NamedTuple):
     seq_lens: Tensor  # int32 [seqs]
     tiles: mk.Tiles | None = None
     head_tiles: mk.Tiles | None = None  # of the rows of logits
+    token_slots: Tensor | None = None  # int32 [tokens], adapter slots, where anything asks for them
     sampled_rows: Tensor | None = None  # int64, rows of logits that give a token; None = the first
     sampling: SamplingTensors | None = None  # what the sampler asked for
     scored_rows: Tensor | None = None  # int64, rows of logits that score a prompt token
@@ -80,7 +81,7 @@ class StepInputs:
         return len(self.tensors.logits_tokens) == len(self.tensors.token_ids)
 
     @classmethod
-    def empty(cls, shape: BatchShape) -> StepInputs:
+    def empty(cls, shape: BatchShape, *, has_token_slots: bool = False) -> StepInputs:
         """A step of nothing, to be padded: it stores nothing and reads block 0 at most."""
         tensors = StepTensors(
             token_ids=_int64(_NONE),
@@ -90,6 +91,7 @@ class StepInputs:
             logits_tokens=_int64(_NONE),
             query_starts=_int32(np.zeros(1)),
             seq_lens=_int32(_NONE),
+            token_slots=_int32(_NONE) if has_token_slots else None,
         )
         rows = SamplingRows((), _NONE, _NONE)
         return cls(shape, (), frozenset(), rows, (), (), tensors)
@@ -108,6 +110,7 @@ class StepInputs:
             seq_lens=_padded(t.seq_lens, shape.seqs),
             tiles=_padded_tiles(t.tiles, shape.tiles),
             head_tiles=_padded_tiles(t.head_tiles, shape.head_tiles),
+            token_slots=None if t.token_slots is None else _padded(t.token_slots, shape.tokens, -1),
             sampling=sampling,
         )
 
@@ -154,7 +157,7 @@ def lay_out(
         active = np.unique(token_adapters).tolist()
     sites = store.active_sites(active)
     if sites:
-        tensors = _with_tiles(tensors, sites, token_adapters, len(order))
+        tensors = _with_adapters(tensors, sites, token_adapters, len(order), store)
     shape = _shape(tensors, int(counts.max()), int(seq_lens.max()), multiple)
     sampled = request_slots.sampling_rows(slots[samples], seq_lens[samples])
     tops = [request_slots[c.request_slot].params.num_prompt_logprobs for c in order]
@@ -171,10 +174,16 @@ def _with_scores(tensors: StepTensors, is_scored: np.ndarray, next_ids: np.ndarr
     )
 
 
-def _with_tiles(
-    tensors: StepTensors, sites: frozenset[str], token_adapters: np.ndarray, num_chunks: int
+def _with_adapters(
+    tensors: StepTensors,
+    sites: frozenset[str],
+    token_adapters: np.ndarray,
+    num_chunks: int,
+    store: AdapterStore,
 ) -> StepTensors:
     """With the work of LoRA at these sites; `token_adapters` are the adapter slots of tokens."""
+    if store.needs_token_slots:
+        tensors = tensors._replace(token_slots=_int32(token_adapters))
     count = len(token_adapters)
     is_small = count == num_chunks or count <= ROWS * 4
     tile = mk.DECODE_TILE if is_small else mk.PREFILL_TILE

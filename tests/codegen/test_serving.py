@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 RANKS = {"a": 8, "b": 16, "c": 64}
 ONE_SITE = {"q": "q_proj", "head": "lm_head", "embed": "embed_tokens"}
 SPECS: tuple[Any, ...] = (
-    None, None, "a", "b", "c", "q", "head", "embed", {"a": 0.5, "c": -0.5}, {"b": 1.0, "head": 2.0},
+    None, None, "a", "b", "c", "q", "head", "embed", "rows",
+    {"a": 0.5, "c": -0.5}, {"b": 1.0, "head": 2.0},
 )  # fmt: skip
 # Enough rows and sequences for every kind: see `SEQ_BLOCKS` and `LaunchPlans.row_bounds`.
 WIDE = {
@@ -56,6 +57,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_checkpoint(folder / "base", dtype=torch.bfloat16)
     for name, rank in RANKS.items():
         write_adapter(folder / name, TINY, rank=rank, seed=rank)
+    write_adapter(
+        folder / "rows", TINY, seed=2, modules_to_save=["lm_head"], trainable_token_indices=[1, 2]
+    )
+    write_adapter(folder / "norms", TINY, seed=3, use_dora=True, modules_to_save=["norm"])
     for name, target in ONE_SITE.items():
         write_adapter(folder / name, TINY, rank=24, seed=1, targets=(target,))
     return folder
@@ -71,8 +76,11 @@ def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def engine_of(root: Path, **settings: Any) -> Engine:
-    folders = {name: root / name for name in (*RANKS, *ONE_SITE)}
-    return make_engine(root / "base", folders, **{**WIDE, **settings})
+    folders = {name: root / name for name in (*RANKS, *ONE_SITE, "rows")}
+    engine = make_engine(root / "base", folders, **{**WIDE, **settings})
+    if engine.config.lora_scales:
+        engine.load_adapter("q", root / "norms")
+    return engine
 
 
 class Traffic:
@@ -145,7 +153,8 @@ class Traffic:
             self.engine.add_request(prompt_of(2, seed=i), greedy(9))
         for _ in range(3):
             self.engine.step()
-        self.engine.add_request(prompt_of(40, seed=9), greedy(2))
+        fresh = prompt_of(40, seed=self.random.randrange(10, 10**6))  # not in the prefix cache
+        self.engine.add_request(fresh, greedy(2))
         drain(self.engine)
 
 
@@ -158,6 +167,7 @@ def serve(
         ready = len(keys)
         traffic = Traffic(engine, seed, patch)
         traffic.run(steps)
+        traffic.rarities()
     return traffic, keys[:ready], keys[ready:]
 
 
@@ -197,6 +207,7 @@ MODES: tuple[dict[str, Any], ...] = (
         "max_loras": 2,
         "lora_pages": 16,
     },
+    {"lora_scales": True, "max_loras": 4},
     {"max_num_seqs": 5, "max_num_batched_tokens": 7, "max_lora_rank": 72, "num_kv_blocks": 90},
 )
 

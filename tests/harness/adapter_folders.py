@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from multilora.config.lora_sites import biased_sites, sites_of
+from multilora.adapters.peft.tensor_names import ROWS
+from multilora.adapters.peft.trained import TOKEN_PATHS
+from multilora.config.lora_sites import biased_sites, norm_paths, sites_of
 from multilora.config.model import ModelConfig
 
 if TYPE_CHECKING:
@@ -48,6 +50,8 @@ def write_adapter(
     use_dora: bool = False,
     lora_bias: bool = False,
     bias: str = "none",
+    modules_to_save: Sequence[str] = (),
+    trainable_token_indices: Sequence[int] = (),
     scale: float | None = 0.1,
     **extra_config: Any,
 ) -> Path:
@@ -56,8 +60,9 @@ def write_adapter(
     `targets` are last path components, `embed_tokens` and `lm_head` among them; `layers` limits
     them to some layers. A and B are normal with deviation `scale`; None makes the delta a few
     percent of what the base gives, whatever the sizes. `use_dora`, `lora_bias` and `bias` bring
-    their tensors, `bias` for a config that has biases. `extra_config` is added to the config as it
-    is and does not change the tensors.
+    their tensors, `bias` for a config that has biases, as do `modules_to_save` (of norms and of
+    embeddings and heads) and `trainable_token_indices` (of the embedding). `extra_config` is added
+    to the config as it is and does not change the tensors.
     """
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
@@ -86,6 +91,7 @@ def write_adapter(
                     values = torch.randn(piece.out, generator=generator) * 0.1
                     tensors[f"base_model.model.{path}.lora_B.bias"] = values.to(dtype)
     tensors |= _base_biases(config, targets, bias, dtype, generator)
+    tensors |= _in_full(config, modules_to_save, trainable_token_indices, dtype, generator)
     folder.mkdir(parents=True, exist_ok=True)
     fields = {
         "peft_type": "LORA",
@@ -100,11 +106,35 @@ def write_adapter(
         "use_dora": use_dora,
         "lora_bias": lora_bias,
         "bias": bias,
+        "modules_to_save": list(modules_to_save) or None,
+        "trainable_token_indices": list(trainable_token_indices) or None,
         **extra_config,
     }
     (folder / "adapter_config.json").write_text(json.dumps(fields, indent=2))
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def _in_full(
+    config: ModelConfig,
+    names: Sequence[str],
+    token_ids: Sequence[int],
+    dtype: torch.dtype,
+    generator: torch.Generator,
+) -> dict[str, torch.Tensor]:
+    """Norms, whole embeddings and heads, and rows of the embedding."""
+    hidden, tensors = config.hidden_size, {}
+    for path in norm_paths(config):
+        if path.endswith(tuple(names)):
+            tensors[f"{path}.weight"] = 1 + 0.3 * torch.randn(hidden, generator=generator)
+    for path in TOKEN_PATHS.values():
+        if path.endswith(tuple(names)):
+            values = torch.randn(config.vocab_size, hidden, generator=generator)
+            tensors[f"{path}.weight"] = 0.3 * values
+    if token_ids:
+        values = 0.3 * torch.randn(len(token_ids), hidden, generator=generator)
+        tensors[f"model.embed_tokens.{ROWS}"] = values
+    return {f"base_model.model.{name}": values.to(dtype) for name, values in tensors.items()}
 
 
 def _base_biases(

@@ -16,6 +16,8 @@ SLOTS, LENGTH, SIZE, VOCAB = 12, 64, 4, 500
 class FakeStore:
     """Slot 1 adapts the head as well; the base adapts nothing."""
 
+    needs_token_slots = True
+
     def active_sites(self, slots: Any) -> frozenset[str]:
         sites = {"qkv"} if max(slots) >= 0 else set()
         return frozenset(sites | ({"lm_head"} if 1 in slots else set()))

@@ -8,7 +8,7 @@ no table is refused too, unless it is null, false or empty.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ...errors import AdapterInvalid, shown
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_NAMES = 8192
-TIED = ("embed_tokens", "lm_head")
 LLAMA_TARGETS = ("q_proj", "v_proj")  # PEFT's own choice for a Llama when target_modules is null
 
+MAX_SAVED = 512  # modules_to_save: each is compared with every module of the base
 MAX_INVOCATION = 512  # tokens: a phrase, which is looked for in every prompt
 
 BIASES = ("none", "all", "lora_only")
@@ -42,11 +42,14 @@ HONOURED: Mapping[str, str] = {
     "use_dora": "each output column is rescaled to a trained length; not with lora_bias",
     "lora_bias": "a bias on lora_B, times the scale of its module",
     "bias": "all or lora_only: trained biases in place of the base's, where it has any",
+    "modules_to_save": "norms, embed_tokens and lm_head trained in full; stronger than a target",
+    "trainable_token_indices": "rows of embed_tokens and lm_head that were trained",
+    "ensure_weight_tying": "what is trained of a tied embedding or head is trained of both",
     "alora_invocation_tokens": "active from the last place in the prompt that has these tokens",
 }
 
 HARMLESS: Mapping[str, str] = {
-    "task_type": "a label; the head of another task comes in modules_to_save, which is refused",
+    "task_type": "a label; the head of another task comes as a tensor, which is refused",
     "auto_mapping": "Python class of the base it was trained on",
     "peft_version": "a label",
     "base_model_name_or_path": "a label; shapes are checked against the base that is served",
@@ -76,13 +79,6 @@ _MERGE = "merge the adapter into its base and serve that as a base model"
 _RETRAIN = "train without it"
 
 REFUSED: Mapping[str, Refusal] = {
-    "modules_to_save": Refusal(
-        ([],), f"fully trained modules are not supported; target them with LoRA, or {_MERGE}"
-    ),
-    "trainable_token_indices": Refusal(
-        ([], {}),
-        f"trained token rows are not supported; target embed_tokens with LoRA, or {_MERGE}",
-    ),
     "layer_replication": Refusal(
         ([],), "it builds a deeper base; save that model and serve it as a base of its own"
     ),
@@ -105,9 +101,6 @@ REFUSED: Mapping[str, Refusal] = {
     "use_bdlora": Refusal((), f"block-diagonal LoRA is not supported; {_RETRAIN}"),
     "arrow_config": Refusal((), "Arrow routing is not supported; serve its adapters one by one"),
     "kasa_config": Refusal((), f"KaSA truncates the base weights; {_MERGE}"),
-    "ensure_weight_tying": Refusal(
-        (False,), "it ties the LoRA of lm_head to that of embed_tokens; train with it set to false"
-    ),
 }
 
 
@@ -128,6 +121,9 @@ class LoraSpec:
     lora_bias: bool = False
     bias: str = "none"  # which biases of the base were trained: "none", "all" or "lora_only"
     invocation: tuple[int, ...] = ()  # activated LoRA: the tokens that activate it
+    saved: tuple[str, ...] = ()  # endings of the paths of modules that were trained in full
+    token_ids: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # by a path's ending
+    tying: bool = False  # what is trained of a tied embedding or head is trained of both
 
 
 def parse_config(data: bytes) -> LoraSpec:
@@ -145,7 +141,7 @@ def parse_config(data: bytes) -> LoraSpec:
             f"peft_type={shown(raw.get('peft_type'))} is refused; multilora serves LORA adapters"
         )
     for name, value in raw.items():
-        _decide(name, value, raw)
+        _decide(name, value)
     targets = raw.get("target_modules")
     spec = LoraSpec(
         rank=_rank("r", raw.get("r")),
@@ -161,10 +157,31 @@ def parse_config(data: bytes) -> LoraSpec:
         lora_bias=_flag("lora_bias", raw.get("lora_bias")),
         bias=_bias(raw.get("bias")),
         invocation=_invocation(raw.get("alora_invocation_tokens")),
+        saved=_saved(raw.get("modules_to_save")),
+        token_ids=_token_ids(raw.get("trainable_token_indices")),
+        tying=_flag("ensure_weight_tying", raw.get("ensure_weight_tying")),
     )
-    if spec.invocation and (spec.dora or spec.bias != "none"):
-        what = "use_dora: PEFT has no such adapter" if spec.dora else "biases: all tokens have them"
-        raise AdapterInvalid(f"alora_invocation_tokens is refused with {what}")
+    _check_together(spec)
+    return spec
+
+
+def _check_together(spec: LoraSpec) -> None:
+    """Raises for fields that exclude each other."""
+    for_all = (
+        ("bias", spec.bias != "none"),
+        ("modules_to_save", bool(spec.saved)),
+        ("trainable_token_indices", bool(spec.token_ids)),
+    )
+    if spec.invocation and spec.dora:
+        raise AdapterInvalid(
+            "alora_invocation_tokens is refused with use_dora: PEFT has no such adapter"
+        )
+    for name, is_there in for_all:
+        if spec.invocation and is_there:
+            raise AdapterInvalid(
+                f"alora_invocation_tokens is refused with {name}: all tokens have it, also those "
+                "before the invocation"
+            )
     if spec.dora and spec.lora_bias:
         raise AdapterInvalid("use_dora with lora_bias is refused: PEFT has no such adapter")
     if spec.layers is not None and isinstance(spec.targets, str):
@@ -173,13 +190,10 @@ def parse_config(data: bytes) -> LoraSpec:
         )
     if spec.layers is None and spec.layers_patterns:
         raise AdapterInvalid("layers_pattern has no meaning without layers_to_transform; give both")
-    return spec
 
 
-def _decide(name: str, value: object, raw: Mapping[str, Any]) -> None:
-    """Raises if the field is refused at this value, in this config."""
-    if name == "ensure_weight_tying" and not _may_tie(raw):
-        return
+def _decide(name: str, value: object) -> None:
+    """Raises if the field is refused at this value."""
     if name in HONOURED or name in HARMLESS or value is None:
         return
     if name in REFUSED:
@@ -195,14 +209,6 @@ def _decide(name: str, value: object, raw: Mapping[str, Any]) -> None:
         )
 
 
-def _may_tie(raw: Mapping[str, Any]) -> bool:
-    """Whether `ensure_weight_tying` can mean anything: it looks at the embedding and the head."""
-    targets = raw.get("target_modules")
-    if not isinstance(targets, list):
-        return targets is not None
-    return any(isinstance(name, str) and name.endswith(TIED) for name in targets)
-
-
 def _invocation(value: object) -> tuple[int, ...]:
     """Of an empty list PEFT makes a plain LoRA."""
     tokens = [] if value is None else value
@@ -216,6 +222,33 @@ def _invocation(value: object) -> tuple[int, ...]:
             "shorter phrase"
         )
     return tuple(tokens)
+
+
+def _saved(value: object) -> tuple[str, ...]:
+    names = [] if value is None else value
+    if not isinstance(names, list) or any(type(name) is not str or not name for name in names):
+        raise AdapterInvalid(f"modules_to_save must be a list of names, not {shown(value)}")
+    if len(names) > MAX_SAVED:
+        raise AdapterInvalid(f"modules_to_save has {len(names)} names, more than {MAX_SAVED}")
+    return tuple(names)
+
+
+def _token_ids(value: object) -> dict[str, tuple[int, ...]]:
+    """PEFT takes a list as that of the embedding."""
+    field = "trainable_token_indices"
+    by_name = value if isinstance(value, dict) else {"embed_tokens": [] if value is None else value}
+    found = {}
+    for name, ids in by_name.items():
+        if not isinstance(ids, list) or any(type(i) is not int or i < 0 for i in ids):
+            raise AdapterInvalid(
+                f"{field} must be a list of token ids, or an object of such lists by module, not "
+                f"{shown(value)}"
+            )
+        if len(set(ids)) < len(ids):
+            raise AdapterInvalid(f"{field} names a token twice, so that its row is not one")
+        if ids:
+            found[name] = tuple(ids)
+    return found
 
 
 def _bias(value: object) -> str:

@@ -13,7 +13,7 @@ from ...errors import AdapterInvalid, AdapterTooLarge, shown
 from .patterns import check_pattern
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from ...config.lora_sites import Site
     from .config import LoraSpec
@@ -44,7 +44,14 @@ class Target:
         return self.site.slices[self.index].out, self.rank
 
 
-def find_targets(spec: LoraSpec, sites: Mapping[str, Site], max_rank: int) -> dict[str, Target]:
+def find_targets(
+    spec: LoraSpec,
+    sites: Mapping[str, Site],
+    max_rank: int,
+    *,
+    saved: Collection[str] = (),  # sites that are saved whole, and so no target
+    tied: bool = False,  # whether the embedding and the head are targets together
+) -> dict[str, Target]:
     """The modules that `spec` targets, by checkpoint path ("model.layers.0.self_attn.q_proj").
 
     Raises AdapterInvalid when there are none, or an expression is malformed or takes too long, and
@@ -57,9 +64,13 @@ def find_targets(spec: LoraSpec, sites: Mapping[str, Site], max_rank: int) -> di
         for index in range(len(site.slices))
     }
     matcher = _Matcher(spec, places)
+    targeted = {path for path, (site, *_) in places.items() if matcher.targets(path, site)}
+    ends = {path for path, (site, *_) in places.items() if not site.in_layers}
+    if tied and not targeted.isdisjoint(ends):
+        targeted |= ends
     found = {}
     for path, (site, layer, index) in places.items():
-        if not matcher.targets(path, site):
+        if path not in targeted or site.name in saved:
             continue
         rank = matcher.first("rank_pattern", spec.rank_pattern, path, spec.rank)
         if rank > max_rank:

@@ -212,7 +212,7 @@ def test_written_pages_come_back_by_layer(tmp_path: Path, name: str) -> None:
 
 
 def test_a_table_row_is_what_was_written() -> None:
-    table = AdapterTable({n: SITES[n] for n in ("qkv", "o")}, slots=3, max_pages=4)
+    table = AdapterTable(SITES, slots=3, max_pages=4, max_rows=0, dtype=torch.float32)
     found = table.site("qkv")
     table.write(1, "qkv", [7, 2, 5], [1.0, 0.5, -2.0])
     assert table.row(1, "qkv") == ([7, 2, 5], [1.0, 0.5, -2.0])
@@ -230,7 +230,7 @@ def test_a_table_row_is_what_was_written() -> None:
 @pytest.mark.parametrize(("pages", "columns"), [(1, 16), (16, 16), (17, 32), (40, 40), (None, 40)])
 def test_a_narrower_table_is_a_view(pages: int | None, columns: int) -> None:
     """In sixteens, and never wider than the table."""
-    table = AdapterTable({"o": SITES["o"]}, slots=3, max_pages=40)
+    table = AdapterTable(SITES, slots=3, max_pages=40, max_rows=0, dtype=torch.float32)
     whole, found = table.site("o"), table.site("o", pages)
     table.write(1, "o", [7, 2], [1.0, 0.5])
     assert found.page_ids.shape == found.page_weights.shape == (3, columns)

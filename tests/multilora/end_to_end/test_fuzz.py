@@ -105,6 +105,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         config = replace(TINY, num_layers=1)
         folder = root / str(version)
         kind: dict[str, Any] = {"use_dora": version == 1, "lora_bias": version == 2}
+        if version == 0:
+            kind |= {"modules_to_save": ["norm", "lm_head"], "trainable_token_indices": [1, 2, 3]}
         if version == ACTIVATED:
             kind["alora_invocation_tokens"] = list(INVOCATION)
         write_adapter(folder, config, rank=rank, seed=version, scale=0.4, targets=targets, **kind)

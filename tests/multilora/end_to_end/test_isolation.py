@@ -61,6 +61,15 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     write_adapter(
         root / "b", TINY, rank=8, seed=8, scale=0.3, targets=("q_proj", "embed_tokens", "lm_head")
     )
+    write_adapter(
+        root / "a",
+        TINY,
+        rank=RANKS["a"],
+        seed=7,
+        scale=0.3,
+        modules_to_save=["norm", "lm_head"],
+        trainable_token_indices=range(0, TINY.vocab_size, 3),
+    )
     adapters["activated"] = write_adapter(
         root / "e", TINY, rank=24, seed=9, scale=0.3, alora_invocation_tokens=[INVOCATION]
     )

@@ -86,7 +86,7 @@ def test_check_refuses_with_the_typed_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_checkpoint(tmp_path / "base")
-    change_config(write_adapter(tmp_path / "a", TINY), modules_to_save=["lm_head"])
+    change_config(write_adapter(tmp_path / "a", TINY), modules_to_save=["mlp"])
     code, out, err = run(capsys, "adapters", "check", tmp_path / "a", "--model", tmp_path / "base")
     assert (code, out) == (1, "")
     assert err.startswith("error: adapter at ")
@@ -147,10 +147,12 @@ def test_check_refuses_what_loading_would(
     own = read_base_weight(tmp_path / "base", "embed", read_config(tmp_path / "base"))
     name = "base_model.model.model.embed_tokens.base_layer.weight"
     command = ("adapters", "check", tmp_path / "a", "--model", tmp_path / "base")
-    for weight, status in ((own.clone(), 0), (own * 1.5, 1)):
+    for weight, rows, status in ((own.clone(), "", 0), (own * 1.5, "128", 0), (own * 1.5, "9", 1)):
         change_tensors(tmp_path / "a", lambda tensors, w=weight: tensors.update({name: w}))
-        code, _, err = run(capsys, *command)
-        assert (code, "changed base" in err) == (status, bool(status))
+        options = ("--max-lora-token-rows", rows) if rows else ()
+        code, out, err = run(capsys, *command, *options)
+        assert (code, "changes 128 rows" in err) == (status, bool(status))
+        assert ("rows     128 of embed" in out) == (rows == "128")
 
 
 def test_an_adapter_is_converted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -15,13 +15,18 @@ class Interrupted(BaseException):
     """What Ctrl-C is."""
 
 
+def one_token() -> ForwardBatch:
+    none, one = torch.zeros(1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    return ForwardBatch(none, none, none, none, one, none[None], 1, 1, None, {})
+
+
 def test_a_norm_adds_into_the_residual_first() -> None:
-    norm = RMSNorm(8, 1e-5, torch.float32)
+    norm = RMSNorm(8, 1e-5, torch.float32, 0)
     norm.weight.copy_(torch.rand(8))
     x, residual = torch.randn(2, 3, 8)
     total = x + residual
     wanted = total / (total.square().mean(1, keepdim=True) + 1e-5).sqrt() * norm.weight
-    torch.testing.assert_close(norm(x.clone(), residual), wanted)
+    torch.testing.assert_close(norm(x.clone(), residual, one_token()), wanted)
     torch.testing.assert_close(residual, total)
 
 

@@ -141,6 +141,8 @@ def check_tiles(step: StepInputs, adapters: list[int], of_logits: list[int]) -> 
         if tiles is not None:
             assert all(map(torch.equal, tiles, mk.make_tiles(slots, most)))
     assert (t.head_tiles is not None) == (1 in adapters)
+    assert (t.token_slots is None) == (max(adapters) < 0)
+    assert t.token_slots is None or t.token_slots.tolist() == adapters
     assert step.shape.tiles == (0 if t.tiles is None else len(t.tiles.slots))
 
 
@@ -175,6 +177,9 @@ def test_padding_stores_nothing_and_belongs_to_nobody(seed: int) -> None:
     assert sent.tiles.slots[step.shape.tiles :].unique().tolist() == [-1]
     assert int(sent.tiles.num_tiles) == step.shape.tiles
     assert own.tiles is None or torch.equal(sent.tiles.slots[: step.shape.tiles], own.tiles.slots)
+    if own.token_slots is not None:
+        assert sent.token_slots is not None
+        assert sent.token_slots.tolist() == own.token_slots.tolist() + [-1] * (600 - count)
 
 
 def test_an_empty_step_has_only_padding() -> None:
@@ -186,3 +191,7 @@ def test_an_empty_step_has_only_padding() -> None:
     assert sent.tiles is not None
     assert sent.tiles.slots.tolist() == [-1] * 3
     assert sent.head_tiles is None
+    assert sent.token_slots is None
+    sent = StepInputs.empty(shape, has_token_slots=True).padded(shape)
+    assert sent.token_slots is not None
+    assert sent.token_slots.tolist() == [-1] * 16

@@ -87,8 +87,6 @@ def test_dora_and_biases_of_other_values_are_refused(fields: dict[str, Any], wor
 
 
 REFUSED_VALUES: dict[str, list[Any]] = {
-    "modules_to_save": [["lm_head"], "lm_head"],
-    "trainable_token_indices": [[1], {"embed_tokens": [3]}],
     "layer_replication": [[[0, 2], [1, 2]]],
     "target_parameters": [["mlp.experts.gate_up_proj"]],
     "fan_in_fan_out": [True],
@@ -108,7 +106,6 @@ REFUSED_VALUES: dict[str, list[Any]] = {
     "use_bdlora": [{}],
     "arrow_config": [{"top_k": 3}],
     "kasa_config": [{"beta": 1e-4}],
-    "ensure_weight_tying": [True],
 }
 
 
@@ -143,15 +140,38 @@ def test_the_refusal_of_pissa_says_how_to_convert() -> None:
         parse(init_lora_weights="pissa")
 
 
-def test_a_field_is_judged_by_its_context() -> None:
-    """Tied weights mean something to an adapter of the embedding or the head alone."""
-    for targets in (["q_proj", "v_proj"], None):
-        assert parse(target_modules=targets, ensure_weight_tying=True) == parse(
-            target_modules=targets
-        )
-    for targets in (["q_proj", "embed_tokens"], ["model.lm_head"], ".*lm_head", "all-linear"):
-        with pytest.raises(AdapterInvalid, match="ensure_weight_tying=True is refused"):
-            parse(target_modules=targets, ensure_weight_tying=True)
+def test_what_is_trained_beside_lora_is_read() -> None:
+    assert parse(modules_to_save=["norm", "lm_head"]).saved == ("norm", "lm_head")
+    assert parse(trainable_token_indices=[5, 0]).token_ids == {"embed_tokens": (5, 0)}
+    both = {"embed_tokens": [1], "lm_head": [2, 3], "score": []}
+    assert parse(trainable_token_indices=both).token_ids == {
+        "embed_tokens": (1,),
+        "lm_head": (2, 3),
+    }
+    assert parse(ensure_weight_tying=True).tying
+    for nothing in ({"modules_to_save": []}, {"trainable_token_indices": []}):
+        assert parse(**nothing) == parse()
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"modules_to_save": "lm_head"}, "must be a list of names, not 'lm_head'"),
+        ({"modules_to_save": ["norm", 3]}, "must be a list of names"),
+        ({"modules_to_save": [""]}, "must be a list of names"),
+        ({"modules_to_save": ["a"] * 513}, "has 513 names, more than 512"),
+        ({"trainable_token_indices": 3}, "must be a list of token ids"),
+        ({"trainable_token_indices": [True]}, "must be a list of token ids"),
+        ({"trainable_token_indices": [-1]}, "must be a list of token ids"),
+        ({"trainable_token_indices": {"lm_head": 3}}, "must be a list of token ids"),
+        ({"trainable_token_indices": [3, 4, 3]}, "names a token twice"),
+        ({"ensure_weight_tying": 1}, "ensure_weight_tying must be true or false"),
+        ({"alora_invocation_tokens": [1], "modules_to_save": ["norm"]}, "with modules_to_save"),
+        ({"alora_invocation_tokens": [1], "trainable_token_indices": [1]}, "with trainable_token"),
+    ],
+)
+def test_what_is_trained_beside_lora_has_its_types(fields: dict[str, Any], words: str) -> None:
+    assert_refused(json.dumps({**GOOD, **fields}).encode(), words)
 
 
 def test_an_adapter_of_mlx_is_called_by_its_name() -> None:
@@ -238,7 +258,7 @@ BAD_VALUES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "activated biases": (
         {"alora_invocation_tokens": [1], "bias": "all"},
-        "alora_invocation_tokens is refused with biases",
+        "alora_invocation_tokens is refused with bias: all tokens have it",
     ),
     "alpha bool": ({"lora_alpha": True}, "not True"),
     "alpha beyond floats": ({"lora_alpha": 10**4000}, "lora_alpha must be a finite number"),

@@ -154,9 +154,9 @@ def test_keeps_the_base_weights_that_peft_saves_beside_an_embedding_lora(tmp_pat
     model = peft_model(target_modules=["embed_tokens", "lm_head", "q_proj"])
     adapter = read_adapter(save(model, tmp_path), CONFIG)
     base = model.base_model.model
-    assert adapter.base_weights.keys() == {"embed", "lm_head"}
-    assert torch.equal(adapter.base_weights["embed"], base.model.embed_tokens.base_layer.weight)
-    assert torch.equal(adapter.base_weights["lm_head"], base.lm_head.base_layer.weight)
+    assert adapter.weights.keys() == {"embed", "lm_head"}
+    assert torch.equal(adapter.weights["embed"], base.model.embed_tokens.base_layer.weight)
+    assert torch.equal(adapter.weights["lm_head"], base.lm_head.base_layer.weight)
 
 
 def test_digest_survives_being_saved_again_by_peft_under_another_name(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ BAD_TENSORS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
         put(f"{P}0.self_attn.w_pack.lora_A.weight", torch.zeros(8, 32)),
         "no such module",
     ),
-    "not LoRA": (put(f"{P}0.input_layernorm.weight", torch.zeros(32)), "no such module"),
+    "not LoRA": (put(f"{P}0.input_layernorm.weight", torch.zeros(32)), "modules_to_save"),
     "no prefix": (put("model.q_proj.lora_A.weight", torch.zeros(8, 32)), "PEFT's names begin with"),
     "embedding names on a linear": (
         put(f"{P}0.self_attn.q_proj.lora_embedding_A", torch.zeros(8, 32)),
