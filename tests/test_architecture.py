@@ -44,6 +44,7 @@ MAY_PRINT = (
     "multilora.entrypoints.cli",
     "multilora.entrypoints.commands.generate",
     "multilora.entrypoints.commands.info",
+    "multilora.entrypoints.commands.verify",
 )
 # Meta's .pth files, and what a user has converted; with weights_only=True.
 MAY_LOAD_PICKLES = ("multilora.checkpoint.meta", "multilora.adapters.conversion")

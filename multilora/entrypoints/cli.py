@@ -55,6 +55,7 @@ def main(args: Sequence[str] | None = None) -> None:
 def _app() -> typer.Typer:
     from .commands.generate import generate
     from .commands.info import info
+    from .commands.verify import verify
 
     app = typer.Typer(
         help="Serves many LoRA adapters from one shared Llama, in one batch.",
@@ -68,6 +69,7 @@ def _app() -> typer.Typer:
     adapters = typer.Typer(help="Looks at adapters.", no_args_is_help=True)
     adapters.command()(_quietly_ended(check))
     adapters.command()(_quietly_ended(convert))
+    adapters.command()(_quietly_ended(verify))
     adapters.callback()(_adapters)
     app.add_typer(adapters, name="adapters")
     return app
