@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 
 from ..errors import AdapterInvalid, shown
 from .peft.config import MAX_CONFIG_BYTES
-from .peft.files import open_regular, strict_json
-from .peft.reader import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE
+from .peft.files import CONFIG_FILE, open_regular, strict_json
+from .peft.reader import PICKLE_FILE, WEIGHTS_FILE
 from .peft.tensor_names import PREFIX
 from .peft.weights import MAX_FILE_BYTES, read_header, read_weights
 

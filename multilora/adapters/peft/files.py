@@ -6,12 +6,38 @@ import json
 import os
 import stat
 from collections import Counter
+from itertools import islice
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ...errors import AdapterInvalid, shown
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+CONFIG_FILE = "adapter_config.json"
+MAX_ENTRIES = 1000  # of a folder, which is looked through for one adapter
+
+
+def adapter_folder(folder: Path) -> Path:
+    """The folder that holds the adapter: this one, or the only one in it that does.
+
+    PEFT saves an adapter of another name than "default" in a folder of that name. AdapterInvalid if
+    there is none, or more than one.
+    """
+    if not os.path.isdir(folder):
+        raise AdapterInvalid(f"there is no such folder; give the one that holds {CONFIG_FILE}")
+    if os.path.lexists(folder / CONFIG_FILE):
+        return folder
+    with os.scandir(folder) as entries:
+        some = [folder / entry.name for entry in islice(entries, MAX_ENTRIES)]
+    found = sorted(path for path in some if os.path.isfile(path / CONFIG_FILE))
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise AdapterInvalid(f"{CONFIG_FILE} cannot be opened: No such file or directory")
+    names = ", ".join(shown(path.name) for path in found[:10])
+    raise AdapterInvalid(f"there are {len(found)} adapters in it; give the folder of one: {names}")
 
 
 def open_regular(path: Path, max_bytes: int) -> BinaryIO:

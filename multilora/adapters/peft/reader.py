@@ -18,7 +18,7 @@ import torch
 from ...config.lora_sites import sites_of
 from ...errors import AdapterError, AdapterInvalid, shown
 from .config import MAX_CONFIG_BYTES, parse_config
-from .files import open_regular
+from .files import CONFIG_FILE, adapter_folder, open_regular
 from .targets import Target, find_targets
 from .tensor_names import check_names, pair, rows, sort_names, vectors, wanted_shapes
 from .tensors import config_bytes, copy_weights, tensor_header
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from ...config.model import ModelConfig
     from .config import LoraSpec
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 WRITTEN = ("st_size", "st_mtime_ns")  # what a writer changes; not one who puts a new file there
 PICKLE_FILE = "adapter_model.bin"
@@ -94,8 +93,7 @@ def read_adapter(folder: str | Path, config: ModelConfig, *, max_rank: int = 512
 
 
 def _read(folder: Path, config: ModelConfig, max_rank: int) -> Adapter:
-    if not os.path.isdir(folder):
-        raise AdapterInvalid(f"there is no such folder; give the one that holds {CONFIG_FILE}")
+    folder = adapter_folder(folder)
     with open_regular(folder / CONFIG_FILE, MAX_CONFIG_BYTES) as file:
         spec = parse_config(file.read(MAX_CONFIG_BYTES))
     targets, trained = _find(spec, config, max_rank)

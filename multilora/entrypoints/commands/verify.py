@@ -72,6 +72,7 @@ def verify(
 
 def certify(path: Path, model: Path, max_lora_token_rows: int) -> Certificate:
     """Answers a few prompts with the adapter, and scores the answers with PEFT's model."""
+    from ...adapters.peft.files import adapter_folder
     from ...config.engine import EngineConfig
     from ...engine.engine import Engine
 
@@ -86,6 +87,7 @@ def certify(path: Path, model: Path, max_lora_token_rows: int) -> Certificate:
         max_model_len=LENGTHS[-1] + NEW_TOKENS + 512,
     )
     engine = Engine(config)
+    path = adapter_folder(path)
     digest = engine.load_adapter(NAME, path)
     outputs = _answers(engine, _prompts(engine, path))
     del engine  # two bases in memory are enough
@@ -103,8 +105,7 @@ def certify(path: Path, model: Path, max_lora_token_rows: int) -> Certificate:
 def _prompts(engine: Engine, path: Path) -> list[list[int]]:
     """Random tokens; an activated LoRA's invocation stands in the last two, and not at the end."""
     from ...adapters.peft.config import MAX_CONFIG_BYTES, parse_config
-    from ...adapters.peft.files import open_regular
-    from ...adapters.peft.reader import CONFIG_FILE
+    from ...adapters.peft.files import CONFIG_FILE, open_regular
 
     with open_regular(path / CONFIG_FILE, MAX_CONFIG_BYTES) as file:
         invocation = list(parse_config(file.read(MAX_CONFIG_BYTES)).invocation)

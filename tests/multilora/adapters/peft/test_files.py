@@ -82,6 +82,19 @@ def test_refuses_folders_without_two_regular_files(
     assert_refused(tmp_path, fragment)
 
 
+def test_a_folder_with_one_named_adapter_is_that_adapter(tmp_path: Path) -> None:
+    """What PEFT's `save_pretrained` makes of an adapter that is not called "default"."""
+    one = write_adapter(tmp_path / "one", CONFIG)
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "README.md").write_text("#")
+    assert read_adapter(tmp_path, CONFIG).digest == read_adapter(one, CONFIG).digest
+    write_adapter(tmp_path / "other", CONFIG, seed=1)
+    with pytest.raises(AdapterInvalid, match=r"there are 2 adapters in it; .*: 'one', 'other'$"):
+        read_adapter(tmp_path, CONFIG)
+    own = write_adapter(tmp_path, CONFIG, seed=2)  # one beside them is meant itself
+    assert read_adapter(own, CONFIG).digest != read_adapter(one, CONFIG).digest
+
+
 def test_refuses_a_path_that_no_system_knows() -> None:
     with pytest.raises(AdapterInvalid, match="no such folder"):
         read_adapter("a\0b", CONFIG)
