@@ -149,8 +149,12 @@ class AsyncEngine:
         )
 
     async def _load(self, name: str, path: str | None, read: Callable[[], LoadedAdapter]) -> str:
+        def read_now() -> LoadedAdapter:
+            self._thread.check()  # it may have been shut down since
+            return read()
+
         self._thread.check()
-        found = await asyncio.get_running_loop().run_in_executor(self._readers, read)
+        found = await asyncio.get_running_loop().run_in_executor(self._readers, read_now)
 
         def install(engine: Engine) -> str:
             digest = engine.install_adapter(name, found)
@@ -209,7 +213,7 @@ class AsyncEngine:
     async def call(self, function: Callable[[Engine], _Result]) -> _Result:
         """What `function(engine)` gives, called between two steps, on the engine's thread.
 
-        While it runs all streams wait. It must not abort requests of `generate`: `abort` does.
+        While it runs all streams wait. Requests of `generate` are ended by `abort`, not there.
         """
         found: _Result = await asyncio.wrap_future(self._thread.submit(function))
         return found
@@ -251,8 +255,8 @@ class AsyncEngine:
         What has been told before can still be read. May be called again.
         """
         self._thread.stop()
-        self._readers.shutdown(wait=False, cancel_futures=True)
         await asyncio.shield(asyncio.wrap_future(self._thread.ended))
+        self._readers.shutdown(wait=False)
 
     async def __aenter__(self) -> AsyncEngine:
         return self

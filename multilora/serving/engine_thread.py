@@ -21,6 +21,8 @@ from ..errors import (
     EngineDeadError,
     EngineFullError,
     MultiloraError,
+    RequestError,
+    shown,
 )
 from ..outputs import RequestOutput
 from .stream import Stream, Waiter, wake
@@ -42,8 +44,8 @@ class _Call:
 class EngineThread:
     """Steps an engine while it has work. Everything else that touches the engine waits in line.
 
-    The inbox may be written to by anyone at any time, also by a signal handler or a finaliser that
-    runs amid a write: nothing of this thread's own waits for a lock that such a one could hold.
+    A signal handler or a finaliser may come amid anything: the inbox and the lock let the thread
+    that is inside in again.
     """
 
     def __init__(self, engine: Engine, max_requests: int) -> None:
@@ -55,7 +57,7 @@ class EngineThread:
         self._is_stopping = self._is_draining = False
         self._num_idle = 0  # steps in a row that did nothing
         self._num_steps = 0
-        self._lock = threading.Lock()  # of the two below
+        self._lock = threading.RLock()  # of the two below
         self._open: set[Stream] = set()  # that the engine has not done with
         self._refusal: tuple[type[MultiloraError], str] | None = None  # of whatever comes
         self._process = os.getpid()
@@ -166,13 +168,16 @@ class EngineThread:
         """Does what has come, waiting for it where there is nothing else to do; False = the end."""
         while self._left:
             self._drop(self._left.popleft())
+        if not self.engine.has_work:
+            self._lose()
         wait = None if not self.engine.has_work else POLL if self._num_idle > 1 else 0.0
-        until = time.monotonic() + MAX_PAUSE
+        until = 0.0
         while not self._is_stopping:
             try:
                 item = self._inbox.get(wait != 0.0, wait)
             except Empty:
                 return True
+            until = until or time.monotonic() + MAX_PAUSE
             if isinstance(item, Stream):
                 self._start(item)
             elif item is not None:
@@ -192,9 +197,7 @@ class EngineThread:
         except EngineDeadError:
             raise
         except Exception as error:
-            self._open.discard(stream)
-            if (waiter := stream.end(error)) is not None:
-                wake({stream.loop: [waiter]})
+            self._fail(stream, error)
         else:
             self._streams[request_id] = stream
             stream.request_id = request_id
@@ -213,6 +216,18 @@ class EngineThread:
             raise
         else:
             call.future.set_result(result)
+
+    def _fail(self, stream: Stream, error: Exception) -> None:
+        self._open.discard(stream)
+        if (waiter := stream.end(error)) is not None:
+            wake({stream.loop: [waiter]})
+
+    def _lose(self) -> None:
+        """Tells the readers of requests that somebody ended in the engine itself."""
+        while self._streams:
+            request_id, stream = self._streams.popitem()
+            why = f"request {shown(request_id)} was ended in the engine; use AsyncEngine.abort"
+            self._fail(stream, RequestError(why))
 
     def _drop(self, stream: Stream) -> None:
         """Ends the request of a reader that has gone."""

@@ -339,6 +339,31 @@ def test_shut_down_it_tells_everyone_and_can_be_again(house: House) -> None:
     asyncio.run(main())
 
 
+def test_loads_that_wait_for_their_turn_are_told_of_a_shutdown(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+
+    async def main() -> None:
+        engine = house.door()
+        read_folder = engine._reader.read_folder
+
+        def late(name: str, path: Path) -> Any:
+            assert gate.wait(20)
+            return read_folder(name, path)
+
+        monkeypatch.setattr(engine._reader, "read_folder", late)
+        loads = [asyncio.create_task(engine.load_adapter(n, house.root / n)) for n in NAMES[:3]]
+        await asyncio.sleep(0)
+        await engine.shutdown()
+        gate.set()
+        for load in loads:
+            with pytest.raises(EngineClosedError):
+                await load
+
+    asyncio.run(main())
+
+
 # Loads --------------------------------------------------------------------------------------------
 
 

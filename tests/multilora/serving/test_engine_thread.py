@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from multilora import RequestOutputKind
-from multilora.errors import EngineBusyError, EngineClosedError, EngineDeadError, MultiloraError
+from multilora.errors import (
+    EngineBusyError,
+    EngineClosedError,
+    EngineDeadError,
+    MultiloraError,
+    RequestError,
+)
 from multilora.scheduling import policies
 from tests.harness.streams import answer, is_clean, joined, read
 from tests.harness.tiny_engines import Job, facts, prompt_of
@@ -333,6 +339,19 @@ def test_what_a_call_raises_is_its_callers_alone(house: House) -> None:
             await asyncio.sleep(0)
             gone.cancel()
             await engine.get_stats()
+
+    asyncio.run(main())
+
+
+def test_a_reader_whose_request_was_ended_in_the_engine_is_told_so(house: House) -> None:
+    async def main() -> None:
+        async with house.door() as engine:
+            stream = engine.generate(LONG.prompt, LONG.params, "mine")
+            await anext(stream)
+            assert await engine.call(lambda inner: inner.abort("mine"))
+            with pytest.raises(RequestError, match=r"'mine' was ended .* use AsyncEngine\.abort"):
+                _ = [output async for output in stream]
+            await is_clean(engine)
 
     asyncio.run(main())
 
