@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from .lora_request import LoRARequest
     from .outputs import CompletionOutput, RequestOutput
     from .sampling_params import RequestOutputKind, SamplingParams
+    from .serving.async_engine import AsyncEngine
 
 __all__ = [
     "LLM",
+    "AsyncEngine",
     "CompletionOutput",
     "Engine",
     "EngineConfig",
@@ -36,6 +38,7 @@ __all__ = [
 
 _HOMES = {
     "LLM": ".entrypoints.llm",
+    "AsyncEngine": ".serving.async_engine",
     "CompletionOutput": ".outputs",
     "Engine": ".engine.engine",
     "EngineConfig": ".config.engine",

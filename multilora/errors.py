@@ -11,6 +11,8 @@
     ├── RequestError           the request is wrong: a bad parameter, no prompt, an unknown field
     ├── CapacityError          the request is right but could never fit this engine
     ├── EngineBusyError        a call from within a call of the same engine, or in a fork
+    ├── EngineFullError        as many requests wait as may; send it again later
+    ├── EngineClosedError      it is drained or shut down, and takes nothing more
     └── EngineDeadError        nothing runs any more; make a new engine
 
 The text of an error says what is wrong, which object, and how to cure it.
@@ -66,6 +68,14 @@ class CapacityError(MultiloraError):
 
 class EngineBusyError(MultiloraError, RuntimeError):
     """The engine was called from within one of its own calls, or in a fork of its process."""
+
+
+class EngineFullError(MultiloraError, RuntimeError):
+    """As many requests wait as may."""
+
+
+class EngineClosedError(MultiloraError, RuntimeError):
+    """The engine is being drained or was shut down."""
 
 
 class EngineDeadError(MultiloraError, RuntimeError):

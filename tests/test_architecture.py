@@ -34,6 +34,7 @@ LAYERS = (
     "sampling",
     "runtime",
     "engine",
+    "serving",
     "entrypoints",
 )
 PUBLIC = len(LAYERS)  # `multilora` itself: it gives the public names, and is imported by nobody

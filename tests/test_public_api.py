@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 PUBLIC = [
     "LLM",
+    "AsyncEngine",
     "CompletionOutput",
     "Engine",
     "EngineConfig",

@@ -156,7 +156,7 @@ class AdapterLoader:
 
     def _executor(self) -> ThreadPoolExecutor:
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, "multilora-loader", initializer=_be_nice)
+            self._pool = ThreadPoolExecutor(1, "multilora-loader", initializer=be_nice)
         return self._pool
 
     def _load(self, name: str, source: AdapterSource) -> LoadedAdapter:
@@ -245,7 +245,7 @@ class AdapterLoader:
                 del self._loads[name]
 
 
-def _be_nice() -> None:
+def be_nice() -> None:
     """Lets the processor prefer the steps to this thread, and to those that it starts."""
     with contextlib.suppress(AttributeError, OSError):  # as far as the system has that
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

@@ -8,7 +8,6 @@ Whatever is raised within a call, the next one finds all in order: see `core`.
 from __future__ import annotations
 
 import itertools
-import logging
 import re
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Ids
@@ -20,10 +19,8 @@ from torch import Tensor
 
 from ..adapters.loader import AdapterLoader, AdapterSource, LoadedAdapter
 from ..adapters.mix import AdapterSpec, check_name, weights_of
-from ..adapters.peft.reader import Adapter, adapter_from_tensors, read_adapter
 from ..adapters.store import AdapterInfo
 from ..arguments import read
-from ..checkpoint.reader import read_base_weight
 from ..config.engine import EngineConfig
 from ..device.cpu import return_freed_memory
 from ..errors import (
@@ -36,14 +33,12 @@ from ..errors import (
 )
 from ..outputs import RequestOutput
 from ..sampling_params import SamplingParams
-from ..tokenization.chat_template import has_other_template
+from .adapter_reader import AdapterReader
 from .builder import build
 from .core import EngineCore
 from .exclusive import Change, Gate, check_process, exclusive
 from .input_processor import InputProcessor
 from .output_processor import RequestState
-
-logger = logging.getLogger(__name__)
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
 _Given = TypeVar("_Given")
@@ -117,8 +112,11 @@ class Engine:
             is_gpu=parts.device.is_cuda,
         )
         depth = 2 if config.is_async(parts.device.is_cuda) else 1
+        self.reader = AdapterReader(
+            config, self.model_config, self.model, self.store, self.tokenizer
+        )
         self._loader = AdapterLoader(
-            self.store, self._read_adapter, config.max_host_adapter_bytes, resolver
+            self.store, self.reader.read_folder, config.max_host_adapter_bytes, resolver
         )
         self._core = EngineCore(
             self.scheduler, self.pool, self.store, self._loader, self.runner, depth, parts.clock
@@ -240,10 +238,7 @@ class Engine:
         AdapterInvalid or AdapterTooLarge; then nothing has changed. An adapter that brings weights
         of the base is compared with the base's checkpoint, or CheckpointError if that is gone.
         """
-        if not isinstance(path, str | Path):
-            raise AdapterInvalid(f"an adapter's folder must be a path, not {shown(path)}")
-        check_name(name)
-        return self._install(name, self._read_adapter(name, Path(path)))
+        return self._install(name, self.reader.read_folder(name, path))
 
     @exclusive
     def load_adapter_from_tensors(
@@ -255,12 +250,12 @@ class Engine:
         PEFT's `get_peft_model_state_dict` gives, on any device; they are copied. It is what
         `load_adapter` makes of the folder that `save_pretrained` writes, and raises the same.
         """
-        for what, given in (("config", config), ("tensors", tensors)):
-            if not isinstance(given, Mapping):
-                raise AdapterInvalid(f"an adapter's {what} must be a mapping, not {shown(given)}")
-        max_rank = self.config.max_lora_rank
-        adapter = adapter_from_tensors(config, tensors, self.model_config, max_rank=max_rank)
-        return self._install(name, self._pack(name, adapter))
+        return self._install(name, self.reader.read_tensors(name, config, tensors))
+
+    @exclusive
+    def install_adapter(self, name: str, found: LoadedAdapter) -> str:
+        """Serves as `name` what `reader` has read, on any thread, beside the steps."""
+        return self._install(name, found)
 
     def _install(self, name: str, found: LoadedAdapter) -> str:
         """Makes `name` mean what was packed; it stays on the host, whatever the bound."""
@@ -269,29 +264,6 @@ class Engine:
             self.store.install(name, found.digest, found.host)
             self._core.unpark()
         return found.digest
-
-    def _pack(self, name: str, adapter: Adapter) -> LoadedAdapter:
-        """The adapter in page layout; changes nothing, so that any thread may do it."""
-        base = {
-            site: read_base_weight(self.config.model, site, self.model_config)
-            for site in adapter.weights
-        }
-        host = self.store.pack(name, adapter, base=base, served=self.model)
-        return LoadedAdapter(adapter.digest, host)
-
-    def _read_adapter(self, name: str, path: Path) -> LoadedAdapter:
-        """The adapter of a folder, packed."""
-        adapter = read_adapter(path, self.model_config, max_rank=self.config.max_lora_rank)
-        found = self._pack(name, adapter)
-        if self.tokenizer is not None and has_other_template(path, self.tokenizer.chat_templates):
-            logger.warning(
-                "adapter %r: %s has a chat template of its own, and chats are rendered with the "
-                "base's; start with tokenizer=%r if it was trained with that one",
-                name,
-                path,
-                str(path),
-            )
-        return found
 
     @exclusive
     def register_adapter(self, name: str, path: str | Path, *, digest: str | None = None) -> None:

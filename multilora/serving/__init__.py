@@ -1,0 +1,1 @@
+"""The engine behind asyncio: a thread of its own, and streams."""
