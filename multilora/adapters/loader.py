@@ -41,6 +41,7 @@ class LoadedAdapter:
 
     digest: str
     host: PackedAdapter
+    chat_template: str | None = None  # of its folder, if it is not the base's
 
 
 @dataclass(slots=True)
@@ -68,6 +69,7 @@ class AdapterLoader:
         self._sources: dict[str, AdapterSource] = {}
         self._loads: dict[str, tuple[AdapterSource, Future[LoadedAdapter]]] = {}
         self._failures: dict[str, _Failure] = {}
+        self._templates: dict[str, str | None] = {}  # by name, of what was read
         self._used: OrderedDict[str, None] = OrderedDict()  # names read here; next victim first
         self._pool: ThreadPoolExecutor | None = None
         self.is_over = False  # the bound, as too much was in use when there was need of room
@@ -94,8 +96,23 @@ class AdapterLoader:
             self._store.unload(name)
         self._sources[name] = source
 
+    def install(self, name: str, found: LoadedAdapter) -> None:
+        """Makes `name` mean what was read, for good."""
+        self.forget(name)
+        self._store.install(name, found.digest, found.host)
+        self._templates[name] = found.chat_template
+
+    def chat_template(self, name: str) -> str | Path | None:
+        """The chat template of an adapter, the folder to read it from, or None."""
+        if name in self._templates:
+            return self._templates[name]
+        if name not in self._sources and not self._resolve(name):
+            return None
+        return self._sources[name].path
+
     def forget(self, name: str) -> bool:
         """Drops a name's source; what was read of it stays. False if there is none."""
+        self._templates.pop(name, None)
         _, load = self._loads.pop(name, (None, None))
         if load is not None:
             load.cancel()
@@ -205,6 +222,7 @@ class AdapterLoader:
                 found = load.result()
                 self._used[name] = None
                 self._store.install(name, found.digest, found.host)
+                self._templates[name] = found.chat_template
                 self._failures.pop(name, None)
                 self.num_loads += 1
                 del self._loads[name]

@@ -17,6 +17,7 @@ KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3", "int8")
 LOAD_FORMATS = ("auto", "dummy")
 GENERATION_CONFIGS = ("auto", "vllm")
 ALORA_MISSING = ("base", "error")
+ADAPTER_CHAT_TEMPLATES = ("ignore", "use")
 MOST = {
     "block_size": 2**16,
     "max_num_seqs": 2**16,
@@ -79,6 +80,8 @@ class EngineConfig:
             dropped, to be read again. None = no bound.
         alora_missing: Who answers a prompt without its activated LoRA's invocation. "base" = the
             base, as in PEFT; "error" = nobody, it is refused.
+        adapter_chat_template: What a chat with one adapter is rendered with. "ignore" = the base's
+            chat template; "use" = the adapter's own, if its folder brings another.
         policy: Order of the waiting requests; "fcfs" = as they came.
         gpu_memory_utilization: Share of a GPU's memory for all of this, above 0 and at most 1.
         enforce_eager: True = decode steps are not captured.
@@ -116,6 +119,7 @@ class EngineConfig:
     max_lora_token_rows: int = 256
     max_host_adapter_bytes: int | None = None
     alora_missing: str = "base"
+    adapter_chat_template: str = "ignore"
     policy: str = "fcfs"
 
     gpu_memory_utilization: float = 0.9
@@ -134,6 +138,7 @@ class EngineConfig:
             ("load_format", LOAD_FORMATS),
             ("generation_config", GENERATION_CONFIGS),
             ("alora_missing", ALORA_MISSING),
+            ("adapter_chat_template", ADAPTER_CHAT_TEMPLATES),
         ):
             if getattr(self, name) not in known:
                 raise ConfigError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ..adapters.loader import LoadedAdapter
 from ..adapters.mix import check_name
+from ..adapters.peft.files import adapter_folder
 from ..adapters.peft.reader import Adapter, adapter_from_tensors, read_adapter
 from ..adapters.store import AdapterStore
 from ..checkpoint.reader import read_base_weight
@@ -18,7 +20,7 @@ from ..config.engine import EngineConfig
 from ..config.model import ModelConfig
 from ..errors import AdapterInvalid, shown
 from ..model.llama import Llama
-from ..tokenization.chat_template import has_other_template
+from ..tokenization.chat_template import other_templates
 from ..tokenization.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -46,16 +48,22 @@ class AdapterReader:
         path = Path(path)
         adapter = read_adapter(path, self._model_config, max_rank=self._config.max_lora_rank)
         found = self._pack(name, adapter)
-        tokenizer = self._tokenizer
-        if tokenizer is not None and has_other_template(path, tokenizer.chat_templates):
+        template = self.chat_template(path)
+        if template is not None and self._config.adapter_chat_template == "ignore":
             logger.warning(
                 "adapter %r: %s has a chat template of its own, and chats are rendered with the "
-                "base's; start with tokenizer=%r if it was trained with that one",
+                "base's; start with adapter_chat_template='use' if it was trained with that one",
                 name,
                 path,
-                str(path),
             )
-        return found
+        return replace(found, chat_template=template)
+
+    def chat_template(self, path: Path) -> str | None:
+        """The chat template of an adapter's folder; None if it has none, or the base's."""
+        if self._tokenizer is None:
+            return None
+        others = other_templates(adapter_folder(path), self._tokenizer.chat_templates)
+        return others.get("default", next(iter(others.values()), None))
 
     def read_tensors(
         self, name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]

@@ -260,10 +260,22 @@ class Engine:
     def _install(self, name: str, found: LoadedAdapter) -> str:
         """Makes `name` mean what was packed; it stays on the host, whatever the bound."""
         with Change(self._core):
-            self._loader.forget(name)
-            self.store.install(name, found.digest, found.host)
+            self._loader.install(name, found)
             self._core.unpark()
         return found.digest
+
+    @exclusive
+    def adapter_chat_template(self, adapter: AdapterSpec) -> str | None:
+        """The chat template that an adapter alone brings; None where the base's is to be used.
+
+        That is with `adapter_chat_template="ignore"`, for the base and a mix, and for an adapter
+        without a template of its own. Raises AdapterInvalid for a folder that cannot be read.
+        """
+        names = list(weights_of(_copied(adapter, "adapter")))
+        if self.config.adapter_chat_template == "ignore" or len(names) != 1:
+            return None
+        found = self._loader.chat_template(names[0])
+        return self.reader.chat_template(found) if isinstance(found, Path) else found
 
     @exclusive
     def register_adapter(self, name: str, path: str | Path, *, digest: str | None = None) -> None:

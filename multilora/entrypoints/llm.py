@@ -108,13 +108,30 @@ class LLM:
         When any prompt cannot be accepted, none is answered and the error is raised.
         """
         items = as_prompts(prompts)
-        params = for_each(sampling_params, len(items), "sampling_params")
+        params, specs, requests = self._asked(len(items), sampling_params, adapter, lora_request)
+        _check_priorities(priority, len(items))
+        return self._answer(items, params, specs, requests, use_tqdm)
+
+    def _asked(
+        self, count: int, sampling_params: object, adapter: object, lora_request: object
+    ) -> tuple[list[SamplingParams | None], list[AdapterSpec], list[LoRARequest | None]]:
+        """Parameters, adapter and LoRARequest of each prompt; folders of those are loaded."""
+        params = for_each(sampling_params, count, "sampling_params")
         for one in params:
             if one is not None and not isinstance(one, SamplingParams):
                 raise RequestError(f"sampling_params must be SamplingParams, not {shown(one)}")
-        requests = for_each(lora_request, len(items), "lora_request")
-        specs = self._specs(for_each(adapter, len(items), "adapter"), requests)
-        _check_priorities(priority, len(items))
+        requests = for_each(lora_request, count, "lora_request")
+        return params, self._specs(for_each(adapter, count, "adapter"), requests), requests
+
+    def _answer(
+        self,
+        items: Sequence[Prompt],
+        params: Sequence[SamplingParams | None],
+        specs: Sequence[AdapterSpec],
+        requests: Sequence[LoRARequest | None],
+        use_tqdm: bool | Callable[..., Any],
+    ) -> list[RequestOutput]:
+        """All answers, or none if any prompt cannot be accepted."""
         default, added = self.get_default_sampling_params(), list[str]()
         before = frozenset(self.engine.request_ids)
         try:
@@ -151,7 +168,8 @@ class LLM:
         To go on with the last message, set `continue_final_message=True` and
         `add_generation_prompt=False`. `tools` and `chat_template_kwargs`, e.g.
         `{"enable_thinking": False}`, are for the template. Special tokens in any of these are
-        plain text. `chat_template` is a template's text, or the name of one of the tokenizer's own.
+        plain text. `chat_template` is a template's text, or the name of one of the tokenizer's own;
+        without it `LLM(..., adapter_chat_template="use")` takes that of a conversation's adapter.
 
         Raises ConfigError without a tokenizer, TokenizerError when it has no chat template,
         RequestError for what the template does not take.
@@ -165,15 +183,18 @@ class LLM:
         }
         if chat_template is not None:
             given["chat_template"] = chat_template
-        longest = self.engine.max_model_len - 1  # and one new token
-        prompts: list[Prompt] = [
-            {"prompt": text, "prompt_token_ids": ids}
-            for one in as_conversations(messages)
-            for text, ids in (tokenizer.chat_prompt(one, max_length=longest, **given),)
-        ]
-        return self.generate(
-            prompts, sampling_params, adapter=adapter, lora_request=lora_request, use_tqdm=use_tqdm
+        conversations = as_conversations(messages)
+        params, specs, requests = self._asked(
+            len(conversations), sampling_params, adapter, lora_request
         )
+        longest = self.engine.max_model_len - 1  # and one new token
+        items: list[Prompt] = []
+        for one, spec in zip(conversations, specs, strict=True):
+            own = None if chat_template is not None else self.engine.adapter_chat_template(spec)
+            ask = given if own is None else {**given, "chat_template": own}
+            text, ids = tokenizer.chat_prompt(one, max_length=longest, **ask)
+            items.append({"prompt": text, "prompt_token_ids": ids})
+        return self._answer(items, params, specs, requests, use_tqdm)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What holds where no parameters are given: those of the model's generation_config.json."""

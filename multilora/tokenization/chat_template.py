@@ -7,6 +7,7 @@ everything else that goes wrong inside is a TokenizerError.
 
 from __future__ import annotations
 
+import logging
 import re
 from bisect import bisect_right
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,6 +21,8 @@ from .template_process import PROCESS, TemplateLimitError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 TIME_LIMIT = 2.0  # seconds of processor time for one rendering
 MAX_CHARS = 1 << 21  # of the rendered text; messages, tools and variables: half of it
@@ -204,19 +207,20 @@ def find_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     return templates
 
 
-def has_other_template(folder: Path, templates: Mapping[str, str]) -> bool:
-    """Whether a folder, e.g. an adapter's, brings a chat template that is none of these."""
+def other_templates(folder: Path, templates: Mapping[str, str]) -> dict[str, str]:
+    """The chat templates of a folder, e.g. an adapter's, by name, that are none of these."""
     config = folder / "tokenizer_config.json"
     more = folder.glob("additional_chat_templates/*.jinja")
     files = [p for p in (config, folder / "chat_template.jinja", *more) if p.is_file()]
     try:
         if not files or max(path.stat().st_size for path in files) > MAX_FILE:
-            return False
+            return {}
         found = find_templates(folder, read_json(config) if config in files else {})
-    except (CheckpointError, TokenizerError, OSError, RecursionError):
-        return False  # it is not used, so what is wrong with it is no matter
+    except (CheckpointError, TokenizerError, OSError, RecursionError) as error:
+        logger.warning("the chat template in %s cannot be read: %s", folder, error)
+        return {}
     known = {source.strip() for source in templates.values()}
-    return any(source.strip() not in known for source in found.values())
+    return {name: text for name, text in found.items() if text.strip() not in known}
 
 
 def _read_template(path: Path) -> str:

@@ -124,6 +124,10 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, str]]] = {
         lambda house, **given: house.engine.load_adapter_from_tensors(**given),
         {"name": "'c'", "config": "{}", "tensors": "{}"},
     ),
+    "adapter_chat_template": (
+        lambda house, **given: house.engine.adapter_chat_template(**given),
+        {"adapter": "'a'"},
+    ),
     "unload_adapter": (
         lambda house, **given: house.engine.unload_adapter(**given),
         {"name": "'b'"},

@@ -13,6 +13,7 @@ import pytest
 from multilora.entrypoints.demo import load
 from multilora.entrypoints.llm import LLM
 from multilora.errors import CapacityError, RequestError
+from multilora.lora_request import LoRARequest
 from multilora.sampling_params import SamplingParams
 from multilora.tokenization.tokenizer import load_tokenizer
 from tests.harness.adapter_folders import write_adapter
@@ -202,4 +203,40 @@ def test_an_adapters_own_chat_template_is_spoken_of(
         writer.load_adapter("a", tmp_path)
     writer.unload_adapter("a")
     assert ("has a chat template of its own" in caplog.text) == said
-    assert not said or f"tokenizer='{tmp_path}'" in caplog.text
+    assert not said or "start with adapter_chat_template='use'" in caplog.text
+
+
+OWN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}own"
+HI = [{"role": "user", "content": "hi"}]
+
+
+def test_an_adapters_own_chat_template_is_used_when_asked(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a", "b", "plain"):
+        write_adapter(tmp_path / name, TINY, seed=len(name))
+    (tmp_path / "a" / "chat_template.jinja").write_text(OWN)
+    (tmp_path / "b" / "chat_template.jinja").write_text(OWN.replace("own", "b's"))
+    llm = LLM(folder, max_model_len=256, adapter_chat_template="use")
+    llm.register_adapter("a", tmp_path / "a")  # its template is there before the adapter is
+    llm.load_adapter("b", tmp_path / "b")
+    llm.load_adapter("plain", tmp_path / "plain")
+    params = SamplingParams(max_tokens=1)
+
+    def prompts(*adapters: Any, **options: Any) -> list[str | None]:
+        found = llm.chat([HI] * len(adapters), params, adapter=list(adapters), **options)
+        return [output.prompt for output in found]
+
+    (base,) = prompts(None)
+    assert base not in (None, "<user>hiown")
+    specs = "a", "b", "plain", None, {"a": 0.5, "b": 0.5}, {"a": 1.0}
+    wanted = ["<user>hiown", "<user>hib's", base, base, base, "<user>hiown"]
+    assert prompts(*specs) == wanted
+    assert prompts("a", chat_template="given") == ["given"]
+    assert llm.generate("hi", params, adapter="a")[0].prompt == "hi"
+    llm.load_adapter("a", tmp_path / "plain")  # another adapter of that name
+    assert prompts("a") == [base]
+    request = LoRARequest("c", 3, str(tmp_path / "b"))
+    (found,) = llm.chat(HI, params, lora_request=request)
+    assert (found.prompt, found.lora_request) == ("<user>hib's", request)
+    assert "chat template" not in caplog.text
