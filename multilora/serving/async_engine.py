@@ -241,9 +241,9 @@ class AsyncEngine:
         self._thread.check()
         self._thread.drain()
         loop = asyncio.get_running_loop()
-        end = None if timeout is None else loop.time() + timeout
+        begin = loop.time()
         while self._thread.num_requests:
-            if end is not None and loop.time() >= end:
+            if timeout is not None and loop.time() - begin >= timeout:
                 return False
             await asyncio.sleep(LOOK)
         self._thread.check()
