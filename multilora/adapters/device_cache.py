@@ -38,6 +38,7 @@ class DeviceAdapterCache:
         self._pages: OrderedDict[str, dict[str, list[int]]] = OrderedDict()  # digest -> site -> ids
         self._mixes: OrderedDict[Mix, _Slot] = OrderedDict()
         self._slot_pages: list[Mapping[str, int]] = [{}] * slots  # by site, where there are any
+        self.num_copies = 0  # of adapters to their pages, ever
 
     def pin(self, mix: Mix, packed: Mapping[str, Mapping[str, PackedSite]]) -> int | None:
         """Slot of the mix, or None with nothing changed. `packed` is by digest, then by site."""
@@ -144,6 +145,7 @@ class DeviceAdapterCache:
         for digest, sites in packed.items():
             if digest not in self._pages:
                 self._pages[digest] = {s: self._copy(s, found) for s, found in sites.items()}
+                self.num_copies += 1
         slot = self._free_slots.pop()
         rows = self._rows(mix)
         for site, (ids, weights) in rows.items():

@@ -254,6 +254,11 @@ class AdapterStore:
         """The only mixes beside the base that `pin` can succeed for now; None: others may, too."""
         return self._device.resident()
 
+    @property
+    def num_copies(self) -> int:
+        """How often an adapter was copied to its pages: it was not on the device."""
+        return self._device.num_copies
+
     def active_sites(self, slots: Iterable[int]) -> frozenset[str]:
         """Sites that any of these slots adapts; at others there is nothing to do. -1 is allowed."""
         return self._device.active_sites(slots)
