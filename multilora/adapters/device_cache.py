@@ -51,6 +51,7 @@ class DeviceAdapterCache:
         self._pages: OrderedDict[str, dict[str, list[int]]] = OrderedDict()  # digest -> site -> ids
         self._mixes: OrderedDict[Mix, _Slot] = OrderedDict()
         self._slot_pages: list[Mapping[str, int]] = [{}] * slots  # by site, where there are any
+        self.num_copies = 0  # of adapters to their pages, ever
 
     def pin(self, mix: Mix, packed: Mapping[str, PackedAdapter]) -> int | None:
         """Slot of the mix, or None with nothing changed. `packed` is by digest."""
@@ -157,6 +158,7 @@ class DeviceAdapterCache:
         for digest, adapter in packed.items():
             if digest not in self._pages:
                 self._pages[digest] = {s: self._copy(s, one) for s, one in adapter.sites.items()}
+                self.num_copies += 1
         slot = self._free_slots.pop()
         rows = self._rows(mix)
         for site, (ids, weights) in rows.items():

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from multilora_kernels import PAGE_ROWS
+
 from ..config.lora_sites import num_norms
+from ..errors import AdapterTooLarge, CapacityError, RequestError
 from .output_scales import BaseWeights, has_scales
 from .rank_pages import PackedSite, pack
-from .weight_changes import BaseRows, pack_norms
+from .weight_changes import BaseRows, PackedRows, most_rows, pack_norms
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import torch
     from torch import Tensor
 
+    from ..config.engine import EngineConfig
     from ..config.lora_sites import Site
     from .peft.reader import Adapter, TokenRows
 
@@ -66,3 +71,38 @@ def pack_adapter(
 def needs_slot_memory(adapter: Adapter) -> bool:
     """Whether slots need memory for more than rank pages and rows of tokens."""
     return has_scales(adapter) or bool(adapter.norms)
+
+
+def check_mix(adapters: Sequence[PackedAdapter], config: EngineConfig, capacity: int) -> None:
+    """Raises for adapters that can never be on the device together, of `capacity` pages a site.
+
+    RequestError, AdapterTooLarge or CapacityError.
+    """
+    if len(adapters) > 1 and any(adapter.invocation for adapter in adapters):
+        raise RequestError("an activated LoRA cannot be in a mix; name it alone")
+    pages: Counter[str] = Counter()
+    rows: dict[str, list[PackedRows]] = {}
+    for adapter in adapters:
+        for site, packed in adapter.sites.items():
+            pages[site] += packed.num_pages
+            if packed.rows is not None:
+                rows.setdefault(site, []).append(packed.rows)
+    most, limit = most_rows(rows), config.max_lora_token_rows
+    if most > limit:
+        raise AdapterTooLarge(
+            f"the adapters of this mix change {most} rows of one weight, above "
+            f"max_lora_token_rows={limit}; mix fewer of them, or restart with "
+            f"max_lora_token_rows={most}"
+        )
+    site, most = max(pages.items(), key=lambda item: item[1], default=("", 0))
+    if most * PAGE_ROWS > config.max_lora_rank:
+        raise AdapterTooLarge(
+            f"the adapters of this mix have rank {most * PAGE_ROWS} together at site {site}, "
+            f"above max_lora_rank={config.max_lora_rank}; mix fewer or smaller ones, "
+            f"or restart with max_lora_rank={most * PAGE_ROWS}"
+        )
+    if most > capacity:
+        raise CapacityError(
+            f"the adapters of this mix need {most} rank pages at site {site}, which has "
+            f"{capacity}; mix fewer ones, or restart with lora_pages={most} or more"
+        )

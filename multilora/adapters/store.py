@@ -21,16 +21,13 @@ from ..errors import (
     AdapterInvalid,
     AdapterNotFound,
     AdapterTooLarge,
-    CapacityError,
-    RequestError,
 )
 from .activation import Activation, activate
 from .base_weights import changed_rows
 from .device_cache import DeviceAdapterCache
 from .mix import AdapterSpec, Mix, check_name, check_weight, weights_of
-from .packed_adapter import PackedAdapter, needs_slot_memory, pack_adapter
+from .packed_adapter import PackedAdapter, check_mix, needs_slot_memory, pack_adapter
 from .rank_pages import AdapterTable, RankPagePool
-from .weight_changes import most_rows
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -42,7 +39,6 @@ if TYPE_CHECKING:
     from .mix import Mix
     from .packed_adapter import ServedBase
     from .peft.reader import Adapter
-    from .weight_changes import PackedRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +189,7 @@ class AdapterStore:
         mix = tuple((d, total) for d, ws in sorted(weights.items()) if (total := math.fsum(ws)))
         for digest, total in mix:
             check_weight(digest, total)
-        self._check_mix(mix)
+        check_mix([self._host[digest] for digest, _ in mix], self._config, self._capacity)
         return mix
 
     def acquire(self, adapter: AdapterSpec, prompt_ids: Sequence[int] = ()) -> Activation:
@@ -244,6 +240,11 @@ class AdapterStore:
     def resident(self) -> Collection[Mix] | None:
         """The only mixes beside the base that `pin` can succeed for now; None: others may, too."""
         return self._device.resident()
+
+    @property
+    def num_copies(self) -> int:
+        """How often an adapter was copied to its pages: it was not on the device."""
+        return self._device.num_copies
 
     def active_sites(self, slots: Iterable[int]) -> frozenset[str]:
         """Sites that any of these slots adapts; at others there is nothing to do. -1 is allowed."""
@@ -360,36 +361,6 @@ class AdapterStore:
             raise AdapterTooLarge(
                 f"adapter {name!r} needs {pages} rank pages at a site, but a site has "
                 f"{self._capacity}; restart with lora_pages={pages} or more"
-            )
-
-    def _check_mix(self, mix: Mix) -> None:
-        if len(mix) > 1 and any(self._host[digest].invocation for digest, _ in mix):
-            raise RequestError("an activated LoRA cannot be in a mix; name it alone")
-        pages: Counter[str] = Counter()
-        rows: dict[str, list[PackedRows]] = {}
-        for digest, _ in mix:
-            for site, packed in self._host[digest].sites.items():
-                pages[site] += packed.num_pages
-                if packed.rows is not None:
-                    rows.setdefault(site, []).append(packed.rows)
-        most, limit = most_rows(rows), self._config.max_lora_token_rows
-        if most > limit:
-            raise AdapterTooLarge(
-                f"the adapters of this mix change {most} rows of one weight, above "
-                f"max_lora_token_rows={limit}; mix fewer of them, or restart with "
-                f"max_lora_token_rows={most}"
-            )
-        site, most = max(pages.items(), key=lambda item: item[1], default=("", 0))
-        if most * PAGE_ROWS > self._config.max_lora_rank:
-            raise AdapterTooLarge(
-                f"the adapters of this mix have rank {most * PAGE_ROWS} together at site {site}, "
-                f"above max_lora_rank={self._config.max_lora_rank}; mix fewer or smaller ones, "
-                f"or restart with max_lora_rank={most * PAGE_ROWS}"
-            )
-        if most > self._capacity:
-            raise CapacityError(
-                f"the adapters of this mix need {most} rank pages at site {site}, which has "
-                f"{self._capacity}; mix fewer ones, or restart with lora_pages={most} or more"
             )
 
 

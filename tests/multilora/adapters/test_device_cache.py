@@ -155,6 +155,17 @@ def test_the_least_recently_used_adapter_gives_its_pages() -> None:
     store.check_integrity()
 
 
+def test_copies_are_counted_by_the_adapter() -> None:
+    store = make_store(max_loras=8, lora_pages=2)
+    load(store, "a", "b", "c")
+    found = []
+    for spec in ("a", "a", {"a": 0.5, "b": 1.0}, "b", "c", "a"):
+        store.pin(store.resolve(spec))
+        store.unpin(store.resolve(spec))
+        found.append(store.num_copies)
+    assert found == [1, 1, 2, 2, 3, 4]  # c took the pages of a
+
+
 def test_an_adapter_of_a_pinned_mix_keeps_its_pages() -> None:
     store = make_store(max_loras=8, lora_pages=2)
     load(store, "a", "b", "c")
