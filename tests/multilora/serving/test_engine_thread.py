@@ -429,7 +429,7 @@ async def main(interrupted):
     async for output in engine.generate([5, 6, 7], params):
         if interrupted:
             os.kill(os.getpid(), signal.SIGINT)
-            interrupted = False
+            await asyncio.sleep(60)  # another thread may be the one that it meets, and later
         elif sys.argv[2] == "end":
             print("left", flush=True)
             return
