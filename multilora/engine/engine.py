@@ -8,7 +8,6 @@ Whatever is raised within a call, the next one finds all in order: see `core`.
 from __future__ import annotations
 
 import itertools
-import logging
 import re
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Ids
@@ -18,12 +17,11 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ..adapters.loader import AdapterLoader, AdapterSource, LoadedAdapter
+from ..adapters.loader import AdapterLoader, AdapterSource, LoadedAdapter, RegisteredAdapter
 from ..adapters.mix import AdapterSpec, check_name, weights_of
-from ..adapters.peft.reader import Adapter, adapter_from_tensors, read_adapter
+from ..adapters.peft.reader import adapter_from_tensors
 from ..adapters.store import AdapterInfo
 from ..arguments import read
-from ..checkpoint.reader import read_base_weight
 from ..config.engine import EngineConfig
 from ..device.cpu import return_freed_memory
 from ..errors import (
@@ -36,14 +34,12 @@ from ..errors import (
 )
 from ..outputs import RequestOutput
 from ..sampling_params import SamplingParams
-from ..tokenization.chat_template import has_other_template
+from .adapter_reader import AdapterReader
 from .builder import build
 from .core import EngineCore
 from .exclusive import Change, Gate, check_process, exclusive
 from .input_processor import InputProcessor
 from .output_processor import RequestState
-
-logger = logging.getLogger(__name__)
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
 _Given = TypeVar("_Given")
@@ -67,16 +63,6 @@ class EngineStats:
     adapter_evictions: int  # from host memory, to stay within its bound
 
 
-@dataclass(frozen=True, slots=True)
-class RegisteredAdapter:
-    """An adapter that is read when a request names it."""
-
-    name: str
-    path: str
-    digest: str | None  # that it must have
-    state: str  # "registered", "loading", "loaded" or "failed"
-
-
 class Engine:
     """Serves one base model and any number of adapters, step by step.
 
@@ -90,7 +76,7 @@ class Engine:
         *,
         resolver: Callable[[str], str | Path | None] | None = None,
     ) -> None:
-        """`resolver` is asked for the folder of an adapter that nobody knows; None = unknown."""
+        """`resolver` is asked where an adapter lies that nobody knows; None = unknown."""
         if not isinstance(config, EngineConfig):
             raise ConfigError(
                 f"Engine takes an EngineConfig, as in Engine(EngineConfig(model=...)), not "
@@ -117,8 +103,11 @@ class Engine:
             is_gpu=parts.device.is_cuda,
         )
         depth = 2 if config.is_async(parts.device.is_cuda) else 1
+        self._reader = AdapterReader(
+            config, self.model_config, self.model, self.store, self.tokenizer
+        )
         self._loader = AdapterLoader(
-            self.store, self._read_adapter, config.max_host_adapter_bytes, resolver
+            self.store, self._reader.read, config.max_host_adapter_bytes, resolver
         )
         self._core = EngineCore(
             self.scheduler, self.pool, self.store, self._loader, self.runner, depth, parts.clock
@@ -234,16 +223,17 @@ class Engine:
 
     @exclusive
     def load_adapter(self, name: str, path: str | Path) -> str:
-        """Reads a PEFT folder and serves it as `name`; returns its digest.
+        """Reads a PEFT folder, or fetches it first, and serves it as `name`; returns its digest.
 
         A loaded name is replaced: requests in flight finish on the version they began with. Raises
-        AdapterInvalid or AdapterTooLarge; then nothing has changed. An adapter that brings weights
-        of the base is compared with the base's checkpoint, or CheckpointError if that is gone.
+        AdapterInvalid, AdapterTooLarge or AdapterUnavailable; then nothing has changed. An adapter
+        that brings weights of the base is compared with the base's checkpoint, or CheckpointError
+        if that is gone.
         """
         if not isinstance(path, str | Path):
             raise AdapterInvalid(f"an adapter's folder must be a path, not {shown(path)}")
         check_name(name)
-        return self._install(name, self._read_adapter(name, Path(path)))
+        return self._install(name, self._reader.read(name, AdapterSource(path)))
 
     @exclusive
     def load_adapter_from_tensors(
@@ -260,7 +250,7 @@ class Engine:
                 raise AdapterInvalid(f"an adapter's {what} must be a mapping, not {shown(given)}")
         max_rank = self.config.max_lora_rank
         adapter = adapter_from_tensors(config, tensors, self.model_config, max_rank=max_rank)
-        return self._install(name, self._pack(name, adapter))
+        return self._install(name, self._reader.pack(name, adapter))
 
     def _install(self, name: str, found: LoadedAdapter) -> str:
         """Makes `name` mean what was packed; it stays on the host, whatever the bound."""
@@ -270,33 +260,12 @@ class Engine:
             self._core.unpark()
         return found.digest
 
-    def _pack(self, name: str, adapter: Adapter) -> LoadedAdapter:
-        """The adapter in page layout; changes nothing, so that any thread may do it."""
-        base = {
-            site: read_base_weight(self.config.model, site, self.model_config)
-            for site in adapter.base_weights
-        }
-        host = self.store.pack(name, adapter, base=base, served=self.model)
-        return LoadedAdapter(adapter.digest, host)
-
-    def _read_adapter(self, name: str, path: Path) -> LoadedAdapter:
-        """The adapter of a folder, packed."""
-        adapter = read_adapter(path, self.model_config, max_rank=self.config.max_lora_rank)
-        found = self._pack(name, adapter)
-        if self.tokenizer is not None and has_other_template(path, self.tokenizer.chat_templates):
-            logger.warning(
-                "adapter %r: %s has a chat template of its own, and chats are rendered with the "
-                "base's; start with tokenizer=%r if it was trained with that one",
-                name,
-                path,
-                str(path),
-            )
-        return found
-
     @exclusive
     def register_adapter(self, name: str, path: str | Path, *, digest: str | None = None) -> None:
         """Makes `name` mean the PEFT folder at `path`, which is read when a request names it.
 
+        `path` may be an address (`hf://org/name@revision`, `s3://bucket/folder`, ...) that the
+        setting adapter_sources allows: it is fetched then, into the cache on this machine.
         It may be dropped from host memory again, and is then read anew. With a `digest` it is
         refused where its content has another one. Replaces what the name meant: requests in flight
         finish on that, those that wait for a load get this. Raises AdapterError for a name that is
@@ -307,8 +276,9 @@ class Engine:
             raise AdapterInvalid(f"an adapter's folder must be a path, not {shown(path)}")
         if digest is not None and not (isinstance(digest, str) and DIGEST.fullmatch(digest)):
             raise AdapterInvalid(f"a digest is 64 hexadecimal digits, not {shown(digest)}")
+        self._reader.folders.check(path)
         with Change(self._core):
-            self._loader.register(name, AdapterSource(Path(path), digest))
+            self._loader.register(name, AdapterSource(path, digest))
             self._core.unpark()
 
     @exclusive
@@ -335,10 +305,7 @@ class Engine:
     @exclusive
     def registered_adapters(self) -> dict[str, RegisteredAdapter]:
         """The adapters that are read on demand, by name."""
-        return {
-            name: RegisteredAdapter(name, str(source.path), source.digest, self._loader.state(name))
-            for name, source in self._loader.sources.items()
-        }
+        return self._loader.infos()
 
     @exclusive
     def reset_prefix_cache(self) -> bool:

@@ -33,7 +33,8 @@ class House:
             lambda: self.now,
         )
 
-    def read(self, name: str, path: Path) -> LoadedAdapter:
+    def read(self, name: str, source: AdapterSource) -> LoadedAdapter:
+        path = Path(source.path)
         assert self.gate.wait(10)
         self.read_names.append(name)
         if path.name == "bad":
