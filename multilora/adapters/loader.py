@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds from a failed load to the next attempt
 NICENESS = 10  # of the reading threads: steps come first
 FETCHES = 4  # at once
+DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,7 @@ class AdapterSource:
 
     path: str | Path  # a folder, or an address such as hf://org/name
     digest: str | None = None  # that it must have; None = any
-    pinned: bool = False  # stays in host memory, whatever the bound
+    pinned: bool = False  # stays in host memory once it is loaded, whatever the bound
 
     @property
     def is_remote(self) -> bool:
@@ -50,6 +52,15 @@ class RegisteredAdapter:
     path: str
     digest: str | None  # that it must have
     state: str  # "registered", "loading", "loaded" or "failed"
+    pinned: bool = False  # stays in host memory once it is loaded
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryChanges:
+    """What a registry file changed."""
+
+    registered: tuple[str, ...] = ()  # new names, and those that mean something else now
+    removed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +94,7 @@ class AdapterLoader:
         self._store, self._read, self._max_bytes = store, read, max_bytes
         self._resolver, self._clock = resolver, clock
         self._sources: dict[str, AdapterSource] = {}
+        self._synced: set[str] = set()  # the names that a registry file has brought
         self._loads: dict[str, tuple[AdapterSource, Future[LoadedAdapter]]] = {}
         self._failures: dict[str, _Failure] = {}
         self._used: OrderedDict[str, None] = OrderedDict()  # names read here; next victim first
@@ -99,7 +111,9 @@ class AdapterLoader:
     def infos(self) -> dict[str, RegisteredAdapter]:
         """What is known of each source by name, sorted."""
         return {
-            name: RegisteredAdapter(name, str(source.path), source.digest, self.state(name))
+            name: RegisteredAdapter(
+                name, str(source.path), source.digest, self.state(name), source.pinned
+            )
             for name, source in self.sources.items()
         }
 
@@ -118,6 +132,22 @@ class AdapterLoader:
             self._store.unload(name)
         self._sources[name] = source
 
+    def sync(self, wanted: Mapping[str, AdapterSource]) -> RegistryChanges:
+        """Makes these the names that a registry file has; others are left alone.
+
+        May be raised out of anywhere and called again.
+        """
+        changed = [name for name, source in wanted.items() if self._sources.get(name) != source]
+        gone = sorted(self._synced - wanted.keys())
+        for name in changed:
+            self.register(name, wanted[name])
+        self._synced |= wanted.keys()
+        for name in gone:
+            if self._store.has(name):
+                self._store.unload(name)
+            self.forget(name)  # last: until then another call would do it
+        return RegistryChanges(tuple(sorted(changed)), tuple(gone))
+
     def forget(self, name: str) -> bool:
         """Drops a name's source; what was read of it stays. False if there is none."""
         _, load = self._loads.pop(name, (None, None))
@@ -125,6 +155,7 @@ class AdapterLoader:
             load.cancel()
         self._failures.pop(name, None)
         self._used.pop(name, None)
+        self._synced.discard(name)
         return self._sources.pop(name, None) is not None
 
     def missing(self, names: Iterable[str]) -> list[str]:
@@ -275,6 +306,12 @@ class AdapterLoader:
         for name, (_, load) in list(self._loads.items()):
             if name not in wanted and load.cancel():
                 del self._loads[name]
+
+
+def check_digest(digest: object) -> None:
+    """AdapterInvalid for what is no digest; None is none."""
+    if digest is not None and not (isinstance(digest, str) and DIGEST.fullmatch(digest)):
+        raise AdapterInvalid(f"a digest is 64 hexadecimal digits, not {shown(digest)}")
 
 
 def _be_nice() -> None:

@@ -8,7 +8,6 @@ Whatever is raised within a call, the next one finds all in order: see `core`.
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
@@ -17,9 +16,17 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ..adapters.loader import AdapterLoader, AdapterSource, LoadedAdapter, RegisteredAdapter
+from ..adapters.loader import (
+    AdapterLoader,
+    AdapterSource,
+    LoadedAdapter,
+    RegisteredAdapter,
+    RegistryChanges,
+    check_digest,
+)
 from ..adapters.mix import AdapterSpec, check_name, weights_of
 from ..adapters.peft.reader import adapter_from_tensors
+from ..adapters.registry import read_registry
 from ..adapters.store import AdapterInfo
 from ..arguments import read
 from ..config.engine import EngineConfig
@@ -41,7 +48,6 @@ from .exclusive import Change, Gate, check_process, exclusive
 from .input_processor import InputProcessor
 from .output_processor import RequestState
 
-DIGEST = re.compile(r"[0-9a-f]{64}")
 _Given = TypeVar("_Given")
 
 
@@ -274,12 +280,32 @@ class Engine:
         check_name(name)
         if not isinstance(path, str | Path):
             raise AdapterInvalid(f"an adapter's folder must be a path, not {shown(path)}")
-        if digest is not None and not (isinstance(digest, str) and DIGEST.fullmatch(digest)):
-            raise AdapterInvalid(f"a digest is 64 hexadecimal digits, not {shown(digest)}")
+        check_digest(digest)
         self._reader.folders.check(path)
         with Change(self._core):
             self._loader.register(name, AdapterSource(path, digest))
             self._core.unpark()
+
+    @exclusive
+    def sync_adapters(self, path: str | Path) -> RegistryChanges:
+        """Registers the adapters of an `adapters.toml`; says what changed.
+
+        Call it again when the file has changed: what is as it was stays loaded, what another entry
+        replaces is read anew, names that are in it no more are unloaded. Names that no file has
+        brought are left alone. Raises ConfigError or AdapterInvalid; then nothing has changed.
+        """
+        if not isinstance(path, str | Path):
+            raise ConfigError(f"a registry of adapters is a file's path, not {shown(path)}")
+        wanted = read_registry(path)
+        for name, source in wanted.items():
+            try:
+                self._reader.folders.check(source.path)
+            except AdapterInvalid as error:
+                raise AdapterInvalid(f"adapter {name!r} in {path}: {error}") from error
+        with Change(self._core):
+            changes = self._loader.sync(wanted)
+            self._core.unpark()
+        return changes
 
     @exclusive
     def unload_adapter(self, name: str) -> None:

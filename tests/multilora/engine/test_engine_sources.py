@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from multilora.adapters.loader import RegistryChanges
 from multilora.adapters.sources import folders, remote
-from multilora.errors import AdapterInvalid, AdapterUnavailable
+from multilora.errors import AdapterInvalid, AdapterUnavailable, ConfigError
 from tests.harness.adapter_servers import Server, cut, serving, stall
 from tests.harness.tiny_engines import Job, add, drain, facts, greedy, make_engine, prompt_of, run
 
@@ -137,3 +138,32 @@ def test_a_pinned_digest_is_met_or_refused(server: Server, root: Path, tmp_path:
     engine.register_adapter("a", source, digest=digests["a"].digest)
     (output,) = run(engine, [JOB])
     assert f"was registered with {digests['a'].digest}" in (output.error or "")
+
+
+def test_a_registry_may_change_while_requests_run(
+    server: Server, root: Path, tmp_path: Path
+) -> None:
+    engine, path = engine_of(server, root, tmp_path), tmp_path / "adapters.toml"
+    path.write_text(f'[adapters]\na = "{root / "a"}"\nb = "{server.url}/mine/b"')
+    assert engine.sync_adapters(path) == RegistryChanges(("a", "b"), ())
+    jobs = [Job(JOB.prompt, JOB.params, name) for name in "ab"]
+    for job, output in zip(jobs, run(engine, jobs), strict=True):
+        assert facts(output) == alone(root, job)
+    assert engine.sync_adapters(path) == RegistryChanges()
+    assert sorted(engine.adapters) == ["a", "b"]
+    for wrong in ("[adapters", '[adapters]\na = "x"\nb = "hf://me/b"', '[adapters]\na = "ftp://x"'):
+        path.write_text(wrong)
+        with pytest.raises((ConfigError, AdapterInvalid), match=r"adapters\.toml"):
+            engine.sync_adapters(path)
+        assert sorted(engine.adapters) == ["a", "b"]
+    running = add(engine, JOB)
+    engine.step()
+    path.write_text(f'[adapters.a]\nsource = "{server.url}/mine/b"\npinned = true')
+    assert engine.sync_adapters(path) == RegistryChanges(("a",), ("b",))
+    after = add(engine, JOB)
+    outputs = drain(engine)
+    assert facts(outputs[running]) == alone(root, JOB)  # on what it began with
+    assert facts(outputs[after]) == alone(root, jobs[1])
+    assert list(engine.registered_adapters) == ["a"]
+    with pytest.raises(ConfigError, match="is a file's path, not 5"):
+        engine.sync_adapters(5)  # type: ignore[arg-type]
