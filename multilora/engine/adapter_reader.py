@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +38,7 @@ class AdapterReader:
     ) -> None:
         self._config, self._model_config, self._model = config, model_config, model
         self._store, self._tokenizer = store, tokenizer
+        self._fetched = threading.Lock()  # one of these is read at a time: there are the steps
         root = Path(config.adapter_cache_dir) if config.adapter_cache_dir else default_root()
         self.folders = SourceFolders(
             config.adapter_sources, SourceCache(root, config.adapter_cache_bytes)
@@ -55,6 +58,10 @@ class AdapterReader:
         return found
 
     def _read(self, name: str, source: AdapterSource, folder: Path) -> LoadedAdapter:
+        with self._fetched if source.is_remote else nullcontext():
+            return self._read_now(name, source, folder)
+
+    def _read_now(self, name: str, source: AdapterSource, folder: Path) -> LoadedAdapter:
         adapter = read_adapter(folder, self._model_config, max_rank=self._config.max_lora_rank)
         found = self.pack(name, adapter)
         templates = self._tokenizer.chat_templates if self._tokenizer is not None else None
