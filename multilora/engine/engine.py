@@ -24,7 +24,7 @@ from ..adapters.loader import (
     RegistryChanges,
     check_digest,
 )
-from ..adapters.mix import AdapterSpec, check_name, weights_of
+from ..adapters.mix import AdapterSpec, check_name, names_of
 from ..adapters.peft.reader import adapter_from_tensors
 from ..adapters.registry import read_registry
 from ..adapters.store import AdapterInfo
@@ -138,7 +138,8 @@ class Engine:
 
         A prompt is text, token ids, or a dict with `prompt`, `prompt_token_ids` or both: then the
         ids count, and the text is what outputs show.
-        `adapter` is an adapter's name, a mapping of names to weights, or None for the base. One
+        `adapter` is an adapter's name, a mapping of names to weights, or None for the base; a name
+        may ask for a version by the first digits of its digest, as in job@3fa9c1. An adapter
         that is registered and not loaded is loaded beside the steps; until then the request waits,
         and gets what its names mean when all are there.
         Raises RequestError, CapacityError, AdapterNotFound, or why an adapter was not loaded just
@@ -161,7 +162,7 @@ class Engine:
         text = self._inputs.prompt_text(prompt)
         arrived = self._wall_clock(), self._clock()
         with Change(self._core):
-            missing = self._loader.missing(named := weights_of(adapter))
+            missing = self._loader.missing(named := names_of(adapter))
             active = None if missing else self.store.acquire(adapter, ids)
             state = RequestState(
                 request_id, text, ids, params, adapter, active, arrived, bad_words, self.tokenizer
