@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,7 @@ class AdapterReader:
     ) -> None:
         self._config, self._model_config, self._model = config, model_config, model
         self._store, self._tokenizer = store, tokenizer
+        self._fetched = threading.Lock()  # one of these is read at a time: there are the steps
         root = Path(config.adapter_cache_dir) if config.adapter_cache_dir else default_root()
         self.folders = SourceFolders(
             config.adapter_sources, SourceCache(root, config.adapter_cache_bytes)
@@ -67,6 +70,10 @@ class AdapterReader:
         return self.read(name, AdapterSource(path))
 
     def _read(self, name: str, source: AdapterSource, folder: Path) -> LoadedAdapter:
+        with self._fetched if source.is_remote else nullcontext():
+            return self._read_now(name, source, folder)
+
+    def _read_now(self, name: str, source: AdapterSource, folder: Path) -> LoadedAdapter:
         adapter = read_adapter(folder, self._model_config, max_rank=self._config.max_lora_rank)
         found = self._pack(name, adapter)
         template = self._template(folder)

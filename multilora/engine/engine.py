@@ -23,7 +23,7 @@ from ..adapters.loader import (
     RegistryChanges,
     check_digest,
 )
-from ..adapters.mix import AdapterSpec, check_name, weights_of
+from ..adapters.mix import AdapterSpec, check_name, names_of
 from ..adapters.registry import read_registry
 from ..adapters.store import AdapterInfo
 from ..arguments import read
@@ -119,7 +119,8 @@ class Engine:
 
         A prompt is text, token ids, or a dict with `prompt`, `prompt_token_ids` or both: then the
         ids count, and the text is what outputs show.
-        `adapter` is an adapter's name, a mapping of names to weights, or None for the base. One
+        `adapter` is an adapter's name, a mapping of names to weights, or None for the base; a name
+        may ask for a version by the first digits of its digest, as in job@3fa9c1. An adapter
         that is registered and not loaded is loaded beside the steps; until then the request waits,
         and gets what its names mean when all are there.
         Raises RequestError, CapacityError, AdapterNotFound, or why an adapter was not loaded just
@@ -142,7 +143,7 @@ class Engine:
         text = self._inputs.prompt_text(prompt)
         arrived = self._wall_clock(), self._clock()
         with Change(self._core):
-            missing = self._loader.missing(named := weights_of(adapter))
+            missing = self._loader.missing(named := names_of(adapter))
             active = None if missing else self.store.acquire(adapter, ids)
             state = RequestState(
                 request_id, text, ids, params, adapter, active, arrived, bad_words, self.tokenizer
@@ -255,7 +256,7 @@ class Engine:
 
     @exclusive
     def _template_source(self, adapter: AdapterSpec) -> str | AdapterSource | None:
-        names = list(weights_of(_copied(adapter, "adapter")))
+        names = names_of(_copied(adapter, "adapter"))
         if self.config.adapter_chat_template == "ignore" or len(names) != 1:
             return None
         return self._loader.chat_template(names[0])

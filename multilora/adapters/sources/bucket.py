@@ -69,7 +69,7 @@ class Bucket:
 def _settings(scheme: str) -> dict[str, Any]:
     """Bounds of time. Attempts are counted by who calls."""
     if scheme == "gs":
-        return {"requests_timeout": remote.READ_SECONDS}
+        return {"requests_timeout": 6 * remote.READ_SECONDS}  # for a piece as a whole
     times = {"connect_timeout": remote.READ_SECONDS, "read_timeout": remote.READ_SECONDS}
     return {"config_kwargs": {**times, "retries": {"total_max_attempts": 1}}}
 

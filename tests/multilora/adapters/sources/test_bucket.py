@@ -1,8 +1,10 @@
-"""S3, as moto's server has it: what comes, what does not, and what changes meanwhile."""
+"""S3, as moto's server has it, and Google's routes: what comes, what does not, what changes."""
 
 from __future__ import annotations
 
 import io
+import json
+import re
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,8 @@ from multilora.errors import AdapterInvalid, AdapterUnavailable
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from tests.harness.adapter_servers import Handler, Server
 
 moto_server = pytest.importorskip("moto.server")
 s3fs = pytest.importorskip("s3fs")
@@ -148,3 +152,34 @@ def test_a_bucket_that_cannot_be_reached_is_tried_again_and_then_said(
     ):
         pass
     s3fs.S3FileSystem.clear_instance_cache()
+
+
+def put_as_google(server: Server, place: str, data: bytes) -> None:
+    """By the two routes that read an object."""
+    info = {"bucket": "mine", "name": place, "size": str(len(data)), "generation": "7", "etag": "x"}
+    path = f"/storage/v1/b/mine/o/{place.replace('/', '%2F')}"
+    server.files[path] = json.dumps({"kind": "storage#object", **info}).encode()
+
+    def give(handler: Handler) -> None:
+        found = re.fullmatch(r"bytes=(\d+)-(\d+)", handler.headers.get("Range", ""))
+        begin, end = (int(found[1]), int(found[2])) if found else (0, len(data))
+        handler.give(data[begin : end + 1])
+
+    server.answers[f"/download{path}"] = [give]
+
+
+def test_google_cloud_storage(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    gcsfs = pytest.importorskip("gcsfs")
+    for owner in (gcsfs.core, gcsfs.GCSFileSystem):
+        monkeypatch.setattr(owner, "_emulator_location", server.url, raising=False)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+    data = bytes(range(256)) * (17 << 12)  # 17 MiB: two pieces
+    put_as_google(server, "a/x", data)
+    end = bucket("gs://mine/a")
+    first = end.version()
+    assert fetch(end, "x") == data
+    assert fetch(end, "y") is None
+    put_as_google(server, f"a/{WEIGHTS}", b"new")
+    assert end.version() != first
+    with pytest.raises(TooLong, match="more than 9"):
+        fetch(end, "x", 9)
