@@ -35,6 +35,7 @@ LAYERS = (
     "runtime",
     "engine",
     "serving",
+    "server",
     "entrypoints",
 )
 PUBLIC = len(LAYERS)  # `multilora` itself: it gives the public names, and is imported by nobody

@@ -1,4 +1,4 @@
-"""The command line: `multilora generate`, `info`, `demo`, `version`, `adapters ...`."""
+"""The command line: `multilora generate`, `serve`, `info`, `demo`, `version`, `adapters ...`."""
 
 from __future__ import annotations
 
@@ -56,6 +56,7 @@ def _app() -> typer.Typer:
     from .commands.adapters import gc, list_, pull, show
     from .commands.generate import generate
     from .commands.info import info
+    from .commands.serve import serve
     from .commands.verify import verify
 
     app = typer.Typer(
@@ -65,7 +66,7 @@ def _app() -> typer.Typer:
         pretty_exceptions_enable=False,  # main() shows the typed ones
     )
     app.callback()(_global)
-    for command in (generate, info, demo, version):
+    for command in (generate, serve, info, demo, version):
         app.command()(_quietly_ended(command))
     adapters = typer.Typer(help="Looks at adapters, and fetches them.", no_args_is_help=True)
     adapters.command()(_quietly_ended(check))
