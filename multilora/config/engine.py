@@ -219,14 +219,16 @@ class EngineConfig:
 
     def _check_sources(self) -> None:
         given, begins = self.adapter_sources, tuple(f"{scheme}://" for scheme in ADAPTER_SCHEMES)
-        if not isinstance(given, list | tuple) or not all(
-            isinstance(prefix, str) and prefix.startswith(begins) for prefix in given
-        ):
+        try:
+            prefixes = tuple(given) if isinstance(given, list | tuple) else (None,)
+        except Exception:  # a list of the caller's own
+            prefixes = (None,)
+        if not all(isinstance(one, str) and one.startswith(begins) for one in prefixes):
             raise ConfigError(
                 f"adapter_sources must be a list of prefixes that begin with {', '.join(begins)}, "
                 f"not {shown(given)}"
             )
-        object.__setattr__(self, "adapter_sources", tuple(given))
+        object.__setattr__(self, "adapter_sources", prefixes)
 
     def pages_per_site(self, is_gpu: bool) -> int:
         """Rank pages of each site: `lora_pages`, or rank 64 for each slot, on a GPU rank 32.
