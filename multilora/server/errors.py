@@ -101,7 +101,7 @@ def _invalid(error: RequestValidationError) -> HttpError:
     if first["type"] == "unsupported_field":
         return HttpError(400, first["msg"], param=context["field"])
     if not place:
-        return HttpError(400, f"the body must be a JSON object: {first['msg']}")
+        return HttpError(400, "the body must be a JSON object, sent as application/json")
     return HttpError(400, f"{'.'.join(place)[:100]}: {first['msg']}", param=place[0][:100])
 
 
