@@ -8,7 +8,7 @@ CPU_LIBRARY := kernels/_cpu*.so
 
 TRITON36 := build/triton-3.6.0
 
-.PHONY: install typing check test test-fast test-triton test-codegen test-triton36 test-slow fuzz sanitize \
+.PHONY: install typing check test test-beside test-fast test-triton test-codegen test-triton36 test-slow fuzz sanitize \
         csrc-check bench demo docs wheel clean
 
 install: $(STAMP)
@@ -34,8 +34,15 @@ check: install typing
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_architecture.py
 
+# In two parts side by side; what the second says comes when the first has ended.
 test: check
-	$(BIN)/pytest -m "not slow and not gpu"
+	@$(MAKE) test-beside > build/test-beside.log 2>&1 & beside=$$!; \
+	trap 'kill $$beside 2> /dev/null' INT TERM; \
+	$(BIN)/pytest -m "not slow and not gpu" --ignore tests/bench; main=$$?; \
+	wait $$beside; beside=$$?; cat build/test-beside.log; exit $$((main + beside))
+
+test-beside: install
+	$(BIN)/pytest -m "not slow and not gpu" tests/bench
 	$(MAKE) test-triton test-codegen
 
 # The first case of every quick test of every layer: under a minute, for the daily loop.

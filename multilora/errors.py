@@ -7,7 +7,8 @@
     ├── AdapterError           something about an adapter
     │   ├── AdapterNotFound    no adapter of that name is loaded
     │   ├── AdapterInvalid     its files are malformed, or use a feature that we refuse
-    │   └── AdapterTooLarge    it needs more rank pages than the engine was started with
+    │   ├── AdapterTooLarge    it needs more rank pages, or cache, than the engine was started with
+    │   └── AdapterUnavailable its source cannot be reached or read now, and may be later
     ├── RequestError           the request is wrong: a bad parameter, no prompt, an unknown field
     ├── CapacityError          the request is right but could never fit this engine
     ├── EngineBusyError        a call from within a call of the same engine, or in a fork
@@ -55,7 +56,11 @@ class AdapterInvalid(AdapterError, ValueError):
 
 
 class AdapterTooLarge(AdapterError):
-    """The adapter needs more rank pages than the engine was started with."""
+    """The adapter needs more rank pages, or cache, than the engine was started with."""
+
+
+class AdapterUnavailable(AdapterError):
+    """The adapter's source cannot be reached or read now, and may be later."""
 
 
 class RequestError(MultiloraError, ValueError):

@@ -44,6 +44,7 @@ PUBLIC = len(LAYERS)  # `multilora` itself: it gives the public names, and is im
 WITHOUT_TORCH = ("multilora.config", "multilora.adapters.mix", "multilora.scheduling")
 MAY_PRINT = (
     "multilora.entrypoints.cli",
+    "multilora.entrypoints.commands.adapters",
     "multilora.entrypoints.commands.generate",
     "multilora.entrypoints.commands.info",
     "multilora.entrypoints.commands.verify",

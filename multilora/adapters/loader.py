@@ -1,7 +1,8 @@
 """Adapters that are known by their source: read when a request names one, and dropped again.
 
-Sources are read by a thread of its own, one after the other, in the order in which they were asked
-for. What it brings is installed by the engine, between two steps, in whole or not at all.
+Folders are read by a thread of its own, one after the other, in the order in which they were asked
+for; what must be fetched has threads of its own, so that a slow server holds up nobody else. What
+they bring is installed by the engine, between two steps, in whole or not at all.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,15 +26,42 @@ from .store import AdapterStore
 logger = logging.getLogger(__name__)
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds from a failed load to the next attempt
-NICENESS = 10  # of the reading thread: steps come first
+NICENESS = 10  # of the reading threads: steps come first
+FETCHES = 4  # at once
+DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterSource:
     """Where an adapter is to be read from."""
 
-    path: Path
+    path: str | Path  # a folder, or an address such as hf://org/name
     digest: str | None = None  # that it must have; None = any
+    pinned: bool = False  # stays in host memory once it is loaded, whatever the bound
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it must be fetched."""
+        return isinstance(self.path, str) and "://" in self.path
+
+
+@dataclass(frozen=True, slots=True)
+class RegisteredAdapter:
+    """An adapter that is read when a request names it."""
+
+    name: str
+    path: str
+    digest: str | None  # that it must have
+    state: str  # "registered", "loading", "loaded" or "failed"
+    pinned: bool = False  # stays in host memory once it is loaded
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryChanges:
+    """What a registry file changed."""
+
+    registered: tuple[str, ...] = ()  # new names, and those that mean something else now
+    removed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +88,7 @@ class AdapterLoader:
     def __init__(
         self,
         store: AdapterStore,
-        read: Callable[[str, Path], LoadedAdapter],  # by name and folder, in a thread
+        read: Callable[[str, AdapterSource], LoadedAdapter],  # by name, in a thread
         max_bytes: int | None,  # of host memory for all adapters; None = no bound
         resolver: Callable[[str], str | Path | None] | None = None,  # of names that nobody knows
         clock: Callable[[], float] = time.monotonic,
@@ -67,11 +96,12 @@ class AdapterLoader:
         self._store, self._read, self._max_bytes = store, read, max_bytes
         self._resolver, self._clock = resolver, clock
         self._sources: dict[str, AdapterSource] = {}
+        self._synced: set[str] = set()  # the names that a registry file has brought
         self._loads: dict[str, tuple[AdapterSource, Future[LoadedAdapter]]] = {}
         self._failures: dict[str, _Failure] = {}
         self._templates: dict[str, str | None] = {}  # by name, of what was read
         self._used: OrderedDict[str, None] = OrderedDict()  # names read here; next victim first
-        self._pool: ThreadPoolExecutor | None = None
+        self._pools: dict[bool, ThreadPoolExecutor] = {}  # of what is fetched, and what is not
         self.is_over = False  # the bound, as too much was in use when there was need of room
         self.num_loads = self.num_failures = self.num_evictions = 0
         self.num_hits = self.num_misses = 0
@@ -80,6 +110,15 @@ class AdapterLoader:
     def sources(self) -> dict[str, AdapterSource]:
         """The sources by name, sorted."""
         return dict(sorted(self._sources.items()))
+
+    def infos(self) -> dict[str, RegisteredAdapter]:
+        """What is known of each source by name, sorted."""
+        return {
+            name: RegisteredAdapter(
+                name, str(source.path), source.digest, self.state(name), source.pinned
+            )
+            for name, source in self.sources.items()
+        }
 
     def state(self, name: str) -> str:
         """Of a name that has a source: "loaded", "loading", "failed" or "registered"."""
@@ -102,13 +141,29 @@ class AdapterLoader:
         self._store.install(name, found.digest, found.host)
         self._templates[name] = found.chat_template
 
-    def chat_template(self, name: str) -> str | Path | None:
-        """The chat template of an adapter, the folder to read it from, or None."""
+    def chat_template(self, name: str) -> str | AdapterSource | None:
+        """The chat template of an adapter, the source to read it from, or None."""
         if name in self._templates:
             return self._templates[name]
         if name not in self._sources and not self._resolve(name):
             return None
-        return self._sources[name].path
+        return self._sources[name]
+
+    def sync(self, wanted: Mapping[str, AdapterSource]) -> RegistryChanges:
+        """Makes these the names that a registry file has; others are left alone.
+
+        May be raised out of anywhere and called again.
+        """
+        changed = [name for name, source in wanted.items() if self._sources.get(name) != source]
+        gone = sorted(self._synced - wanted.keys())
+        for name in changed:
+            self.register(name, wanted[name])
+        self._synced |= wanted.keys()
+        for name in gone:
+            if self._store.has(name):
+                self._store.unload(name)
+            self.forget(name)  # last: until then another call would do it
+        return RegistryChanges(tuple(sorted(changed)), tuple(gone))
 
     def forget(self, name: str) -> bool:
         """Drops a name's source; what was read of it stays. False if there is none."""
@@ -118,6 +173,7 @@ class AdapterLoader:
             load.cancel()
         self._failures.pop(name, None)
         self._used.pop(name, None)
+        self._synced.discard(name)
         return self._sources.pop(name, None) is not None
 
     def missing(self, names: Iterable[str]) -> list[str]:
@@ -150,7 +206,7 @@ class AdapterLoader:
             return False
         if not isinstance(path, str | Path):
             raise AdapterNotFound(f"the resolver of {shown(name)} gave no path but {shown(path)}")
-        self._sources[name] = AdapterSource(Path(path))
+        self._sources[name] = AdapterSource(path)
         return True
 
     def _check_failure(self, name: str) -> None:
@@ -169,17 +225,21 @@ class AdapterLoader:
         for name in names:
             if name not in self._loads:
                 source = self._sources[name]
-                self._loads[name] = source, self._executor().submit(self._load, name, source)
+                pool = self._pool(source.is_remote)
+                self._loads[name] = source, pool.submit(self._load, name, source)
 
-    def _executor(self) -> ThreadPoolExecutor:
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, "multilora-loader", initializer=be_nice)
-        return self._pool
+    def _pool(self, is_remote: bool) -> ThreadPoolExecutor:
+        if is_remote not in self._pools:
+            count, name = (FETCHES, "fetcher") if is_remote else (1, "loader")
+            self._pools[is_remote] = ThreadPoolExecutor(
+                count, f"multilora-{name}", initializer=be_nice
+            )
+        return self._pools[is_remote]
 
     def _load(self, name: str, source: AdapterSource) -> LoadedAdapter:
         """Within the thread. Raises nothing but AdapterError."""
         try:
-            found = self._read(name, source.path)
+            found = self._read(name, source)
         except AdapterError:
             raise
         except Exception as error:
@@ -250,7 +310,11 @@ class AdapterLoader:
                 return
             if not self._store.has(name):  # unloaded by its user
                 del self._used[name]
-            elif name not in wanted and not self._store.is_needed(name):
+            elif (
+                name not in wanted
+                and not self._sources[name].pinned
+                and not self._store.is_needed(name)
+            ):
                 self._store.unload(name)  # first, or an exception in between would keep it for ever
                 del self._used[name]
                 self.num_evictions += 1
@@ -261,6 +325,12 @@ class AdapterLoader:
         for name, (_, load) in list(self._loads.items()):
             if name not in wanted and load.cancel():
                 del self._loads[name]
+
+
+def check_digest(digest: object) -> None:
+    """AdapterInvalid for what is no digest; None is none."""
+    if digest is not None and not (isinstance(digest, str) and DIGEST.fullmatch(digest)):
+        raise AdapterInvalid(f"a digest is 64 hexadecimal digits, not {shown(digest)}")
 
 
 def be_nice() -> None:

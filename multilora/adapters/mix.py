@@ -7,14 +7,18 @@ import json
 import re
 from collections.abc import Mapping
 
-from ..errors import AdapterError, RequestError, shown
+from ..errors import AdapterError, AdapterNotFound, RequestError, shown
 
+VERSION = re.compile(r"[0-9a-f]{6,64}")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
 
 MAX_WEIGHT = (2 - 2**-23) * 2.0**127  # of fp32, the table's dtype
 
 AdapterSpec = str | Mapping[str, float] | None
-"""What a request may say: an adapter's name, names with weights, or None for the base."""
+"""What a request may say: an adapter's name, names with weights, or None for the base.
+
+A name may ask for a version: job@3fa9c1.
+"""
 
 Mix = tuple[tuple[str, float], ...]
 """(adapter digest, weight) pairs sorted by digest; empty = the base."""
@@ -43,6 +47,22 @@ def weights_of(adapter: AdapterSpec) -> dict[str, float]:
             raise RequestError(f"an adapter name must be a string, not {type(name).__name__}")
         check_weight(name, weight)
     return {name: float(weight) for name, weight in adapter.items()}
+
+
+def names_of(adapter: AdapterSpec) -> list[str]:
+    """The names in what a request says, without the versions behind an @; each once."""
+    return list(dict.fromkeys(name.partition("@")[0] for name in weights_of(adapter)))
+
+
+def check_version(name: str, digest: str) -> None:
+    """AdapterNotFound where `name` asks for a version, as in job@3fa9c1, and this is another."""
+    plain, at, version = name.partition("@")
+    if at and not VERSION.fullmatch(version):
+        raise AdapterNotFound(
+            f"{shown(version)} is no version of {plain!r}; give 6 to 64 digits of its digest"
+        )
+    if not digest.startswith(version):
+        raise AdapterNotFound(f"adapter {plain!r} is at {digest} now, and not at {version}")
 
 
 def check_weight(name: str, weight: object) -> None:

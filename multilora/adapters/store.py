@@ -25,7 +25,7 @@ from ..errors import (
 from .activation import Activation, activate
 from .base_weights import changed_rows
 from .device_cache import DeviceAdapterCache
-from .mix import AdapterSpec, Mix, check_name, check_weight, weights_of
+from .mix import AdapterSpec, Mix, check_name, check_version, check_weight, weights_of
 from .packed_adapter import PackedAdapter, check_mix, needs_slot_memory, pack_adapter
 from .rank_pages import AdapterTable, RankPagePool
 
@@ -184,7 +184,9 @@ class AdapterStore:
         """
         weights: dict[str, list[float]] = {}
         for name, weight in weights_of(adapter).items():
-            weights.setdefault(self._digest(name), []).append(weight)
+            digest = self._digest(name.partition("@")[0])
+            check_version(name, digest)
+            weights.setdefault(digest, []).append(weight)
         # fsum, since the order of the names must not matter
         mix = tuple((d, total) for d, ws in sorted(weights.items()) if (total := math.fsum(ws)))
         for digest, total in mix:

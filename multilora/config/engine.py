@@ -18,6 +18,7 @@ LOAD_FORMATS = ("auto", "dummy")
 GENERATION_CONFIGS = ("auto", "vllm")
 ALORA_MISSING = ("base", "error")
 ADAPTER_CHAT_TEMPLATES = ("ignore", "use")
+ADAPTER_SCHEMES = ("hf", "s3", "gs", "https", "http")
 MOST = {
     "block_size": 2**16,
     "max_num_seqs": 2**16,
@@ -28,6 +29,7 @@ MOST = {
     "lora_pages": 2**20,
     "max_model_len": 2**31,
     "max_host_adapter_bytes": 2**63,
+    "adapter_cache_bytes": 2**63,
 }
 """What the counts stay below: more than any machine serves, and less than tables of it can hurt."""
 DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
@@ -78,6 +80,12 @@ class EngineConfig:
             take memory when the first adapter with such rows comes, for all slots.
         max_host_adapter_bytes: Host memory above which registered adapters that nobody uses are
             dropped, to be read again. None = no bound.
+        adapter_sources: Places that adapters may be fetched from, by their prefixes. As in
+            ("hf://my-org/", "s3://bucket/"); empty = local folders only.
+        adapter_cache_dir: Folder that keeps what was fetched, which processes may share. None =
+            multilora/adapters in XDG_CACHE_HOME or ~/.cache.
+        adapter_cache_bytes: Size of that folder, above which what was not used for longest goes.
+            None = no bound.
         alora_missing: Who answers a prompt without its activated LoRA's invocation. "base" = the
             base, as in PEFT; "error" = nobody, it is refused.
         adapter_chat_template: What a chat with one adapter is rendered with. "ignore" = the base's
@@ -118,6 +126,9 @@ class EngineConfig:
     lora_scales: bool | None = None
     max_lora_token_rows: int = 256
     max_host_adapter_bytes: int | None = None
+    adapter_sources: tuple[str, ...] = ()
+    adapter_cache_dir: str | None = None
+    adapter_cache_bytes: int | None = None
     alora_missing: str = "base"
     adapter_chat_template: str = "ignore"
     policy: str = "fcfs"
@@ -133,6 +144,7 @@ class EngineConfig:
         self._check_numbers()
         self._check_dtypes()
         self._check_quantization()
+        self._check_sources()
         for name, known in (
             ("kv_cache_dtype", KV_CACHE_DTYPES),
             ("load_format", LOAD_FORMATS),
@@ -204,6 +216,17 @@ class EngineConfig:
             raise ConfigError(
                 f"quantization_group_size={group} needs quantization='int8' or 'int4'"
             )
+
+    def _check_sources(self) -> None:
+        given, begins = self.adapter_sources, tuple(f"{scheme}://" for scheme in ADAPTER_SCHEMES)
+        if not isinstance(given, list | tuple) or not all(
+            isinstance(prefix, str) and prefix.startswith(begins) for prefix in given
+        ):
+            raise ConfigError(
+                f"adapter_sources must be a list of prefixes that begin with {', '.join(begins)}, "
+                f"not {shown(given)}"
+            )
+        object.__setattr__(self, "adapter_sources", tuple(given))
 
     def pages_per_site(self, is_gpu: bool) -> int:
         """Rank pages of each site: `lora_pages`, or rank 64 for each slot, on a GPU rank 32.

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..adapters.loader import LoadedAdapter
+from ..adapters.loader import AdapterSource, LoadedAdapter
 from ..adapters.mix import check_name
 from ..adapters.peft.files import adapter_folder
 from ..adapters.peft.reader import Adapter, adapter_from_tensors, read_adapter
+from ..adapters.sources.cache import SourceCache, default_root
+from ..adapters.sources.folders import SourceFolders
 from ..adapters.store import AdapterStore
 from ..checkpoint.reader import read_base_weight
 from ..config.engine import EngineConfig
@@ -39,30 +43,60 @@ class AdapterReader:
     ) -> None:
         self._config, self._model_config, self._model = config, model_config, model
         self._store, self._tokenizer = store, tokenizer
+        self._fetched = threading.Lock()  # one of these is read at a time: there are the steps
+        root = Path(config.adapter_cache_dir) if config.adapter_cache_dir else default_root()
+        self.folders = SourceFolders(
+            config.adapter_sources, SourceCache(root, config.adapter_cache_bytes)
+        )
+
+    def read(self, name: str, source: AdapterSource) -> LoadedAdapter:
+        """The adapter at a source, packed.
+
+        What the cache has of a source is used without asking where a digest is to be met; if it is
+        another one, the source may have the right one by now.
+        """
+        with self.folders.folder(source.path, is_pinned=source.digest is not None) as folder:
+            found = self._read(name, source, folder)
+        if source.digest not in (None, found.digest):
+            with self.folders.folder(source.path) as folder:
+                found = self._read(name, source, folder)
+        return found
 
     def read_folder(self, name: str, path: str | Path) -> LoadedAdapter:
-        """The adapter of a PEFT folder; see `Engine.load_adapter`."""
+        """The adapter of a PEFT folder, or what is fetched; see `Engine.load_adapter`."""
         if not isinstance(path, str | Path):
             raise AdapterInvalid(f"an adapter's folder must be a path, not {shown(path)}")
         check_name(name)
-        path = Path(path)
-        adapter = read_adapter(path, self._model_config, max_rank=self._config.max_lora_rank)
+        return self.read(name, AdapterSource(path))
+
+    def _read(self, name: str, source: AdapterSource, folder: Path) -> LoadedAdapter:
+        with self._fetched if source.is_remote else nullcontext():
+            return self._read_now(name, source, folder)
+
+    def _read_now(self, name: str, source: AdapterSource, folder: Path) -> LoadedAdapter:
+        adapter = read_adapter(folder, self._model_config, max_rank=self._config.max_lora_rank)
         found = self._pack(name, adapter)
-        template = self.chat_template(path)
+        template = self._template(folder)
         if template is not None and self._config.adapter_chat_template == "ignore":
             logger.warning(
                 "adapter %r: %s has a chat template of its own, and chats are rendered with the "
                 "base's; start with adapter_chat_template='use' if it was trained with that one",
                 name,
-                path,
+                source.path,
             )
         return replace(found, chat_template=template)
 
-    def chat_template(self, path: Path) -> str | None:
-        """The chat template of an adapter's folder; None if it has none, or the base's."""
+    def chat_template(self, source: AdapterSource) -> str | None:
+        """The chat template of an adapter; None if it has none, or the base's."""
         if self._tokenizer is None:
             return None
-        others = other_templates(adapter_folder(path), self._tokenizer.chat_templates)
+        with self.folders.folder(source.path, is_pinned=source.digest is not None) as folder:
+            return self._template(folder)
+
+    def _template(self, folder: Path) -> str | None:
+        if self._tokenizer is None:
+            return None
+        others = other_templates(adapter_folder(folder), self._tokenizer.chat_templates)
         return others.get("default", next(iter(others.values()), None))
 
     def read_tensors(

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
 from ..adapters.loader import AdapterLoader
-from ..adapters.mix import weights_of
+from ..adapters.mix import names_of
 from ..adapters.store import AdapterStore
 from ..errors import EngineDeadError, MultiloraError
 from ..outputs import FinishReason, RequestOutput
@@ -177,7 +177,7 @@ class EngineCore:
         self.loader.take_in(self._wanted())
         for state in list(self._parked.values()):
             try:
-                missing = self.loader.missing(weights_of(state.adapter))
+                missing = self.loader.missing(names_of(state.adapter))
                 if missing:
                     self.loader.start(missing)
                     continue
@@ -194,7 +194,7 @@ class EngineCore:
 
     def _wanted(self) -> set[str]:
         """The adapters that parked requests name."""
-        return {name for state in self._parked.values() for name in weights_of(state.adapter)}
+        return {name for state in self._parked.values() for name in names_of(state.adapter)}
 
     # A step -----------------------------------------------------------------------------------
 

@@ -8,17 +8,23 @@ Whatever is raised within a call, the next one finds all in order: see `core`.
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Ids
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ..adapters.loader import AdapterLoader, AdapterSource, LoadedAdapter
-from ..adapters.mix import AdapterSpec, check_name, weights_of
+from ..adapters.loader import (
+    AdapterLoader,
+    AdapterSource,
+    LoadedAdapter,
+    RegisteredAdapter,
+    RegistryChanges,
+    check_digest,
+)
+from ..adapters.mix import AdapterSpec, check_name, names_of
+from ..adapters.registry import read_registry
 from ..adapters.store import AdapterInfo
 from ..arguments import read
 from ..config.engine import EngineConfig
@@ -39,37 +45,9 @@ from .core import EngineCore
 from .exclusive import Change, Gate, check_process, exclusive
 from .input_processor import InputProcessor
 from .output_processor import RequestState
+from .stats import EngineStats
 
-DIGEST = re.compile(r"[0-9a-f]{64}")
 _Given = TypeVar("_Given")
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """Counters since the engine was made; those of adapters are of registered ones."""
-
-    steps: int
-    prompt_tokens: int  # computed, so without those taken from the prefix cache
-    generated_tokens: int
-    preemptions: int
-    running: int
-    waiting: int
-    late_compilations: int  # kernel variants that requests waited for; there should be none
-    adapter_hits: int  # registered adapters that were loaded when a request named them
-    adapter_misses: int  # those that it had to wait for
-    adapter_loads: int  # of registered adapters, on demand
-    adapter_load_failures: int
-    adapter_evictions: int  # from host memory, to stay within its bound
-
-
-@dataclass(frozen=True, slots=True)
-class RegisteredAdapter:
-    """An adapter that is read when a request names it."""
-
-    name: str
-    path: str
-    digest: str | None  # that it must have
-    state: str  # "registered", "loading", "loaded" or "failed"
 
 
 class Engine:
@@ -85,7 +63,7 @@ class Engine:
         *,
         resolver: Callable[[str], str | Path | None] | None = None,
     ) -> None:
-        """`resolver` is asked for the folder of an adapter that nobody knows; None = unknown."""
+        """`resolver` is asked where an adapter lies that nobody knows; None = unknown."""
         if not isinstance(config, EngineConfig):
             raise ConfigError(
                 f"Engine takes an EngineConfig, as in Engine(EngineConfig(model=...)), not "
@@ -116,7 +94,7 @@ class Engine:
             config, self.model_config, self.model, self.store, self.tokenizer
         )
         self._loader = AdapterLoader(
-            self.store, self.reader.read_folder, config.max_host_adapter_bytes, resolver
+            self.store, self.reader.read, config.max_host_adapter_bytes, resolver
         )
         self._core = EngineCore(
             self.scheduler, self.pool, self.store, self._loader, self.runner, depth, parts.clock
@@ -141,7 +119,8 @@ class Engine:
 
         A prompt is text, token ids, or a dict with `prompt`, `prompt_token_ids` or both: then the
         ids count, and the text is what outputs show.
-        `adapter` is an adapter's name, a mapping of names to weights, or None for the base. One
+        `adapter` is an adapter's name, a mapping of names to weights, or None for the base; a name
+        may ask for a version by the first digits of its digest, as in job@3fa9c1. An adapter
         that is registered and not loaded is loaded beside the steps; until then the request waits,
         and gets what its names mean when all are there.
         Raises RequestError, CapacityError, AdapterNotFound, or why an adapter was not loaded just
@@ -164,7 +143,7 @@ class Engine:
         text = self._inputs.prompt_text(prompt)
         arrived = self._wall_clock(), self._clock()
         with Change(self._core):
-            missing = self._loader.missing(named := weights_of(adapter))
+            missing = self._loader.missing(named := names_of(adapter))
             active = None if missing else self.store.acquire(adapter, ids)
             state = RequestState(
                 request_id, text, ids, params, adapter, active, arrived, bad_words, self.tokenizer
@@ -232,11 +211,12 @@ class Engine:
 
     @exclusive
     def load_adapter(self, name: str, path: str | Path) -> str:
-        """Reads a PEFT folder and serves it as `name`; returns its digest.
+        """Reads a PEFT folder, or fetches it first, and serves it as `name`; returns its digest.
 
         A loaded name is replaced: requests in flight finish on the version they began with. Raises
-        AdapterInvalid or AdapterTooLarge; then nothing has changed. An adapter that brings weights
-        of the base is compared with the base's checkpoint, or CheckpointError if that is gone.
+        AdapterInvalid, AdapterTooLarge or AdapterUnavailable; then nothing has changed. An adapter
+        that brings weights of the base is compared with the base's checkpoint, or CheckpointError
+        if that is gone.
         """
         return self._install(name, self.reader.read_folder(name, path))
 
@@ -264,23 +244,29 @@ class Engine:
             self._core.unpark()
         return found.digest
 
-    @exclusive
     def adapter_chat_template(self, adapter: AdapterSpec) -> str | None:
         """The chat template that an adapter alone brings; None where the base's is to be used.
 
         That is with `adapter_chat_template="ignore"`, for the base and a mix, and for an adapter
-        without a template of its own. Raises AdapterInvalid for a folder that cannot be read.
+        without a template of its own. One that has not been read yet is fetched, if it must be.
+        Raises AdapterInvalid or AdapterUnavailable for a source that cannot be read.
         """
-        names = list(weights_of(_copied(adapter, "adapter")))
+        found = self._template_source(adapter)
+        return self.reader.chat_template(found) if isinstance(found, AdapterSource) else found
+
+    @exclusive
+    def _template_source(self, adapter: AdapterSpec) -> str | AdapterSource | None:
+        names = names_of(_copied(adapter, "adapter"))
         if self.config.adapter_chat_template == "ignore" or len(names) != 1:
             return None
-        found = self._loader.chat_template(names[0])
-        return self.reader.chat_template(found) if isinstance(found, Path) else found
+        return self._loader.chat_template(names[0])
 
     @exclusive
     def register_adapter(self, name: str, path: str | Path, *, digest: str | None = None) -> None:
         """Makes `name` mean the PEFT folder at `path`, which is read when a request names it.
 
+        `path` may be an address (`hf://org/name@revision`, `s3://bucket/folder`, ...) that the
+        setting adapter_sources allows: it is fetched then, into the cache on this machine.
         It may be dropped from host memory again, and is then read anew. With a `digest` it is
         refused where its content has another one. Replaces what the name meant: requests in flight
         finish on that, those that wait for a load get this. Raises AdapterError for a name that is
@@ -289,11 +275,32 @@ class Engine:
         check_name(name)
         if not isinstance(path, str | Path):
             raise AdapterInvalid(f"an adapter's folder must be a path, not {shown(path)}")
-        if digest is not None and not (isinstance(digest, str) and DIGEST.fullmatch(digest)):
-            raise AdapterInvalid(f"a digest is 64 hexadecimal digits, not {shown(digest)}")
+        check_digest(digest)
+        self.reader.folders.check(path)
         with Change(self._core):
-            self._loader.register(name, AdapterSource(Path(path), digest))
+            self._loader.register(name, AdapterSource(path, digest))
             self._core.unpark()
+
+    @exclusive
+    def sync_adapters(self, path: str | Path) -> RegistryChanges:
+        """Registers the adapters of an `adapters.toml`; says what changed.
+
+        Call it again when the file has changed: what is as it was stays loaded, what another entry
+        replaces is read anew, names that are in it no more are unloaded. Names that no file has
+        brought are left alone. Raises ConfigError or AdapterInvalid; then nothing has changed.
+        """
+        if not isinstance(path, str | Path):
+            raise ConfigError(f"a registry of adapters is a file's path, not {shown(path)}")
+        wanted = read_registry(path)
+        for name, source in wanted.items():
+            try:
+                self.reader.folders.check(source.path)
+            except AdapterInvalid as error:
+                raise AdapterInvalid(f"adapter {name!r} in {path}: {error}") from error
+        with Change(self._core):
+            changes = self._loader.sync(wanted)
+            self._core.unpark()
+        return changes
 
     @exclusive
     def unload_adapter(self, name: str) -> None:
@@ -319,10 +326,7 @@ class Engine:
     @exclusive
     def registered_adapters(self) -> dict[str, RegisteredAdapter]:
         """The adapters that are read on demand, by name."""
-        return {
-            name: RegisteredAdapter(name, str(source.path), source.digest, self._loader.state(name))
-            for name, source in self._loader.sources.items()
-        }
+        return self._loader.infos()
 
     @exclusive
     def reset_prefix_cache(self) -> bool:

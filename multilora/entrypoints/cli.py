@@ -53,6 +53,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _app() -> typer.Typer:
+    from .commands.adapters import gc, list_, pull, show
     from .commands.generate import generate
     from .commands.info import info
     from .commands.serve import serve
@@ -67,10 +68,14 @@ def _app() -> typer.Typer:
     app.callback()(_global)
     for command in (generate, serve, info, demo, version):
         app.command()(_quietly_ended(command))
-    adapters = typer.Typer(help="Looks at adapters.", no_args_is_help=True)
+    adapters = typer.Typer(help="Looks at adapters, and fetches them.", no_args_is_help=True)
     adapters.command()(_quietly_ended(check))
     adapters.command()(_quietly_ended(convert))
     adapters.command()(_quietly_ended(verify))
+    adapters.command()(_quietly_ended(pull))
+    adapters.command("list")(_quietly_ended(list_))
+    adapters.command()(_quietly_ended(show))
+    adapters.command()(_quietly_ended(gc))
     adapters.callback()(_adapters)
     app.add_typer(adapters, name="adapters")
     return app
@@ -112,7 +117,7 @@ def _global(
 
 
 def _adapters() -> None:
-    """Looks at adapters."""
+    """Looks at adapters, and fetches them."""
 
 
 def demo(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from ..engine.engine import EngineStats
+from ..engine.stats import EngineStats
 
 if TYPE_CHECKING:
     from ..adapters.mix import AdapterSpec

@@ -15,13 +15,14 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ..adapters.loader import LoadedAdapter, be_nice
+from ..adapters.loader import LoadedAdapter, RegisteredAdapter, be_nice
 from ..adapters.mix import AdapterSpec
 from ..adapters.store import AdapterInfo
 from ..arguments import is_int, is_number, plain
 from ..checkpoint.generation_config import sampling_defaults
 from ..config.engine import EngineConfig
-from ..engine.engine import Engine, EngineStats, RegisteredAdapter
+from ..engine.engine import Engine
+from ..engine.stats import EngineStats
 from ..errors import ConfigError, RequestError, shown
 from ..lora_request import LoRARequest
 from ..outputs import RequestOutput

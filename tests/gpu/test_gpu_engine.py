@@ -33,7 +33,7 @@ SHAPE = {
 STEP = 3 if REHEARSED else 9  # tokens that a prompt is longer than the one before
 TOKENS = 4 if REHEARSED else 12  # of an answer
 RANKS = {"a": 8, "b": 16, "c": 64}
-SPECS: tuple[Any, ...] = (None, "a", "b", "c", {"a": 0.5, "c": -0.5}, "head", "a", "embed")
+SPECS: tuple[Any, ...] = (None, "a", "b", "c", {"a": 0.5, "c": -0.5}, "head", "full", "embed")
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +46,25 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, target in (("head", "lm_head"), ("embed", "embed_tokens")):
         targets = ("q_proj", target)
         write_adapter(folder / name, config, rank=8, seed=1, scale=0.05, targets=targets)
+    write_adapter(
+        folder / "full",
+        config,
+        rank=8,
+        seed=2,
+        scale=0.05,
+        targets=("q_proj", "v_proj", "down_proj"),
+        use_dora=True,
+        modules_to_save=["norm", "lm_head"],
+        trainable_token_indices=range(0, 512, 3),
+    )
     return folder
 
 
 def engine_of(root: Path, device: Device | str, **settings: Any) -> Engine:
     name = device if isinstance(device, str) else "cuda"
-    adapters = {n: root / n for n in (*RANKS, "head", "embed")}
+    adapters = {n: root / n for n in (*RANKS, "head", "embed", "full")}
     wide = {"max_loras": 8, "max_num_seqs": 8 if REHEARSED else 24, "num_kv_blocks": 256}
+    wide |= {"lora_scales": True, "max_lora_token_rows": 512}
     return make_engine(root / "base", adapters, device=name, **{**wide, **settings})
 
 
@@ -120,7 +132,7 @@ def test_e4m3_pages_change_little(root: Path, device: Device) -> None:
         )
     for mine, theirs in zip(found, exact, strict=True):
         gaps = [abs(a - b) for a, b in zip(scores(mine), scores(theirs), strict=True)]
-        assert mean(gaps) < 0.06
+        assert mean(gaps) < 0.08
 
 
 def test_batch_invariant_answers_do_not_depend_on_the_batch(root: Path, device: Device) -> None:

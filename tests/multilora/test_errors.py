@@ -16,7 +16,15 @@ def test_they_can_be_caught_as_the_builtin_errors_that_they_are() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["AdapterNotFound", "AdapterInvalid", "AdapterTooLarge", "RequestError", "ConfigError"]
+    "name",
+    [
+        "AdapterNotFound",
+        "AdapterInvalid",
+        "AdapterTooLarge",
+        "AdapterUnavailable",
+        "RequestError",
+        "ConfigError",
+    ],
 )
 def test_the_text_is_what_it_was_given(name: str) -> None:
     assert str(getattr(errors, name)("no 'x' here")) == "no 'x' here"  # not its repr

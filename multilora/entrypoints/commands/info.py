@@ -92,15 +92,15 @@ def info(
         print(row)
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, name: str = "--memory", least: int = 1) -> int:
     """Bytes from "80GiB", "64 GB" or a plain number."""
     match = SIZE.fullmatch(text.strip())
-    size = 0
+    size = -1
     if match is not None:
         number, prefix, binary = match.groups()
         size = int(float(number) * (1024 if binary else 1000) ** (" KMGT".index(prefix or " ")))
-    if size < 1:
-        raise ConfigError(f"--memory must be a size like 80GiB or 64GB, not {text!r}")
+    if size < least:
+        raise ConfigError(f"{name} must be a size like 80GiB or 64GB, not {text!r}")
     return size
 
 

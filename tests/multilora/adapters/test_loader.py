@@ -8,12 +8,19 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from multilora.adapters.loader import AdapterLoader, AdapterSource, LoadedAdapter
+from multilora.adapters.loader import (
+    AdapterLoader,
+    AdapterSource,
+    LoadedAdapter,
+    RegistryChanges,
+)
 from multilora.errors import AdapterInvalid, AdapterNotFound
 from tests.harness.small_stores import make_adapter, make_store
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from multilora.adapters.store import HostAdapter
 
 A_DIGEST = "a"
 
@@ -33,7 +40,8 @@ class House:
             lambda: self.now,
         )
 
-    def read(self, name: str, path: Path) -> LoadedAdapter:
+    def read(self, name: str, source: AdapterSource) -> LoadedAdapter:
+        path = Path(source.path)
         assert self.gate.wait(10)
         self.read_names.append(name)
         if path.name == "bad":
@@ -180,6 +188,51 @@ def test_what_a_request_holds_is_not_dropped() -> None:
     house.store.release(mix)
     house.load("b")
     assert sorted(house.store.infos()) == []
+
+
+def test_a_pinned_adapter_stays_when_there_is_need_of_room() -> None:
+    house = House(max_bytes=1)
+    house.loader.register("a", AdapterSource("a", pinned=True))
+    house.register("b")
+    house.load("a", "b")
+    assert sorted(house.store.infos()) == ["a"]
+    assert house.loader.infos()["a"].pinned
+
+
+def test_what_is_fetched_does_not_hold_up_what_is_read() -> None:
+    house = House()
+    house.loader.register("far", AdapterSource("hf://me/far"))
+    house.gate.clear()
+    house.loader.start(["far"])
+    house.register("a")
+    house.loader._read = lambda name, source: LoadedAdapter("a", make_host("a", house))
+    house.loader.start(["a"])
+    house.loader.wait(10)
+    house.loader.take_in({"a"})
+    assert (house.loader.state("a"), house.loader.state("far")) == ("loaded", "loading")
+    house.gate.set()
+    house.load()
+
+
+def make_host(name: str, house: House) -> HostAdapter:
+    return house.store.pack(name, make_adapter(name))
+
+
+def test_a_registry_brings_names_and_takes_its_own_away() -> None:
+    house = House()
+    house.register("mine")
+    a, b = AdapterSource("a"), AdapterSource("b")
+    assert house.loader.sync({"a": a, "b": b}) == RegistryChanges(("a", "b"), ())
+    house.load("a", "b")
+    assert house.loader.sync({"a": a, "b": b}) == RegistryChanges((), ())
+    assert house.loader.sync({"a": b}) == RegistryChanges(("a",), ("b",))
+    assert list(house.loader.sources) == ["a", "mine"]
+    assert house.store.infos() == {}
+    house.load("a")
+    assert house.store.resolve("a") == (("b", 1.0),)
+    house.register("a")  # by hand: it is no longer the file's
+    assert house.loader.sync({}) == RegistryChanges((), ())
+    assert list(house.loader.sources) == ["a", "mine"]
 
 
 def test_an_unloaded_name_counts_no_more() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from multilora.adapters.mix import Mix, mix_identity
+from multilora.adapters.mix import Mix, check_version, mix_identity, names_of
+from multilora.errors import AdapterNotFound
 from tests.harness.small_stores import load, make_store
 
 WEIGHTS = st.floats(allow_nan=False, allow_infinity=False, width=32).filter(bool)
@@ -48,3 +50,17 @@ def test_a_store_gives_it_with_the_mix() -> None:
     assert identity == mix_identity(mix)
     store.release(mix)
     assert store.acquire(None) == ((), mix_identity(()), None)
+
+
+def test_a_name_may_ask_for_a_version() -> None:
+    assert names_of({"a": 1.0, "a@3fa9c1": 2.0, "b@3fa9c1": 1.0}) == ["a", "b"]
+    assert (names_of(None), names_of("a@")) == ([], ["a"])
+    digest = "3fa9c1" + "0" * 58
+    for name in ("a", "a@3fa9c1", f"a@{digest}"):
+        check_version(name, digest)
+    for name in ("a@3fa9c2", f"a@{digest[:-1]}1"):
+        with pytest.raises(AdapterNotFound, match="adapter 'a' is at 3fa9c10"):
+            check_version(name, digest)
+    for name in ("a@", "a@3fa9c", "a@3FA9C1", "a@3fa9c1@3fa9c1"):
+        with pytest.raises(AdapterNotFound, match="is no version of 'a'; give 6 to 64 digits"):
+            check_version(name, digest)

@@ -74,5 +74,15 @@ def test_any_value_of_any_field_is_taken_or_refused_in_a_line(name: str) -> None
         assert name in text
         assert len(text) < 400
     for value in WORTHLESS:
+        if name == "adapter_sources" and value == []:
+            continue  # none
         with pytest.raises(ConfigError, match=name):
             EngineConfig(**{"model": "x", name: value})
+
+
+def test_prefixes_of_sources_have_a_scheme_that_can_be_fetched() -> None:
+    config = EngineConfig(model="x", adapter_sources=["hf://me/", "s3://b"])  # type: ignore[arg-type]
+    assert config.adapter_sources == ("hf://me/", "s3://b")
+    for wrong in ("hf://me/", ["me/"], ["ftp://host/"], [5], {"hf://me": 1}):
+        with pytest.raises(ConfigError, match="prefixes that begin with hf://, s3://, gs://"):
+            EngineConfig(model="x", adapter_sources=wrong)  # type: ignore[arg-type]

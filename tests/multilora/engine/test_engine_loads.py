@@ -287,3 +287,33 @@ def test_an_exception_where_a_load_is_taken_in_costs_nothing(
         finished = {output.request_id: output for output in outputs if output.finished}
         finished |= drain(engine)
         assert [facts(finished[request]) for request in requests] == wanted, point
+
+
+def test_a_name_may_ask_for_a_version(root: Path, held: threading.Event) -> None:
+    digests = {
+        n: i.digest
+        for n, i in make_engine(root / "base", {n: root / n for n in "ab"}).adapters.items()
+    }
+    engine = registered(root, "a")
+    right = Job(JOBS[0].prompt, JOBS[0].params, f"a@{digests['a'][:8]}")
+    wrong = Job(JOBS[0].prompt, JOBS[0].params, {f"a@{digests['b']}": 1.0})
+    first, second = add(engine, right), add(engine, wrong)
+    assert engine.registered_adapters["a"].state == "loading"
+    held.set()
+    outputs = drain(engine)
+    assert facts(outputs[first]) == alone(root, JOBS[0])
+    assert f"adapter 'a' is at {digests['a']} now, and not at {digests['b']}" in (
+        outputs[second].error or ""
+    )
+    running = add(engine, right)
+    engine.step()
+    engine.load_adapter("a", root / "b")
+    assert facts(drain(engine)[running]) == alone(root, JOBS[0])
+    with pytest.raises(AdapterNotFound, match="adapter 'a' is at"):
+        add(engine, right)
+    for name in ("a@", "a@xyz", "a@3F3F3F", "a@123", f"a@{'0' * 65}"):
+        with pytest.raises(AdapterNotFound, match="is no version of 'a'"):
+            add(engine, Job(JOBS[0].prompt, JOBS[0].params, name))
+    with pytest.raises(AdapterNotFound):
+        engine.unload_adapter(f"a@{digests['b']}")
+    engine.check_integrity()
