@@ -100,11 +100,8 @@ def _invalid(error: RequestValidationError) -> HttpError:
         return HttpError(400, f"the body is no JSON: {context.get('error', first['msg'])}")
     if first["type"] == "unsupported_field":
         return HttpError(400, first["msg"], param=context["field"])
-    if first["type"] == "extra_forbidden":
-        field = ".".join(place)[:100]
-        return HttpError(400, f"{field} is no field that is known here; leave it out", param=field)
     if not place:
-        return HttpError(400, f"the body must be a JSON object: {first['msg']}")
+        return HttpError(400, "the body must be a JSON object, sent as application/json")
     return HttpError(400, f"{'.'.join(place)[:100]}: {first['msg']}", param=place[0][:100])
 
 

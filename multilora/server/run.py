@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
+from ..errors import ConfigError
 from ..version import __version__
 from .app import create_app
 from .settings import LOOPBACK, ServerSettings
@@ -20,6 +22,21 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 MAX_HEADER_BYTES = 64 << 10
 LAST_WORDS = 5  # seconds in which clients may read what is left, once all requests have ended
+
+
+def bound_socket(settings: ServerSettings) -> socket.socket:
+    """The server's address, taken before a model is loaded. A ConfigError if it cannot be had."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    made = socket.socket(family)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind((settings.host, settings.port))
+    except OSError as error:
+        made.close()
+        raise ConfigError(
+            f"{settings.host} port {settings.port} cannot be listened on: {error}; give another"
+        ) from error
+    return made
 
 
 class Server(uvicorn.Server):

@@ -1,10 +1,14 @@
-"""What clients send. A field that nobody reads is an error that names it, never ignored."""
+"""What clients send. A field that nobody reads is an error that names it, never ignored.
+
+Long lists and objects are looked at by ourselves and give one error: pydantic's own would be one
+for each item and each member of a union, seconds of the event loop for a body of a megabyte.
+"""
 
 from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
 from ..errors import shown
@@ -14,6 +18,7 @@ from ..errors import shown
 NOTHING: tuple[Any, ...] = (None,)
 TEXT_ONLY = "prompts and answers are text"
 LATER = "it is not there yet"
+MAX_PROMPTS = 2**16  # whatever the settings say: more are not even looked at
 INERT: dict[str, tuple[tuple[Any, ...], str]] = {
     "best_of": ((None, 1), "ask for n answers and compare their logprobs"),
     "suffix": ((None, ""), "no Llama fills in"),
@@ -61,6 +66,61 @@ def _is(value: object, inert: object) -> bool:
     return type(value) is type(inert) and value == inert
 
 
+def _wrong(what: str) -> PydanticCustomError:
+    return PydanticCustomError("wrong_type", "it should be {what}", {"what": what})
+
+
+def _is_list(value: object, kind: type) -> bool:
+    return type(value) is list and set(map(type, value)) <= {kind}
+
+
+def _prompt(value: Any) -> Any:
+    if isinstance(value, str) or _is_list(value, int) or _is_list(value, str):
+        return value
+    is_short = _is_list(value, list) and len(value) <= MAX_PROMPTS
+    if is_short and all(_is_list(one, int) for one in value):
+        return value
+    raise _wrong("a text, a list of token ids, or a list of either")
+
+
+def _stop(value: Any) -> Any:
+    if isinstance(value, str) or _is_list(value, str):
+        return value
+    raise _wrong("a text or a list of texts")
+
+
+def _ids(value: Any) -> Any:
+    if _is_list(value, int):
+        return value
+    raise _wrong("a list of token ids")
+
+
+def _texts(value: Any) -> Any:
+    if _is_list(value, str):
+        return value
+    raise _wrong("a list of texts")
+
+
+def _messages(value: Any) -> Any:
+    if value and _is_list(value, dict):
+        return value
+    raise _wrong("a list of one message or more")
+
+
+def _numbers(value: Any) -> Any:
+    if type(value) is dict and set(map(type, value.values())) <= {int, float}:
+        return value
+    raise _wrong("an object of numbers")
+
+
+PromptField = Annotated[str | list[str] | list[int] | list[list[int]], PlainValidator(_prompt)]
+Stop = Annotated[str | list[str], PlainValidator(_stop)]
+TokenIds = Annotated[list[int], PlainValidator(_ids)]
+Texts = Annotated[list[str], PlainValidator(_texts)]
+Messages = Annotated[list[dict[str, Any]], PlainValidator(_messages)]
+Numbers = Annotated[dict[str, float], PlainValidator(_numbers)]
+
+
 class Body(BaseModel):
     """A request's JSON object: exact types, known fields, and null for what is not given."""
 
@@ -74,14 +134,16 @@ class Body(BaseModel):
             return given
         kept = {}
         for name, value in given.items():
-            if name not in INERT or name in cls.model_fields:
+            if name in cls.model_fields:
                 kept[name] = value
                 continue
-            values, why = INERT[name]
+            values, why = INERT.get(name, ((), ""))
             if not any(_is(value, one) for one in values):
                 text = f"{name}={shown(value)} is not supported: {why}"
+                if name not in INERT:
+                    text = f"{shown(name)} is no field that is known here; leave it out"
                 raise PydanticCustomError(
-                    "unsupported_field", "{message}", {"message": text, "field": name}
+                    "unsupported_field", "{message}", {"message": text, "field": name[:100]}
                 )
         return kept
 
@@ -97,7 +159,7 @@ class GenerationBody(Body):
     """What a completion and a chat have in common. Ranges are checked by `SamplingParams`."""
 
     model: str | None = None
-    adapter_weights: dict[str, float] | None = None
+    adapter_weights: Numbers | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None  # an identifier that asks for nothing
@@ -111,13 +173,13 @@ class GenerationBody(Body):
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
+    logit_bias: Numbers | None = None
+    allowed_token_ids: TokenIds | None = None
+    bad_words: Texts | None = None
     seed: int | None = None
     min_tokens: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: Stop | None = None
+    stop_token_ids: TokenIds | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
@@ -129,7 +191,7 @@ class GenerationBody(Body):
 class CompletionBody(GenerationBody):
     """Of `/v1/completions`."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: PromptField
     max_tokens: int | None = None
     logprobs: int | None = None
     echo: bool | None = None
@@ -138,7 +200,7 @@ class CompletionBody(GenerationBody):
 class ChatBody(GenerationBody):
     """Of `/v1/chat/completions`."""
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    messages: Messages
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
@@ -153,7 +215,7 @@ class TokenizeBody(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -165,7 +227,7 @@ class DetokenizeBody(Body):
     """Of `/detokenize`."""
 
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0, lt=2**31)]]
+    tokens: TokenIds
 
 
 class LoadAdapterBody(Body):

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 _Item = TypeVar("_Item")
 DONE = b"data: [DONE]\n\n"
+# Made once: `json.dumps` with these would make an encoder for every event.
+_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 class ClientGoneError(Exception):
@@ -72,8 +74,7 @@ async def merged(
 
 def event(data: Mapping[str, Any]) -> bytes:
     """One server-sent event."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    return b"data: " + text.encode("utf-8", "replace") + b"\n\n"
+    return b"data: " + _json(data).encode("utf-8", "replace") + b"\n\n"
 
 
 class EventStream(StreamingResponse):

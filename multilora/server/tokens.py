@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from ..errors import RequestError
+from ..errors import RequestError, shown
 from .generation import encode_prompt, template_options
 from .schemas import DetokenizeBody, TokenizeBody
 from .state import state_of
@@ -47,5 +47,7 @@ async def detokenize(body: DetokenizeBody, request: Request) -> dict[str, str]:
     """The text of ids, special tokens among it."""
     state = state_of(request)
     await state.check_model(body.model)
+    if wrong := [token for token in body.tokens if not 0 <= token < 2**31]:
+        raise RequestError(f"tokens: {shown(wrong[0])} is no token id")
     decode = state.tokenizer.decode
     return {"prompt": await state.beside(decode, body.tokens, skip_special_tokens=False)}

@@ -149,11 +149,12 @@ def _serve(
     """Loads everything and serves until it is told to end."""
     import asyncio
 
-    from ...server.run import Server
+    from ...server.run import Server, bound_socket
     from ...serving.async_engine import AsyncEngine
 
     if taken := [name for name in settings.served_model_name or (config.model,) if name in folders]:
         raise ConfigError(f"{taken[0]!r} is the base and an adapter; use two names")
+    address = bound_socket(settings)
     engine = AsyncEngine(config, max_waiting=max_waiting)
 
     async def main() -> None:
@@ -162,7 +163,7 @@ def _serve(
             for name, folder in folders.items():
                 await engine.load_adapter(name, folder)
             server.app.state.server.folders.update(folders)
-            await server.serve()
+            await server.serve([address])
         finally:
             await engine.shutdown()
 

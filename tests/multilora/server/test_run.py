@@ -14,7 +14,8 @@ import httpx
 import pytest
 
 from multilora import AsyncEngine, EngineConfig
-from multilora.server.run import Server
+from multilora.errors import ConfigError
+from multilora.server.run import Server, bound_socket
 from multilora.server.settings import ServerSettings
 
 from .conftest import SETTINGS, loopback
@@ -118,3 +119,13 @@ def test_where_it_listens_beyond_the_machine_it_says_so(
     with loopback(made(host="0.0.0.0")):
         pass
     assert "asks for no API key" in caplog.text
+
+
+def test_an_address_that_is_taken_is_an_error_before_a_model_is_loaded() -> None:
+    with bound_socket(ServerSettings(port=0)) as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"port {port}"):
+            bound_socket(ServerSettings(port=port))
+    with pytest.raises(ConfigError, match="cannot be listened on"):
+        bound_socket(ServerSettings(host="no.such.host.invalid"))

@@ -62,3 +62,22 @@ def test_null_is_what_is_not_given() -> None:
     nothing = {name: None for name in ChatBody.model_fields if name != "messages"}
     body = ChatBody.model_validate({"messages": MESSAGES, **nothing})
     assert body == ChatBody.model_validate({"messages": MESSAGES})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": [5] * 10**6 + ["a"]},
+        {"prompt": [["a"]] * 10**6},
+        {"stop": [1] * 10**6},
+        {"bad_words": [1] * 10**6},
+        {"stop_token_ids": ["a"] * 10**6},
+        {"logit_bias": {str(i): "a" for i in range(10**5)}},
+        {f"field{i}": 1 for i in range(10**5)},
+    ],
+    ids=lambda change: min(change),
+)
+def test_a_body_full_of_errors_has_one(change: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as found:
+        CompletionBody.model_validate({"prompt": "a", **change})
+    assert found.value.error_count() == 1
