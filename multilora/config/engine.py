@@ -220,7 +220,7 @@ class EngineConfig:
     def _check_sources(self) -> None:
         given, begins = self.adapter_sources, tuple(f"{scheme}://" for scheme in ADAPTER_SCHEMES)
         try:
-            prefixes = tuple(given) if isinstance(given, list | tuple) else (None,)
+            prefixes: tuple[Any, ...] = tuple(given) if isinstance(given, list | tuple) else (None,)
         except Exception:  # a list of the caller's own
             prefixes = (None,)
         if not all(isinstance(one, str) and one.startswith(begins) for one in prefixes):
