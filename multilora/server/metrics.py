@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from ..adapters.mix import names_of
 from ..engine.stats import EngineStats
 
 if TYPE_CHECKING:
@@ -103,12 +104,9 @@ class Metrics:
 
 
 def label_of(adapter: AdapterSpec) -> str:
-    """The base, an adapter's name, or any mix: mixes are too many to tell apart."""
-    if adapter is None:
-        return BASE
-    if isinstance(adapter, Mapping):
-        return MIX if len(adapter) != 1 else next(iter(adapter))
-    return adapter
+    """The base, an adapter's name, or any mix: mixes and versions are too many to tell apart."""
+    names = names_of(adapter)
+    return BASE if not names else names[0] if len(names) == 1 else MIX
 
 
 class _EngineCollector:

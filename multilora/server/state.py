@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Request
 
+from ..adapters.mix import check_version, names_of
 from ..errors import RequestError, shown
 from .errors import HttpError, model_not_found
 from .metrics import Metrics
@@ -65,8 +66,14 @@ class ServerState:
     async def check_model(self, model: str | None) -> None:
         """An HttpError for a name that is none of ours."""
         spec = await self.adapter(model, None)
-        if spec is not None and spec not in await self.adapter_names():
-            raise model_not_found(f"no adapter is named {shown(spec)}")
+        for name in names_of(spec):
+            loaded, known = await self.engine.call(
+                lambda own: (own.adapters, {*own.adapters, *own.registered_adapters})
+            )
+            if name not in known:
+                raise model_not_found(f"no adapter is named {shown(name)}")
+            if name in loaded:
+                check_version(str(spec), loaded[name].digest)
 
     @property
     def tokenizer(self) -> Tokenizer:

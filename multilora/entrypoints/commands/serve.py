@@ -31,7 +31,7 @@ SETTINGS = (
     *("load_format", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_loras"),
     *("max_lora_rank", "lora_pages", "num_kv_blocks", "gpu_memory_utilization", "max_logprobs"),
     *("adapter_chat_template", "split_special_tokens", "generation_config", "seed"),
-    *("enforce_eager",),
+    *("enforce_eager", "adapter_sources", "adapter_cache_dir"),
 )
 Modules = Annotated[
     list[str] | None,
@@ -48,6 +48,9 @@ Keys = Annotated[
 ]
 AdminKeys = Annotated[
     list[str] | None, typer.Option(help=f"A key for loading adapters. Better: {ADMIN_KEY}.")
+]
+Sources = Annotated[
+    list[str] | None, typer.Option(help="Prefix that adapters may be fetched from; repeat.")
 ]
 Lora = Annotated[bool, typer.Option("--enable-lora", help="As in vLLM; adapters are always on.")]
 Admin = Annotated[
@@ -88,6 +91,8 @@ def serve(
     gpu_memory_utilization: options.MemoryShare = None,
     max_logprobs: Annotated[int | None, typer.Option(help="At a place; 20.")] = None,
     adapter_chat_template: Annotated[str, typer.Option(help="ignore or use.")] = "ignore",
+    adapter_sources: Sources = None,
+    adapter_cache_dir: Annotated[str | None, typer.Option(help="Keeps what was fetched.")] = None,
     generation_config: Annotated[str, typer.Option(help="auto or vllm.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of requests that set none.")] = 0,
     split_special_tokens: Split = False,

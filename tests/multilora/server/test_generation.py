@@ -308,6 +308,13 @@ def test_a_wrong_request_is_an_error_with_its_name(
     assert len(error["message"]) < 400
 
 
+def test_a_version_of_an_adapter_can_be_asked_for(ask: Ask, engine: AsyncEngine) -> None:
+    digest = asyncio.run(engine.list_adapters())["feedback"].digest
+    for version, status in ((digest[:10], 200), ("0" * 10, 404)):
+        body = {"model": f"feedback@{version}", "prompt": "Hello", "max_tokens": 2}
+        assert ask("POST", "/v1/completions", json=body).status_code == status
+
+
 def test_openais_client_raises_its_own_errors(client: Any) -> None:
     with pytest.raises(openai.NotFoundError, match="nobody"):
         client.completions.create(model="nobody", prompt="Hello")

@@ -53,8 +53,9 @@ def test_an_adapter_that_has_gone_leaves_no_series() -> None:
 
 
 def test_mixes_share_a_label() -> None:
-    found = [label_of(spec) for spec in (None, "a", {"a": 1.0}, {"a": 0.5, "b": 0.5})]
-    assert found == [BASE, "a", "a", MIX]
+    found = [label_of(spec) for spec in (None, {}, "a", "a@3fa9c1", {"a": 1.0})]
+    assert found == [BASE, BASE, "a", "a", "a"]
+    assert label_of({"a": 0.5, "b": 0.5}) == MIX
 
 
 def test_two_apps_in_one_process_do_not_share_figures() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from multilora import AsyncEngine, EngineConfig
-from multilora.errors import RequestError
+from multilora.errors import AdapterNotFound, RequestError
 from multilora.server.errors import HttpError
 from multilora.server.settings import ServerSettings
 from multilora.server.state import ServerState
@@ -64,6 +64,11 @@ def test_names_that_are_none_of_ours_are_errors(state: ServerState) -> None:
     with pytest.raises(HttpError, match="nobody") as found:
         run(state.check_model("nobody"))
     assert found.value.status == 404
+    digest = run(state.engine.list_adapters())["feedback"].digest
+    run(state.check_model(f"uma:feedback@{digest[:8]}"))
+    for version in ("000000", "x"):
+        with pytest.raises(AdapterNotFound):
+            run(state.check_model(f"feedback@{version}"))
 
 
 def test_without_names_the_base_is_called_as_it_was_given(engine: AsyncEngine) -> None:
