@@ -38,7 +38,7 @@ check: install typing
 test: check
 	@$(MAKE) test-beside > build/test-beside.log 2>&1 & beside=$$!; \
 	trap 'kill $$beside 2> /dev/null' INT TERM; \
-	$(BIN)/pytest -m "not slow and not gpu" --ignore tests/bench; main=$$?; \
+	$(BIN)/pytest -m "not slow and not gpu" tests/test_*.py tests/kernels tests/multilora; main=$$?; \
 	wait $$beside; beside=$$?; cat build/test-beside.log; exit $$((main + beside))
 
 test-beside: install
