@@ -422,6 +422,8 @@ LEFT_RUNNING = """
 import asyncio, sys, signal, threading, os, time
 from multilora import AsyncEngine, EngineConfig, SamplingParams
 
+# Who is started in the background, as by a shell's &, has it ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 engine = AsyncEngine(EngineConfig(model=sys.argv[1], skip_tokenizer_init=True, max_model_len=256))
 
 async def main(interrupted):
@@ -429,7 +431,7 @@ async def main(interrupted):
     async for output in engine.generate([5, 6, 7], params):
         if interrupted:
             os.kill(os.getpid(), signal.SIGINT)
-            await asyncio.sleep(60)  # another thread may be the one that it meets, and later
+            await asyncio.sleep(10)  # another thread may be the one that it meets, and later
         elif sys.argv[2] == "end":
             print("left", flush=True)
             return
