@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ..errors import AdapterError, AdapterInvalid, AdapterNotFound, shown
 from .packed_adapter import PackedAdapter
@@ -71,6 +72,14 @@ class LoadedAdapter:
     digest: str
     host: PackedAdapter
     chat_template: str | None = None  # of its folder, if it is not the base's
+    path: str | None = None  # of its folder, or its address; None = it lay in memory
+
+
+class _Origin(NamedTuple):
+    """Where an adapter came from, and what came with it."""
+
+    path: str | None
+    chat_template: str | None
 
 
 @dataclass(slots=True)
@@ -99,7 +108,7 @@ class AdapterLoader:
         self._synced: set[str] = set()  # the names that a registry file has brought
         self._loads: dict[str, tuple[AdapterSource, Future[LoadedAdapter]]] = {}
         self._failures: dict[str, _Failure] = {}
-        self._templates: dict[str, str | None] = {}  # by name, of what was read
+        self._origins: dict[str, _Origin] = {}  # by name, of what was read
         self._used: OrderedDict[str, None] = OrderedDict()  # names read here; next victim first
         self._pools: dict[bool, ThreadPoolExecutor] = {}  # of what is fetched, and what is not
         self.is_over = False  # the bound, as too much was in use when there was need of room
@@ -138,13 +147,26 @@ class AdapterLoader:
     def install(self, name: str, found: LoadedAdapter) -> None:
         """Makes `name` mean what was read, for good."""
         self.forget(name)
+        self._enter(name, found)
+
+    def _enter(self, name: str, found: LoadedAdapter) -> None:
         self._store.install(name, found.digest, found.host)
-        self._templates[name] = found.chat_template
+        self._origins[name] = _Origin(found.path, found.chat_template)
+
+    def knows(self, name: str) -> bool:
+        """Whether an adapter of this name is loaded, or has a source."""
+        return name in self._sources or self._store.has(name)
+
+    def path(self, name: str) -> str | None:
+        """The folder or address that a name means; None if there is none."""
+        if name in self._sources:
+            return str(self._sources[name].path)
+        return self._origins[name].path if name in self._origins else None
 
     def chat_template(self, name: str) -> str | AdapterSource | None:
         """The chat template of an adapter, the source to read it from, or None."""
-        if name in self._templates:
-            return self._templates[name]
+        if name in self._origins:
+            return self._origins[name].chat_template
         if name not in self._sources and not self._resolve(name):
             return None
         return self._sources[name]
@@ -167,7 +189,7 @@ class AdapterLoader:
 
     def forget(self, name: str) -> bool:
         """Drops a name's source; what was read of it stays. False if there is none."""
-        self._templates.pop(name, None)
+        self._origins.pop(name, None)
         _, load = self._loads.pop(name, (None, None))
         if load is not None:
             load.cancel()
@@ -281,8 +303,7 @@ class AdapterLoader:
             else:
                 found = load.result()
                 self._used[name] = None
-                self._store.install(name, found.digest, found.host)
-                self._templates[name] = found.chat_template
+                self._enter(name, found)
                 self._failures.pop(name, None)
                 self.num_loads += 1
                 del self._loads[name]

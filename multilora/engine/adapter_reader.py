@@ -84,7 +84,7 @@ class AdapterReader:
                 name,
                 source.path,
             )
-        return replace(found, chat_template=template)
+        return replace(found, chat_template=template, path=str(source.path))
 
     def chat_template(self, source: AdapterSource) -> str | None:
         """The chat template of an adapter; None if it has none, or the base's."""

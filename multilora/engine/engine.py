@@ -244,6 +244,19 @@ class Engine:
             self._core.unpark()
         return found.digest
 
+    @exclusive
+    def has_adapter(self, name: str) -> bool:
+        """Whether an adapter of this name is loaded or registered."""
+        return isinstance(name, str) and self._loader.knows(name)
+
+    @exclusive
+    def adapter_path(self, name: str) -> str | None:
+        """The folder or address that an adapter was loaded from, or is registered with.
+
+        None for one that lay in memory, and where there is none of this name.
+        """
+        return self._loader.path(name) if isinstance(name, str) else None
+
     def adapter_chat_template(self, adapter: AdapterSpec) -> str | None:
         """The chat template that an adapter alone brings; None where the base's is to be used.
 

@@ -17,7 +17,7 @@ from ..errors import ConfigError, EngineDeadError, RequestError, shown
 from ..lora_request import LoRARequest
 from ..outputs import RequestOutput
 from ..sampling_params import RequestOutputKind, SamplingParams
-from ..tokenization.chat_template import TAKEN
+from ..tokenization.chat_template import RESERVED
 from .progress import Progress
 from .prompts import Message, Prompt, as_conversations, as_prompts, for_each
 
@@ -54,7 +54,6 @@ class LLM:
         config = EngineConfig.from_kwargs(model=base, tokenizer=own, **settings)
         self._defaults = {} if config.generation_config == "vllm" else sampling_defaults(base)
         self.engine = Engine(config)
-        self._folders: dict[str, str] = {}  # that `LoRARequest`s have loaded, by name
         adapters = {} if adapters is None else adapters
         if not isinstance(adapters, Mapping):
             raise ConfigError(f"adapters must map names to folders, not {shown(adapters)}")
@@ -70,14 +69,11 @@ class LLM:
 
     def load_adapter(self, name: str, path: str | Path) -> str:
         """Loads an adapter folder under a name, which is replaced if loaded; returns its digest."""
-        digest = self.engine.load_adapter(name, path)
-        self._folders[name] = str(path)
-        return digest
+        return self.engine.load_adapter(name, path)
 
     def register_adapter(self, name: str, path: str | Path, *, digest: str | None = None) -> None:
         """Makes `name` mean a folder that is read when a prompt names it; see `Engine`."""
         self.engine.register_adapter(name, path, digest=digest)
-        self._folders.pop(name, None)
 
     def unload_adapter(self, name: str) -> None:
         """Forgets a name; AdapterNotFound when there is none."""
@@ -236,7 +232,7 @@ class LLM:
                     f"two prompts of one call name {shown(name)} and mean {shown(paths[name])} and "
                     f"{shown(path)}: a name is one adapter here; give each its own"
                 )
-            is_loaded = name in self.adapters and self._folders.get(name) == path
+            is_loaded = self.engine.store.has(name) and self.engine.adapter_path(name) == path
             if not is_loaded or (request.load_inplace and name not in fresh):
                 self.load_adapter(name, path)
                 fresh.add(name)
@@ -308,6 +304,6 @@ def _variables(given: object) -> Mapping[str, Any]:
     given = read(dict, given, "chat_template_kwargs") if isinstance(given, Mapping) else given
     if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
         raise RequestError(f"chat_template_kwargs must be a dict of names, not {shown(given)}")
-    if taken := given.keys() & {*TAKEN, "chat_template", "tokenize"}:
+    if taken := given.keys() & RESERVED:
         raise RequestError(f"give {min(taken)} as an argument, not in chat_template_kwargs")
     return given

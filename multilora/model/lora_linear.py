@@ -128,17 +128,17 @@ class LoraLinear(nn.Module):
             return y
         a, b = lora.pool.layer(self.layer)
         table = lora.scales.table(lora.table, self.layer)
-        if side is None or lora.rows is not None:
-            y = self.base(x, batch.batch_invariant)
-            if lora.rows is not None:
-                mk.lora_columns_(y, x, lora.rows.columns, lora.tiles)
-            mk.lora_(y, x, a, b, table, lora.tiles, lora.slice_starts)
-            return y
-        with side.fork():
-            planes = mk.lora_shrink(x, a, table, lora.tiles, mk.lora_splits(x, a))
+        if side is not None:
+            with side.fork():
+                planes = mk.lora_shrink(x, a, table, lora.tiles, mk.lora_splits(x, a))
         y = self.base(x, batch.batch_invariant)
-        side.join()
-        mk.lora_expand_(y, planes, b, table, lora.tiles, lora.slice_starts)
+        if lora.rows is not None:
+            mk.lora_columns_(y, x, lora.rows.columns, lora.tiles)
+        if side is None:
+            mk.lora_(y, x, a, b, table, lora.tiles, lora.slice_starts)
+        else:
+            side.join()
+            mk.lora_expand_(y, planes, b, table, lora.tiles, lora.slice_starts)
         return y
 
     def part(self) -> Part:
@@ -162,7 +162,8 @@ class LoraEmbedding(nn.Module):
         ids, lora = batch.ids, batch.lora.get("embed")
         y = self.weight[ids] if self.tied is None else self.tied.rows(ids, self.dtype)
         if lora is not None:
-            if lora.rows is not None and batch.token_slots is not None:
+            if lora.rows is not None:
+                assert batch.token_slots is not None, "trained rows would be ignored"
                 lora.rows.add_(y, ids, batch.token_slots)
             a, b = lora.pool.layer(0)
             mk.lora_embed_(y, ids, a, b, lora.scales.table(lora.table, 0), lora.tiles)

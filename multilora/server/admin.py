@@ -25,7 +25,7 @@ async def load(body: LoadAdapterBody, request: Request) -> PlainTextResponse:
         raise HttpError(400, f"{shown(name)} is the base; give the adapter another name")
     try:
         check_name(name)
-        if not body.load_inplace and name in await state.adapter_names():
+        if not body.load_inplace and await state.has_adapter(name):
             raise HttpError(
                 400,
                 f"the adapter {shown(name)} is loaded; unload it first, or set load_inplace",
@@ -36,7 +36,6 @@ async def load(body: LoadAdapterBody, request: Request) -> PlainTextResponse:
         raise HttpError(400, str(error), param="lora_path") from error
     except AdapterError as error:
         raise HttpError(400, str(error)) from error
-    state.folders[name] = body.lora_path
     logger.info("adapter %s: loaded from %s, digest %s", name, shown(body.lora_path), digest)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
@@ -49,7 +48,6 @@ async def unload(body: UnloadAdapterBody, request: Request) -> PlainTextResponse
         await state.engine.unload_adapter(name)
     except AdapterNotFound as error:
         raise model_not_found(error) from error
-    state.folders.pop(name, None)
     state.metrics.forget(name)
     logger.info("adapter %s: unloaded", name)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .logprobs import chat_logprobs, completion_logprobs, prompt_logprobs
@@ -22,22 +23,22 @@ class Usage:
 
     def __init__(self, num_prompts: int) -> None:
         self._prompts = [(0, 0)] * num_prompts  # tokens, and those from the prefix cache
-        self.tokens: dict[tuple[int, int], int] = {}  # by prompt and answer
+        self._new: list[dict[int, int]] = [{} for _ in range(num_prompts)]  # tokens by answer
 
     def see(self, place: int, output: RequestOutput) -> None:
         """Takes an output of the prompt at `place`, cumulative or a delta."""
         self._prompts[place] = len(output.prompt_token_ids), output.num_cached_tokens
         for answer in output.outputs:
-            self.tokens[place, answer.index] = answer.token_offset + len(answer.token_ids)
+            self._new[place][answer.index] = answer.token_offset + len(answer.token_ids)
 
     def num_tokens(self, place: int) -> int:
         """New tokens of the answers to one prompt."""
-        return sum(count for (of, _), count in self.tokens.items() if of == place)
+        return sum(self._new[place].values())
 
     def body(self, *, is_unseen: bool = False) -> dict[str, Any]:
         """As OpenAI has it; new tokens that nobody sees do not count."""
         prompt = sum(count for count, _ in self._prompts)
-        new = 0 if is_unseen else sum(self.tokens.values())
+        new = 0 if is_unseen else sum(map(self.num_tokens, range(len(self._new))))
         return {
             "prompt_tokens": prompt,
             "completion_tokens": new,
@@ -46,7 +47,7 @@ class Usage:
         }
 
 
-class AnswerForm:
+class AnswerForm(ABC):
     """What both have in common. An object of one request: it remembers what it has told."""
 
     prefix: ClassVar[str]  # of ids
@@ -101,10 +102,11 @@ class AnswerForm:
         is_news = answer.text or answer.finish_reason is not None or answer.token_offset == 0
         return bool(is_news or self._with_ids or self._params.logprobs is not None)
 
+    @abstractmethod
     def _content(
         self, place: int, output: RequestOutput, answer: CompletionOutput, is_chunk: bool
     ) -> dict[str, Any]:
-        raise NotImplementedError
+        """What is not the same in both."""
 
 
 class CompletionForm(AnswerForm):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
 
 from ..errors import shown
 from .errors import model_not_found
 from .state import ServerState, state_of
+
+if TYPE_CHECKING:
+    from ..engine.engine import Engine
 
 routes = APIRouter()
 
@@ -31,14 +34,17 @@ async def show_model(name: str, request: Request) -> dict[str, Any]:
 
 async def _cards(state: ServerState) -> list[dict[str, Any]]:
     engine = state.engine
-    loaded, registered = await engine.call(lambda own: (own.adapters, own.registered_adapters))
-    roots = {name: info.digest for name, info in loaded.items()}
-    roots |= {name: adapter.path for name, adapter in registered.items()}
-    roots |= {name: path for name, path in state.folders.items() if name in roots}
+    roots = await engine.call(_roots)
     bases = [_card(state, name, engine.config.model, None) for name in state.served]
     return bases + [
         _card(state, name, root, state.served[0]) for name, root in sorted(roots.items())
     ]
+
+
+def _roots(engine: Engine) -> dict[str, str]:
+    """Where each adapter came from; the digest of one that lay in memory."""
+    loaded = {name: engine.adapter_path(name) or i.digest for name, i in engine.adapters.items()}
+    return loaded | {name: i.path for name, i in engine.registered_adapters.items()}
 
 
 def _card(state: ServerState, name: str, root: str, parent: str | None) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Request
 
-from ..adapters.mix import check_version, names_of
+from ..adapters.mix import names_of
 from ..errors import RequestError, shown
+from ..tokenization.chat_template import RESERVED
 from .errors import HttpError, model_not_found
 from .metrics import Metrics
 
@@ -19,13 +20,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from ..adapters.mix import AdapterSpec
+    from ..engine.engine import Engine
     from ..serving.async_engine import AsyncEngine
     from ..tokenization.tokenizer import Tokenizer
     from .settings import ServerSettings
 
 _Result = TypeVar("_Result")
-# Arguments of a rendering, which come in fields of their own or not at all.
-TAKEN = ("messages", "tools", "add_generation_prompt", "continue_final_message", "max_length")
 RENDERERS = 2  # threads for prompts: the event loop is for streams
 
 
@@ -36,7 +36,6 @@ class ServerState:
         self.engine, self.settings = engine, settings
         self.served = settings.served_model_name or (engine.config.model,)
         self.created = int(time.time())
-        self.folders: dict[str, str] = {}  # of adapters that came through this server
         self.metrics = Metrics(self.served[0])
         self._threads = ThreadPoolExecutor(RENDERERS, "multilora-prompts")
 
@@ -55,25 +54,20 @@ class ServerState:
                 param="adapter_weights",
             )
         base = next((name for name in self.served if model.startswith(f"{name}:")), None)
-        if base is None or model in await self.adapter_names():
+        if base is None or await self.has_adapter(model):
             return model
         return model[len(base) + 1 :]
 
-    async def adapter_names(self) -> set[str]:
-        """All that can be asked for."""
-        return await self.engine.call(lambda own: {*own.adapters, *own.registered_adapters})
+    async def has_adapter(self, name: str) -> bool:
+        """Whether it can be asked for."""
+        return await self.engine.call(lambda own: own.has_adapter(name))
 
     async def check_model(self, model: str | None) -> None:
         """An HttpError for a name that is none of ours."""
         spec = await self.adapter(model, None)
-        for name in names_of(spec):
-            loaded, known = await self.engine.call(
-                lambda own: (own.adapters, {*own.adapters, *own.registered_adapters})
-            )
-            if name not in known:
-                raise model_not_found(f"no adapter is named {shown(name)}")
-            if name in loaded:
-                check_version(str(spec), loaded[name].digest)
+        unknown = await self.engine.call(partial(_unknown, spec))
+        if unknown is not None:
+            raise model_not_found(f"no adapter is named {shown(unknown)}")
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -96,7 +90,7 @@ class ServerState:
     ) -> tuple[str, list[int]]:
         """Text and ids of a conversation."""
         variables = variables or {}
-        if taken := variables.keys() & {*TAKEN, "chat_template", "tokenize"}:
+        if taken := variables.keys() & RESERVED:
             raise RequestError(f"chat_template_kwargs may not have {min(taken)}")
         if self.engine.config.adapter_chat_template != "ignore":
             own = await self.engine.call(lambda engine: engine.adapter_chat_template(spec))
@@ -110,6 +104,16 @@ class ServerState:
         """At the end of the app."""
         await self.engine.shutdown()
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _unknown(spec: AdapterSpec, engine: Engine) -> str | None:
+    """The first name that there is not; an AdapterNotFound for a version that it is not at."""
+    for name in names_of(spec):
+        if not engine.has_adapter(name):
+            return name
+        if engine.store.has(name):
+            engine.store.resolve(spec)
+    return None
 
 
 def state_of(request: Request) -> ServerState:

@@ -62,7 +62,6 @@ class AsyncEngine:
         self.model_config, self.max_model_len = engine.model_config, engine.max_model_len
         is_plain = config.generation_config == "vllm"
         self._default = SamplingParams(**({} if is_plain else sampling_defaults(config.model)))
-        self._folders: dict[str, str] = {}  # of `LoRARequest`s by name; of the thread alone
         self._reader = engine.reader
         self._readers = ThreadPoolExecutor(1, "multilora-reader", initializer=be_nice)
         self._thread = EngineThread(engine, config.max_num_seqs + limit)
@@ -135,8 +134,7 @@ class AsyncEngine:
         It is read beside the steps. Requests in flight finish on the version that they began with.
         Raises what `Engine.load_adapter` does.
         """
-        folder = str(path) if isinstance(path, Path) else path
-        return await self._load(name, folder, partial(self._reader.read_folder, name, path))
+        return await self._load(name, partial(self._reader.read_folder, name, path))
 
     async def load_adapter_from_tensors(
         self, name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
@@ -145,47 +143,29 @@ class AsyncEngine:
 
         The tensors are copied beside the steps and must not change before it returns.
         """
-        return await self._load(
-            name, None, partial(self._reader.read_tensors, name, config, tensors)
-        )
+        return await self._load(name, partial(self._reader.read_tensors, name, config, tensors))
 
-    async def _load(self, name: str, path: str | None, read: Callable[[], LoadedAdapter]) -> str:
+    async def _load(self, name: str, read: Callable[[], LoadedAdapter]) -> str:
         def read_now() -> LoadedAdapter:
             self._thread.check()  # it may have been shut down since
             return read()
 
         self._thread.check()
         found = await asyncio.get_running_loop().run_in_executor(self._readers, read_now)
-
-        def install(engine: Engine) -> str:
-            digest = engine.install_adapter(name, found)
-            self._note(name, path)
-            return digest
-
-        return await self.call(install)
+        return await self.call(lambda engine: engine.install_adapter(name, found))
 
     async def register_adapter(
         self, name: str, path: str | Path, *, digest: str | None = None
     ) -> None:
         """Makes `name` mean a folder that is read when a request names it; see `Engine`."""
-
-        def register(engine: Engine) -> None:
-            engine.register_adapter(name, path, digest=digest)
-            self._note(name, str(path))
-
-        await self.call(register)
+        await self.call(lambda engine: engine.register_adapter(name, path, digest=digest))
 
     async def unload_adapter(self, name: str) -> None:
         """Forgets a name, loaded or registered; requests in flight finish.
 
         Those that wait for it to be read end with an error. Raises AdapterNotFound.
         """
-
-        def unload(engine: Engine) -> None:
-            engine.unload_adapter(name)
-            self._note(name, None)
-
-        await self.call(unload)
+        await self.call(lambda engine: engine.unload_adapter(name))
 
     async def list_adapters(self) -> dict[str, AdapterInfo]:
         """The loaded adapters by name."""
@@ -195,19 +175,13 @@ class AsyncEngine:
         """The adapters that are read on demand, by name."""
         return await self.call(lambda engine: engine.registered_adapters)
 
-    def _registered(self, engine: Engine, request: LoRARequest) -> str:
+    @staticmethod
+    def _registered(engine: Engine, request: LoRARequest) -> str:
         """The name of its adapter, which means its folder from here on."""
         name, path = request.lora_name, request.lora_path
-        if request.load_inplace or self._folders.get(name) != path:
+        if request.load_inplace or engine.adapter_path(name) != path:
             engine.register_adapter(name, path)
-            self._note(name, path)
         return name
-
-    def _note(self, name: str, path: str | None) -> None:
-        """What a name means for a `LoRARequest`."""
-        self._folders.pop(name, None)
-        if path is not None:
-            self._folders[name] = path
 
     # The engine -------------------------------------------------------------------------------
 

@@ -27,8 +27,11 @@ logger = logging.getLogger(__name__)
 TIME_LIMIT = 2.0  # seconds of processor time for one rendering
 MAX_CHARS = 1 << 21  # of the rendered text; messages, tools and variables: half of it
 MAX_FILE = 4 << 20  # bytes of a file that is looked at in an adapter's folder
-# Arguments of a rendering, which are no free variables of a template.
-TAKEN = ("messages", "tools", "add_generation_prompt", "continue_final_message", "max_length")
+# Arguments of a rendering, which no variable of a template may be called.
+RESERVED = frozenset(
+    {"messages", "tools", "add_generation_prompt", "continue_final_message", "max_length"}
+    | {"chat_template", "tokenize"}
+)
 CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG "  # stands, while it renders, where the text shall end
 # A template that goes through the parts of a message; to others they are given as one text.
 TAKES_PARTS = re.compile(r"\bfor\s+\w+\s+in\s+[\w.]*(\bcontent\b|\[\s*['\"]content['\"]\s*\])")

@@ -56,6 +56,10 @@ class SourceCache:
         self._contents, self._sources = root / "contents", root / "sources"
         self._temporary = root / "temporary"
 
+    def path(self, content: str) -> Path:
+        """Where the files of a content lie, if they do."""
+        return self._contents / content
+
     # Looking up -------------------------------------------------------------------------------
 
     def known(self, source: str) -> CachedSource | None:

@@ -88,7 +88,7 @@ def _folder_of(source: str, cache: SourceCache) -> Path:
 
     found = [folder.content for folder in cache.folders() if folder.content.startswith(source)]
     if len(found) == 1 and len(source) >= MIN_DIGITS:
-        return cache.root / "contents" / found[0]
+        return cache.path(found[0])
     place = parse(source)
     if isinstance(place, Path):
         return place
@@ -97,4 +97,4 @@ def _folder_of(source: str, cache: SourceCache) -> Path:
         raise AdapterInvalid(
             f"{place} is not in the cache; fetch it first: multilora adapters pull {place}"
         )
-    return cache.root / "contents" / known.content
+    return cache.path(known.content)

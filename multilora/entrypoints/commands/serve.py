@@ -167,7 +167,6 @@ def _serve(
         try:
             for name, folder in folders.items():
                 await engine.load_adapter(name, folder)
-            server.app.state.server.folders.update(folders)
             await server.serve([address])
         finally:
             await engine.shutdown()

@@ -128,6 +128,8 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, str]]] = {
         lambda house, **given: house.engine.adapter_chat_template(**given),
         {"adapter": "'a'"},
     ),
+    "has_adapter": (lambda house, **given: house.engine.has_adapter(**given), {"name": "'a'"}),
+    "adapter_path": (lambda house, **given: house.engine.adapter_path(**given), {"name": "'a'"}),
     "unload_adapter": (
         lambda house, **given: house.engine.unload_adapter(**given),
         {"name": "'b'"},

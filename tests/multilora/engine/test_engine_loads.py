@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from safetensors.torch import load_file
 
 from multilora.adapters.loader import AdapterLoader
 from multilora.errors import AdapterError, AdapterInvalid, AdapterNotFound, CapacityError
@@ -317,3 +319,20 @@ def test_a_name_may_ask_for_a_version(root: Path, held: threading.Event) -> None
     with pytest.raises(AdapterNotFound):
         engine.unload_adapter(f"a@{digests['b']}")
     engine.check_integrity()
+
+
+def test_a_name_leads_to_where_its_adapter_came_from(root: Path) -> None:
+    engine = make_engine(root / "base")
+    engine.load_adapter("a", root / "a")
+    engine.register_adapter("b", root / "b")
+    assert [engine.has_adapter(name) for name in ("a", "b", "c")] == [True, True, False]
+    places = [engine.adapter_path(name) for name in ("a", "b", "c")]
+    assert places == [str(root / "a"), str(root / "b"), None]
+    config = json.loads((root / "a" / "adapter_config.json").read_text())
+    tensors = load_file(root / "a" / "adapter_model.safetensors")
+    engine.load_adapter_from_tensors("a", config, tensors)  # which lie nowhere
+    assert (engine.has_adapter("a"), engine.adapter_path("a")) == (True, None)
+    for name in ("a", "b"):
+        engine.unload_adapter(name)
+        assert not engine.has_adapter(name)
+        assert engine.adapter_path(name) is None
