@@ -44,10 +44,11 @@ class AdapterReader:
         self._config, self._model_config, self._model = config, model_config, model
         self._store, self._tokenizer = store, tokenizer
         self._fetched = threading.Lock()  # one of these is read at a time: there are the steps
-        root = Path(config.adapter_cache_dir) if config.adapter_cache_dir else default_root()
-        self.folders = SourceFolders(
-            config.adapter_sources, SourceCache(root, config.adapter_cache_bytes)
-        )
+        cache = None
+        if config.adapter_sources:  # or nothing is ever fetched
+            root = Path(config.adapter_cache_dir) if config.adapter_cache_dir else default_root()
+            cache = SourceCache(root, config.adapter_cache_bytes)
+        self.folders = SourceFolders(config.adapter_sources, cache)
 
     def read(self, name: str, source: AdapterSource) -> LoadedAdapter:
         """The adapter at a source, packed.
@@ -76,28 +77,35 @@ class AdapterReader:
     def _read_now(self, name: str, source: AdapterSource, folder: Path) -> LoadedAdapter:
         adapter = read_adapter(folder, self._model_config, max_rank=self._config.max_lora_rank)
         found = self._pack(name, adapter)
-        template = self._template(folder)
-        if template is not None and self._config.adapter_chat_template == "ignore":
+        templates = self._templates(folder)
+        template = templates.get("default")
+        if templates and self._config.adapter_chat_template == "ignore":
             logger.warning(
                 "adapter %r: %s has a chat template of its own, and chats are rendered with the "
                 "base's; start with adapter_chat_template='use' if it was trained with that one",
                 name,
                 source.path,
             )
+        elif templates and template is None:
+            logger.warning(
+                "adapter %r: %s has the chat templates %s, and chats are rendered with the base's: "
+                "of an adapter the default one alone is used",
+                name,
+                source.path,
+                ", ".join(sorted(templates)),
+            )
         return replace(found, chat_template=template, path=str(source.path))
 
     def chat_template(self, source: AdapterSource) -> str | None:
         """The chat template of an adapter; None if it has none, or the base's."""
-        if self._tokenizer is None:
-            return None
         with self.folders.folder(source.path, is_pinned=source.digest is not None) as folder:
-            return self._template(folder)
+            return self._templates(folder).get("default")
 
-    def _template(self, folder: Path) -> str | None:
+    def _templates(self, folder: Path) -> dict[str, str]:
+        """Those of a folder that the base has not, by name."""
         if self._tokenizer is None:
-            return None
-        others = other_templates(adapter_folder(folder), self._tokenizer.chat_templates)
-        return others.get("default", next(iter(others.values()), None))
+            return {}
+        return other_templates(adapter_folder(folder), self._tokenizer.chat_templates)
 
     def read_tensors(
         self, name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]

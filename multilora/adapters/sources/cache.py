@@ -21,6 +21,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ...errors import ConfigError
+
 PIECE = 1 << 20
 MAX_NOTE = 1 << 16
 
@@ -44,8 +46,17 @@ class CachedFolder:
 
 
 def default_root() -> Path:
-    """Where the cache of this user is, unless it is said otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "multilora/adapters"
+    """Where the cache of this user is, unless it is said otherwise.
+
+    ConfigError for a user without a home, as a container may have.
+    """
+    try:
+        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:
+        raise ConfigError(
+            f"there is no place for a cache: {error}; set adapter_cache_dir to a folder"
+        ) from error
+    return Path(root) / "multilora/adapters"
 
 
 class SourceCache:

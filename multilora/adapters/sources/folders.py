@@ -47,8 +47,15 @@ EXTRAS = {
 class SourceFolders:
     """The local folders of the sources that one engine, or a command, may use."""
 
-    def __init__(self, allowed: Sequence[str], cache: SourceCache) -> None:
-        self._allowed, self._cache = tuple(allowed), cache
+    def __init__(self, allowed: Sequence[str], cache: SourceCache | None) -> None:
+        """Without a cache nothing may be allowed."""
+        assert cache is not None or not allowed
+        self._allowed, self._given = tuple(allowed), cache
+
+    @property
+    def _cache(self) -> SourceCache:
+        assert self._given is not None, "only what is allowed comes this far"
+        return self._given
 
     def check(self, source: str | Path) -> Path | Address:
         """What the source means; AdapterInvalid where it may not be used or an extra is missing."""

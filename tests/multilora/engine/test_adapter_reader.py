@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from safetensors.torch import load_file
 
-from multilora.errors import AdapterError, AdapterInvalid
+from multilora.errors import AdapterError, AdapterInvalid, ConfigError
 from tests.harness.tiny_engines import Job, facts, greedy, make_engine, prompt_of, run
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from multilora.engine.engine import Engine
 
 JOB = Job(prompt_of(12), greedy(6, logprobs=2), "x")
@@ -76,3 +75,17 @@ def test_what_is_no_adapter_is_refused(root: Path, engine: Engine) -> None:
     for given in ((None, {}), ({}, None)):
         with pytest.raises(AdapterInvalid, match="must be a mapping"):
             reader.read_tensors("x", *given)  # type: ignore[arg-type]
+
+
+def test_a_user_without_a_home_needs_a_place_for_what_is_fetched_alone(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", none)
+    make_engine(root / "base", {"a": root / "a"})
+    with pytest.raises(ConfigError, match="set adapter_cache_dir to a folder"):
+        make_engine(root / "base", adapter_sources=("hf://me/",))
+    make_engine(root / "base", adapter_sources=("hf://me/",), adapter_cache_dir=str(root / "c"))

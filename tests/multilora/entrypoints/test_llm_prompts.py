@@ -206,6 +206,21 @@ def test_an_adapters_own_chat_template_is_spoken_of(
     assert not said or "start with adapter_chat_template='use'" in caplog.text
 
 
+def test_a_template_for_tools_alone_is_not_that_of_every_chat(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_adapter(tmp_path, TINY, seed=1)
+    (tmp_path / "chat_template.jinja").write_text(WRITERS)  # the base's
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("tools {{ tools }}")
+    llm = LLM(folder, max_model_len=256, adapter_chat_template="use")
+    with caplog.at_level(logging.WARNING):
+        llm.load_adapter("a", tmp_path)
+    plain, own = (llm.chat(CHAT, GREEDY, adapter=name)[0].prompt for name in (None, "a"))
+    assert own == plain
+    assert "has the chat templates tool_use" in caplog.text
+
+
 OWN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}own"
 HI = [{"role": "user", "content": "hi"}]
 
