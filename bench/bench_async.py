@@ -26,7 +26,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from checkout import load_checkout
 
@@ -45,7 +45,7 @@ from multilora import (  # noqa: E402
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,22 @@ class Run:
         return self.gaps[int(0.99 * (len(self.gaps) - 1))]
 
 
+Pairs = list[tuple[Run, Run]]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    show(measured(__doc__, 32, measure))
+
+
+def measured(
+    doc: str,
+    streams: int,
+    measure: Callable[[Work, argparse.Namespace], Coroutine[Any, Any, Pairs]],
+) -> Pairs:
+    """What `measure` gives, for a model that is written for it and what the command line says."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--shape", default="132m", choices=SHAPES)
-    parser.add_argument("--streams", type=int, default=32)
+    parser.add_argument("--streams", type=int, default=streams)
     parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens of a request")
     parser.add_argument("--interval", type=int, default=1, help="stream_interval")
@@ -105,12 +117,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         work = Work(args.shape, Path(root))
         write_all(work)
-        pairs = asyncio.run(measure(work, args))
-    show(pairs)
+        return asyncio.run(measure(work, args))
 
 
-async def measure(work: Work, args: argparse.Namespace) -> list[tuple[Run, Run]]:
-    """The same requests, step by step and by streams, so many times; the first pair is left out."""
+def plan(work: Work, args: argparse.Namespace) -> tuple[EngineConfig, list[Job]]:
+    """The engine, and the requests that it gets."""
     params = SamplingParams(
         temperature=0,
         max_tokens=args.tokens,
@@ -129,6 +140,12 @@ async def measure(work: Work, args: argparse.Namespace) -> list[tuple[Run, Run]]
         max_num_seqs=args.streams,
         enable_prefix_caching=False,  # or only the first run would compute the prompts
     )
+    return config, jobs
+
+
+async def measure(work: Work, args: argparse.Namespace) -> Pairs:
+    """The same requests, step by step and by streams, so many times; the first pair is left out."""
+    config, jobs = plan(work, args)
     pairs = []
     async with AsyncEngine(config) as engine:
         for folder in work.adapters:
@@ -166,7 +183,7 @@ async def by_streams(engine: AsyncEngine, jobs: list[Job]) -> Run:
     return run
 
 
-def show(pairs: list[tuple[Run, Run]]) -> None:
+def show(pairs: Pairs) -> None:
     def of(value: Callable[[Run, Run], float]) -> float:
         return median(value(stepped, streamed) for stepped, streamed in pairs)
 
@@ -181,6 +198,10 @@ def show(pairs: list[tuple[Run, Run]]) -> None:
         "by steps": f"{of(lambda a, _: a.p99) / step:.2f}",
         "first ms": f"{of(lambda a, b: 1e3 * (b.first - a.first)):.1f}",
     }
+    print_row(columns)
+
+
+def print_row(columns: dict[str, str]) -> None:
     print(*(f"{name:>9}" for name in columns))
     print(*(f"{value:>9}" for value in columns.values()))
 

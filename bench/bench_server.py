@@ -20,62 +20,35 @@ import argparse
 import asyncio
 import json
 import multiprocessing
-import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench_async import Job, Run, by_streams
-from models import write_all
-from work import SHAPES, THREADS, Work, prompts
+from bench_async import Pairs, Run, by_streams, measured, plan, print_row
+from work import Work
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", default="132m", choices=SHAPES)
-    parser.add_argument("--streams", type=int, default=16)
-    parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
-    parser.add_argument("--tokens", type=int, default=64, help="new tokens of a request")
-    parser.add_argument("--interval", type=int, default=1, help="stream_interval")
-    parser.add_argument("--repeats", type=int, default=3)
-    args = parser.parse_args()
-    import torch
-
-    torch.set_num_threads(THREADS)
-    with tempfile.TemporaryDirectory() as root:
-        work = Work(args.shape, Path(root))
-        write_all(work)
-        pairs = asyncio.run(measure(work, args))
-    show(pairs)
+    show(measured(__doc__, 16, measure))
 
 
-async def measure(work: Work, args: argparse.Namespace) -> list[tuple[Run, Run]]:
+async def measure(work: Work, args: argparse.Namespace) -> Pairs:
     """The same requests, by both ways, so many times; the first pair is left out."""
-    from multilora import AsyncEngine, EngineConfig, RequestOutputKind, SamplingParams
+    from multilora import AsyncEngine
     from multilora.server.run import Server
     from multilora.server.settings import ServerSettings
 
+    config, jobs = plan(work, args)
     fields = {
         "temperature": 0,
         "max_tokens": args.tokens,
         "ignore_eos": True,
         "stream_interval": args.interval,
+        "stream": True,
+        "return_token_ids": True,
     }
-    params = SamplingParams(**fields, detokenize=False, output_kind=RequestOutputKind.DELTA)
-    rows = prompts(args.streams, args.prompt, work.shape.vocab)
-    names = [folder.name for folder in work.adapters]
-    jobs = [Job(ids, params, names[i % len(names)]) for i, ids in enumerate(rows)]
-    more = {**fields, "stream": True, "return_token_ids": True}
-    bodies = [{"prompt": job.ids, "model": job.adapter, **more} for job in jobs]
-    config = EngineConfig(
-        model=str(work.base),
-        skip_tokenizer_init=True,
-        max_model_len=args.prompt + args.tokens,
-        max_num_seqs=args.streams,
-        enable_prefix_caching=False,  # or only the first run would compute the prompts
-    )
+    bodies = [{"prompt": job.ids, "model": job.adapter, **fields} for job in jobs]
     engine = AsyncEngine(config)
     for folder in work.adapters:
         await engine.load_adapter(folder.name, folder)
@@ -120,7 +93,7 @@ async def _post_all(port: int, bodies: list[dict[str, Any]]) -> Run:
     return run
 
 
-def show(pairs: list[tuple[Run, Run]]) -> None:
+def show(pairs: Pairs) -> None:
     """A line of medians."""
     gap = median(median(streamed.gaps) for streamed, _ in pairs)
     columns = {
@@ -132,8 +105,7 @@ def show(pairs: list[tuple[Run, Run]]) -> None:
         "in gaps": f"{median(b.p99 for _, b in pairs) / gap:.2f}",
         "first ms": f"{median(1e3 * (b.first - a.first) for a, b in pairs):.1f}",
     }
-    print(*(f"{name:>9}" for name in columns))
-    print(*(f"{value:>9}" for value in columns.values()))
+    print_row(columns)
 
 
 if __name__ == "__main__":
