@@ -55,6 +55,8 @@ class Hub:
     def fetch(self, name: str, file: BinaryIO, max_bytes: int, until: float) -> bool:
         """As `Remote.fetch`; the content is what the commit says."""
         from huggingface_hub import hf_hub_url
+
+        # The package imports it without naming it in __all__: its documentation does.
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
         path = self._folder + name

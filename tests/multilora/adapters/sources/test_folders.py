@@ -19,7 +19,9 @@ from multilora.errors import (
 from tests.harness.adapter_servers import Server, cut, redirect, reset, serving, stall, status
 
 if TYPE_CHECKING:
-    from tests.harness.adapter_servers import Answer
+    from collections.abc import Callable
+
+    from tests.harness.adapter_servers import Answer, Handler
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -94,14 +96,18 @@ def test_what_was_damaged_in_the_cache_is_fetched_again(
 
 @pytest.mark.parametrize("kind", [stall, cut, reset])
 def test_what_breaks_off_is_tried_again(
-    kind: object, folders: SourceFolders, server: Server, adapter: Path, tmp_path: Path
+    kind: Callable[[bytes], Answer],
+    folders: SourceFolders,
+    server: Server,
+    adapter: Path,
+    tmp_path: Path,
 ) -> None:
     path, data = f"/mine/a/{WEIGHTS}", (adapter / WEIGHTS).read_bytes()
-    bad: Answer = kind(data)  # type: ignore[operator]
+    bad = kind(data)
 
-    def twice(handler: object) -> None:
-        is_bad = handler.command == "GET" and gets(server) < 3  # type: ignore[attr-defined]
-        (bad if is_bad else lambda h: h.give(data))(handler)  # type: ignore[arg-type]
+    def twice(handler: Handler) -> None:
+        is_bad = handler.command == "GET" and gets(server) < 3
+        (bad if is_bad else lambda h: h.give(data))(handler)
 
     server.answers[path] = [twice]
     assert read(folders, f"{server.url}/mine/a") == data

@@ -17,6 +17,8 @@ from tests.harness.adapter_servers import COMMIT, Server, redirect, serving, sta
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from tests.harness.adapter_servers import Answer, Handler
+
 constants = pytest.importorskip("huggingface_hub.constants")
 WEIGHTS = "adapter_model.safetensors"
 
@@ -63,19 +65,19 @@ def test_a_folder_within_it(server: Server, adapter: Path) -> None:
 
 
 def test_what_there_is_not_is_said(server: Server) -> None:
-    def no(kind: str) -> object:
-        def answer(handler: object) -> None:
-            handler.send_response(404)  # type: ignore[attr-defined]
-            handler.send_header("X-Error-Code", kind)  # type: ignore[attr-defined]
-            handler.send_header("Content-Length", "0")  # type: ignore[attr-defined]
-            handler.end_headers()  # type: ignore[attr-defined]
+    def no(kind: str) -> Answer:
+        def answer(handler: Handler) -> None:
+            handler.send_response(404)
+            handler.send_header("X-Error-Code", kind)
+            handler.send_header("Content-Length", "0")
+            handler.end_headers()
 
         return answer
 
-    server.answers["/api/models/me/b"] = [no("RepoNotFound")]  # type: ignore[list-item]
+    server.answers["/api/models/me/b"] = [no("RepoNotFound")]
     with pytest.raises(AdapterInvalid, match="the hub shows no me/b; if it is private, set HF_TOK"):
         hub("hf://me/b").version()
-    server.answers["/api/models/me/a/revision/v9"] = [no("RevisionNotFound")]  # type: ignore[list-item]
+    server.answers["/api/models/me/a/revision/v9"] = [no("RevisionNotFound")]
     with pytest.raises(AdapterInvalid, match="me/a has no revision 'v9'"):
         hub("hf://me/a@v9").version()
 

@@ -14,7 +14,7 @@ from multilora.errors import AdapterInvalid
 from tests.harness.adapter_servers import Server, cut, redirect, reset, serving, stall, status
 
 if TYPE_CHECKING:
-    from tests.harness.adapter_servers import Answer
+    from tests.harness.adapter_servers import Answer, Handler
 
 DATA = bytes(range(256)) * 300
 
@@ -43,9 +43,9 @@ def test_the_version_is_that_of_all_files(server: Server) -> None:
     server.files["/a/y"] = b"y"
     assert web.version() not in (None, first)
 
-    def untagged(handler: object) -> None:
-        handler.send_response(200)  # type: ignore[attr-defined]
-        handler.end_headers()  # type: ignore[attr-defined]
+    def untagged(handler: Handler) -> None:
+        handler.send_response(200)
+        handler.end_headers()
 
     server.answers["/a/x"] = [untagged]
     assert web.version() is None
@@ -88,10 +88,10 @@ def test_what_is_too_long_is_not_read(server: Server) -> None:
     with pytest.raises(TooLong, match="x has 76800 bytes, more than 100"):
         fetch(server, max_bytes=100)
 
-    def without_length(handler: object) -> None:
-        handler.send_response(200)  # type: ignore[attr-defined]
-        handler.end_headers()  # type: ignore[attr-defined]
-        handler.wfile.write(DATA)  # type: ignore[attr-defined]
+    def without_length(handler: Handler) -> None:
+        handler.send_response(200)
+        handler.end_headers()
+        handler.wfile.write(DATA)
 
     server.answers["/a/x"] = [without_length]
     assert fetch(server) == DATA
