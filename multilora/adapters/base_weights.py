@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from ..errors import AdapterInvalid
 from .peft.reader import TokenRows
 from .peft.trained import TOKEN_PATHS
+
+ROWS = 4096  # compared at once
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -43,7 +47,12 @@ def changed_rows(
 
 
 def _unequal(saved: Tensor, own: Tensor) -> Tensor:
-    """Which rows differ, bool [vocab]."""
-    saved = saved.to(own.device)
-    one, other = saved.to(own.dtype) == own, own.to(saved.dtype) == saved
-    return ~(one.all(1) | other.all(1))
+    """Which rows differ, bool [vocab]; some at a time, for a 70B's have 4 GB."""
+    found = []
+    for some, base in zip(torch.split(saved, ROWS), torch.split(own, ROWS), strict=True):
+        some = some.to(base.device)
+        same = (some.to(base.dtype) == base).all(1)
+        if not same.all():
+            same |= (base.to(some.dtype) == some).all(1)
+        found.append(~same)
+    return torch.cat(found)

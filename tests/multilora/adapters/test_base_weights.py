@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from multilora.adapters import base_weights
 from multilora.adapters.base_weights import changed_rows
 from multilora.adapters.peft.reader import TokenRows
 from multilora.errors import AdapterInvalid
@@ -22,7 +23,9 @@ def test_one_may_be_a_rounding_of_the_other() -> None:
     assert changed_rows("a", make_adapter("d"), {}, 0) == {}
 
 
-def test_rows_that_differ_are_the_adapters() -> None:
+@pytest.mark.parametrize("rows", [5, 4096])
+def test_rows_that_differ_are_the_adapters(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base_weights, "ROWS", rows)
     saved = WEIGHT.clone()
     saved[[3, 7], 1] += 1
     adapter = dataclasses.replace(make_adapter("d"), weights={"embed": saved, "lm_head": WEIGHT})
